@@ -1,0 +1,262 @@
+"""Which tokens are learnt, for real chat templates (TRL's copies of the models' own) and shapes of rows."""
+
+from importlib.resources import files
+from typing import Any
+
+import pytest
+from tiny import tiny_tokenizer
+
+from tuner.errors import ConfigError
+from tuner.pipeline.dataset import BadRow, Completion, Conversation, Origin, PlainText
+from tuner.pipeline.labels import IGNORED, Labeller, TokenRow
+from tuner.presets import load_presets
+
+pytestmark = pytest.mark.train
+
+HERE = Origin("rows.jsonl", 1)
+
+# Real templates: TRL's copies of the models' own, rendered with a preset's special tokens.
+REAL_TEMPLATES = {
+    "phi3": "phi-3-mini-4k-instruct",
+    "phi3_5": "phi-3.5-mini-instruct",
+    "qwen2_5": "qwen2.5-7b-instruct",
+    "qwen3": "qwen3-4b",
+    "qwen3_instruct_2507": "qwen3-4b",
+    "llama3": "llama-3.1-8b-instruct",
+    "llama3_1": "llama-3.1-8b-instruct",
+    "gemma": "gemma-3-1b-it",
+    "gemma3": "gemma-3-1b-it",
+}
+TEMPLATES = [*((name, preset, True) for name, preset in REAL_TEMPLATES.items())] + [
+    (name, name, False) for name in load_presets()
+]
+
+
+def _labeller(name: str, preset: str, real: bool) -> Labeller:
+    template = (files("trl") / "chat_templates" / f"{name}.jinja").read_text("utf-8") if real else None
+    return Labeller(tiny_tokenizer(preset, template))
+
+
+def conversation(*turns: tuple[str, str], supervised_from: int = 0, tools: Any = None) -> Conversation:
+    return Conversation(HERE, [{"role": role, "content": text} for role, text in turns], tools, supervised_from)
+
+
+SINGLE = conversation(("user", "What is 2 + 2?"), ("assistant", "It is 4."))
+WITH_SYSTEM = conversation(("system", "Be brief."), ("user", "What is 2 + 2?"), ("assistant", "It is 4."))
+NON_ASCII = conversation(("user", "Grüße? 你好"), ("assistant", "Привет 🙂\n\nZürich"))
+MULTI = conversation(("user", "What is 2?"), ("assistant", "A number."), ("user", "And 3?"), ("assistant", "It too."))
+TRAILING_USER = conversation(("user", "What is 2?"), ("assistant", "A number."), ("user", "Thanks"))
+
+
+def learnt(labeller: Labeller, row: Conversation | Completion | PlainText) -> list[str]:
+    """Each unbroken run of learnt tokens as text, over all the row's examples."""
+    examples = labeller.examples(row)
+    assert not isinstance(examples, BadRow), examples.reason
+    runs = []
+    for tokens in labeller.tokenize(examples):
+        run: list[int] = []
+        for token, is_learnt in zip([*tokens.input_ids, 0], [*tokens.supervised, False], strict=True):
+            if is_learnt:
+                run.append(int(token))
+            elif run:
+                runs.append(labeller.tokenizer.decode(run))
+                run = []
+    return runs
+
+
+def only(rows: list[TokenRow]) -> TokenRow:
+    assert len(rows) == 1
+    return rows[0]
+
+
+@pytest.mark.parametrize(("name", "preset", "real"), TEMPLATES)
+class TestEveryTemplate:
+    def test_learns_the_answer_and_its_end_of_turn_and_nothing_else(self, name: str, preset: str, real: bool) -> None:
+        labeller = _labeller(name, preset, real)
+        end = labeller.end_of_turn.token
+        assert end is not None
+        for row in (SINGLE, NON_ASCII):
+            (answer,) = learnt(labeller, row)
+            assert answer.endswith(end)
+            text = answer.removesuffix(end)
+            # Qwen3 writes an empty thought before an answer without one: the model must produce it too.
+            assert text.replace("<think>\n\n</think>\n\n", "").strip() == row.messages[-1]["content"]
+
+    def test_system_prompt_is_not_learnt(self, name: str, preset: str, real: bool) -> None:
+        labeller = _labeller(name, preset, real)
+        examples = labeller.examples(WITH_SYSTEM)
+        if isinstance(examples, BadRow):
+            assert name == "gemma"  # the first Gemma's template refuses the system role
+            assert "template fails" in examples.reason
+            return
+        (answer,) = learnt(labeller, WITH_SYSTEM)
+        assert "brief" not in answer
+        assert "It is 4." in answer
+
+    def test_every_turn_is_learnt_once(self, name: str, preset: str, real: bool) -> None:
+        labeller = _labeller(name, preset, real)
+        runs = learnt(labeller, MULTI)
+        end = labeller.end_of_turn.token
+        assert [run.removesuffix(end).rpartition("\n\n")[2].strip() for run in runs] == ["A number.", "It too."]
+        assert all(run.endswith(end) for run in runs)
+
+    def test_a_trailing_user_turn_is_not_learnt(self, name: str, preset: str, real: bool) -> None:
+        (answer,) = learnt(_labeller(name, preset, real), TRAILING_USER)
+        assert "A number." in answer
+        assert "Thanks" not in answer
+
+    def test_what_precedes_an_answer_is_the_prompt_as_at_inference(self, name: str, preset: str, real: bool) -> None:
+        labeller = _labeller(name, preset, real)
+        for row in (SINGLE, MULTI, NON_ASCII):
+            examples = labeller.examples(row)
+            assert not isinstance(examples, BadRow)
+            for tokens in labeller.tokenize(examples):
+                ids = tokens.input_ids.tolist()
+                assert tokens.straddles == 0
+                for index in range(1, len(row.messages), 2):
+                    prompt = labeller.tokenizer.apply_chat_template(
+                        row.messages[:index],
+                        chat_template=labeller.template,
+                        add_generation_prompt=True,
+                        tokenize=True,
+                        return_dict=False,
+                    )
+                    if tokens.supervised[len(prompt)] and not tokens.supervised[len(prompt) - 1]:
+                        assert ids[: len(prompt)] == prompt
+                        break
+                else:
+                    raise AssertionError("no prompt of the row precedes a learnt token")
+
+    def test_rows_are_rendered_as_the_template_does(self, name: str, preset: str, real: bool) -> None:
+        labeller = _labeller(name, preset, real)
+        examples = labeller.examples(SINGLE)
+        assert not isinstance(examples, BadRow)
+        whole = labeller.tokenizer.apply_chat_template(
+            SINGLE.messages, chat_template=labeller.template, tokenize=True, return_dict=False
+        )
+        assert only(list(labeller.tokenize(examples))).input_ids.tolist() == whole
+
+
+TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "llama3_1"])
+def test_tool_calls_are_learnt_and_tool_answers_are_not(name: str) -> None:
+    call = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Paris"}}}
+    row = Conversation(
+        HERE,
+        [
+            {"role": "user", "content": "Weather?"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "name": "get_weather", "content": "rain today"},
+            {"role": "assistant", "content": "It rains."},
+        ],
+        [TOOL],
+        0,
+    )
+    called, answered = learnt(_labeller(name, REAL_TEMPLATES[name], True), row)
+    assert "get_weather" in called
+    assert "Paris" in called
+    assert "rain today" not in called + answered
+    assert "It rains." in answered
+
+
+def test_only_the_completion_of_a_prompt_in_messages_is_learnt() -> None:
+    row = conversation(
+        ("user", "a"), ("assistant", "shown before"), ("user", "b"), ("assistant", "learn"), supervised_from=3
+    )
+    (answer,) = learnt(_labeller("phi3", "phi-3-mini-4k-instruct", True), row)
+    assert answer == "learn<|end|>"
+
+
+def test_a_template_that_rewrites_history_gives_one_example_a_turn() -> None:
+    """Qwen3 shows earlier answers without their thought, so learning them there would teach not to think."""
+    labeller = _labeller("qwen3", "qwen3-4b", True)
+    examples = labeller.examples(MULTI)
+    assert not isinstance(examples, BadRow)
+    assert len(examples) == 2
+    assert all("<think>" in run for run in learnt(labeller, MULTI))
+
+
+def test_prompt_completion_learns_the_completion_and_eos() -> None:
+    """KAITO fault 6: the prompt was learnt, and EOS was not where pad is EOS."""
+    tokenizer = tiny_tokenizer("phi-3-mini-4k-instruct")
+    assert tokenizer.pad_token == tokenizer.eos_token
+    labeller = Labeller(tokenizer)
+    examples = labeller.examples(Completion(HERE, "What is 2 + 2?", " It is 4."))
+    assert not isinstance(examples, BadRow)
+    row = only(list(labeller.tokenize(examples)))
+    assert row.labels()[-1] == tokenizer.eos_token_id
+    assert learnt(labeller, Completion(HERE, "What is 2 + 2?", " It is 4.")) == [" It is 4.<|endoftext|>"]
+    assert set(row.labels()[: row.supervised.argmax()]) == {IGNORED}
+
+
+def test_a_completion_whose_first_token_begins_in_the_prompt_is_counted() -> None:
+    labeller = Labeller(tiny_tokenizer("phi-3-mini-4k-instruct"))
+    examples = labeller.examples(Completion(HERE, "What is 2 + 2? ", "It is 4."))
+    assert not isinstance(examples, BadRow)
+    assert only(list(labeller.tokenize(examples))).straddles == 1
+
+
+def test_plain_text_learns_everything_and_eos() -> None:
+    labeller = Labeller(tiny_tokenizer("mistral-7b"))
+    assert learnt(labeller, PlainText(HERE, "It is 4.")) == ["It is 4.</s>"]
+
+
+def test_a_model_without_a_template_gets_one_that_ends_answers_with_its_eos() -> None:
+    tokenizer = tiny_tokenizer("mistral-7b", "")
+    assert learnt(Labeller(tokenizer), MULTI) == ["A number.</s>", "It too.</s>"]
+
+
+def test_a_template_that_closes_no_turn_gets_eos_after_the_last_answer() -> None:
+    template = (
+        "{% for m in messages %}{{ m.role }}:\n{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:\n{% endif %}"
+    )
+    labeller = Labeller(tiny_tokenizer("mistral-7b", template))
+    assert labeller.end_of_turn.token is None
+    assert learnt(labeller, MULTI) == ["A number.", "It too.</s>"]
+
+
+def test_a_generation_prompt_that_opens_a_thought_still_finds_the_answer() -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    labeller = Labeller(tiny_tokenizer("qwen3-4b", template))
+    assert labeller.end_of_turn.forced == "<think>\n"
+    assert learnt(labeller, SINGLE) == ["It is 4.<|im_end|>"]
+
+
+def test_an_answer_that_contains_the_end_of_turn_token_is_a_bad_row() -> None:
+    labeller = _labeller("phi3", "phi-3-mini-4k-instruct", True)
+    bad = labeller.examples(conversation(("user", "a"), ("assistant", "b<|end|>c")))
+    assert isinstance(bad, BadRow)
+    assert "<|end|>" in bad.reason
+
+
+def test_a_row_that_the_template_refuses_is_a_bad_row_and_not_a_crash() -> None:
+    template = (
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+        "{{ m.content }}{{ eos_token }}{% endfor %}"
+    )
+    bad = Labeller(tiny_tokenizer("mistral-7b", template)).examples(
+        conversation(("user", "a"), ("tool", "x"), ("assistant", "b"))
+    )
+    assert isinstance(bad, BadRow)
+    assert "no tools here" in bad.reason
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [("{{ 1 / 0 }}", "fails"), ("{{ undefined.thing }}", "fails"), ("hello", "does not show"), ("{% if %}", "fails")],
+)
+def test_a_useless_chat_template_is_refused_before_any_row(template: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Labeller(tiny_tokenizer("mistral-7b", template))
+
+
+def test_empty_content_does_not_hide_the_end_of_turn() -> None:
+    labeller = _labeller("qwen2_5", "qwen2.5-7b-instruct", True)
+    row = conversation(("user", "a"), ("assistant", ""))
+    assert learnt(labeller, row) == ["<|im_end|>"]

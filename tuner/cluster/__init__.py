@@ -1,0 +1,1 @@
+"""Where a run is asked for on a cluster."""

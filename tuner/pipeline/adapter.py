@@ -1,0 +1,208 @@
+"""Adapter directory: config for every reader, card, lock, tokenizer, and the checks before it is packaged.
+
+Nothing in here differs between two equal runs: no time, no host, no path of the machine.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tuner import __version__
+from tuner.errors import TunerError
+from tuner.runspec import Fetched, FetchedModel, Prepared, RunSpec
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+
+# KAITO's transformers runtime pins peft 0.11.1, whose LoraConfig refuses keys it does not know.
+# https://github.com/huggingface/peft/blob/v0.11.1/src/peft/tuners/lora/config.py
+_PEFT_0_11_KEYS = frozenset(
+    """peft_type auto_mapping base_model_name_or_path revision task_type inference_mode r target_modules lora_alpha
+    lora_dropout fan_in_fan_out bias use_rslora modules_to_save init_lora_weights layers_to_transform layers_pattern
+    rank_pattern alpha_pattern megatron_config megatron_core loftq_config use_dora layer_replication""".split()
+)
+
+# Layers of the image that all adapters of one base share.
+TOKENIZER_FILES = frozenset(
+    {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+        "special_tokens_map.json",
+        "vocab.json",
+        "merges.txt",
+        "chat_template.jinja",
+    }
+)
+
+_MAX_SAFETENSORS_HEADER_BYTES = 100_000_000  # what the safetensors library itself accepts
+
+
+def adapter_config(
+    lora: Mapping[str, Any], defaults: Mapping[str, Any], base: FetchedModel | None
+) -> tuple[dict[str, Any], list[str]]:
+    """What adapter_config.json says, and the keys in it that KAITO's transformers runtime will refuse.
+
+    The base is the hub id and revision, never a path of the training machine unless the base is only a path.
+    """
+    config: dict[str, Any] = {}
+    newer: list[str] = []
+    for key, value in lora.items():
+        if isinstance(value, (set, frozenset)):
+            value = sorted(value)
+        if key in _PEFT_0_11_KEYS:
+            config[key] = value
+        elif value != defaults.get(key):
+            config[key] = value
+            newer.append(key)
+    config |= {
+        "base_model_name_or_path": base and (base.id or base.path),
+        "revision": base and base.revision,
+        "inference_mode": True,
+        "task_type": "CAUSAL_LM",
+    }
+    return dict(sorted(config.items())), newer
+
+
+def check_weights(path: Path) -> None:
+    """Raises TunerError when the safetensors file is damaged, a value is NaN or Inf, or no lora_B was ever updated."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if not 2 <= header_bytes <= min(size - 8, _MAX_SAFETENSORS_HEADER_BYTES):
+            raise TunerError(f"{path.name} is not a safetensors file")
+        header = json.loads(file.read(header_bytes))
+    header.pop("__metadata__", None)
+    data = np.memmap(path, dtype=np.uint8, mode="r", offset=8 + header_bytes)
+    if not header or max(tensor["data_offsets"][1] for tensor in header.values()) != len(data):
+        raise TunerError(f"{path.name} is cut short: its tensors do not cover the file")
+    updated = False
+    for name, tensor in header.items():
+        begin, end = tensor["data_offsets"]
+        raw = data[begin:end]
+        if not _finite(raw, tensor["dtype"]):
+            raise TunerError(
+                f"{path.name}: {name} has NaN or infinite values", hint="lower TrainingArguments.learning_rate"
+            )
+        updated = updated or ("lora_B" in name and bool(raw.any()))
+    if not updated:
+        raise TunerError(f"{path.name}: every lora_B is zero, so the adapter changes nothing")
+
+
+def _finite(raw: np.ndarray[Any, np.dtype[np.uint8]], dtype: str) -> bool:
+    """Whether no value has all exponent bits set (IEEE 754: that is NaN and infinity)."""
+    exponents: dict[str, tuple[Any, int]] = {
+        "BF16": (np.uint16, 0x7F80),
+        "F16": (np.uint16, 0x7C00),
+        "F32": (np.uint32, 0x7F800000),
+    }
+    if dtype not in exponents:
+        raise TunerError(f"adapter weights in {dtype} cannot be checked")
+    word, mask = exponents[dtype]
+    values = np.ascontiguousarray(raw).view(word)
+    return not bool(np.any((values & word(mask)) == word(mask)))
+
+
+def source_label(source: str) -> str:
+    """How a data file is named in the image: URLs as they are (they have no query), of a local path the name."""
+    return source if "://" in source else Path(source).name
+
+
+def run_lock(spec: RunSpec, fetched: Fetched, prepared: Prepared, versions: Mapping[str, str]) -> dict[str, Any]:
+    """What run.lock.json says: all that is needed to make the same adapter again."""
+    base = fetched.base_model
+    return {
+        "version": 1,
+        "run_digest": spec.digest,
+        "smoke": spec.smoke,
+        "method": spec.method,
+        "preset": spec.preset_as_written,
+        "base_model": base and {"id": base.id, "revision": base.revision, "digest": base.digest},
+        "datasets": [
+            {"source": source_label(file.source), "sha256": file.sha256, "size_bytes": file.size_bytes}
+            for file in fetched.files
+        ],
+        "rows": {
+            "read": prepared.rows_read,
+            "train": prepared.train.rows,
+            "evaluation": prepared.evaluation.rows if prepared.evaluation else 0,
+            "bad": prepared.bad_rows,
+            "over_length": prepared.over_length_rows,
+            "truncated": prepared.truncated_rows,
+            "unsupervised": prepared.unsupervised_rows,
+            "train_order_sha256": prepared.train.order_sha256,
+        },
+        "max_length": prepared.max_length,
+        "seed": spec.training.value("TrainingArguments", "seed"),
+        "config": {
+            section: {key: setting.value for key, setting in values.items()}
+            for section, values in spec.training.settings.items()
+        },
+        "versions": {"tuner": __version__, **versions},
+    }
+
+
+def model_card(
+    spec: RunSpec, fetched: Fetched, prepared: Prepared, figures: Mapping[str, float | int | None], coverage: str
+) -> str:
+    """README.md of the adapter, with the front matter that PEFT and the Hub read."""
+    base = fetched.base_model
+    name = base.id if base and base.id else None
+    held_out = prepared.evaluation.rows if prepared.evaluation else 0
+    lora = spec.training.section("LoraConfig")
+    arguments = spec.training.section("TrainingArguments")
+    front = ["---", "library_name: peft", "pipeline_tag: text-generation", f"license: {spec.preset.licence or 'other'}"]
+    front += [f"base_model: {name}", "base_model_relation: adapter"] if name else []
+    front += ["tags:", "- lora", f"- {spec.method}", "- tuner", "---", ""]
+    lines = [
+        f"# {spec.name}",
+        "",
+        f"A LoRA adapter for {f'`{name}`' if name else 'a base model without a hub id'}"
+        + (f" at revision `{base.revision}`" if base and base.revision else "")
+        + f", trained with {spec.method}."
+        + (" **Smoke run: a tiny random model; this adapter is good for nothing but tests.**" if spec.smoke else ""),
+        "",
+        "| | |",
+        "|---|---|",
+        f"| LoRA | r {lora.get('r')}, alpha {lora.get('lora_alpha')}, dropout {lora.get('lora_dropout')} |",
+        f"| covers | {coverage} |",
+        f"| learning rate | {arguments.get('learning_rate')}, {arguments.get('lr_scheduler_type')} |",
+        f"| steps | {figures['steps']}, {_figure(figures['epochs'])} epochs |",
+        f"| rows | {prepared.train.rows:,} trained on, {held_out:,} held out |",
+        f"| tokens | {prepared.train.tokens:,} in the training rows, {prepared.train.supervised_tokens:,} learnt |",
+        f"| training loss | {_figure(figures['first_train_loss'])} → {_figure(figures['last_train_loss'])} |",
+        f"| held-out loss | {_figure(figures['eval_loss_before'])} → {_figure(figures['eval_loss_after'])} |",
+        f"| row order | `{prepared.train.order_sha256}` |",
+        f"| run | `{spec.digest}` |",
+        "",
+        "## Data",
+        "",
+        *(f"- `{source_label(file.source)}` sha256 `{file.sha256}`" for file in fetched.files),
+        "",
+        "Every value of the configuration is in `run.lock.json`, every logged step in `metrics.jsonl`.",
+        "",
+    ]
+    return "\n".join(front + lines)
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{value:.4g}"
+
+
+def file_digests(directory: Path) -> dict[str, str]:
+    """Name → sha256 of every file directly in the directory, sorted."""
+    digests = {}
+    for path in sorted(directory.iterdir()):
+        if path.is_file():
+            with path.open("rb") as file:
+                digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

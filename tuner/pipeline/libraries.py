@@ -1,0 +1,39 @@
+"""The training libraries: whether they are there, which versions, and that they keep quiet."""
+
+import logging
+import warnings
+from importlib.metadata import version
+from importlib.util import find_spec
+
+from tuner.errors import ConfigError
+
+TRAIN_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets")
+_DECIDE_NUMBERS = (*TRAIN_PACKAGES, "accelerate", "tokenizers", "numpy")
+
+
+def check_packages() -> None:
+    """Raises ConfigError when the train extra is not installed. Nothing is imported."""
+    missing = [name for name in TRAIN_PACKAGES if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"training needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed",
+            hint="pip install 'tuner[train]'",
+        )
+
+
+def versions() -> dict[str, str]:
+    """Name → version of the libraries that decide a run's numbers."""
+    return {name: version(name) for name in _DECIDE_NUMBERS}
+
+
+def quiet() -> None:
+    """No bars, notices and deprecations of libraries between our lines; their errors still come.
+
+    Call it before bitsandbytes is imported: on a CPU that import itself warns of an optional kernel.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()

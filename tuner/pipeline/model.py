@@ -1,0 +1,186 @@
+"""Base weights → quantized model with LoRA, and what LoRA covers."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from tuner.errors import ConfigError, did_you_mean
+from tuner.training_config import TrainingConfig, resolve_target_modules
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where the model computes and in which type: bf16 where the GPU has it, fp16 on older GPUs, fp32 on a CPU."""
+
+    device: torch.device
+    dtype: torch.dtype
+    name: str
+
+    @property
+    def is_cuda(self) -> bool:
+        return bool(self.device.type == "cuda")
+
+
+def pick_device() -> Device:
+    """The first GPU, or the CPU. Raises ConfigError for a GPU that the installed torch has no kernels for."""
+    if not torch.cuda.is_available():
+        return Device(torch.device("cpu"), torch.float32, "CPU")
+    major, minor = torch.cuda.get_device_capability(0)
+    name = torch.cuda.get_device_name(0)
+    problem = kernel_problem(name, (major, minor), torch.cuda.get_arch_list())
+    if problem:
+        raise ConfigError(
+            problem, hint="install a torch built for it (torch 2.7 with CUDA 12.6 has sm_70), or another GPU"
+        )
+    dtype = torch.bfloat16 if major >= 8 else torch.float16
+    return Device(torch.device("cuda", 0), dtype, name)
+
+
+def kernel_problem(name: str, capability: tuple[int, int], architectures: list[str]) -> str | None:
+    """Why torch cannot run on a GPU, or None. `architectures` as torch.cuda.get_arch_list(): sm_80, compute_90.
+
+    An sm_XY binary runs on the same major version with an equal or higher minor; compute_XY is PTX, compiled for any
+    newer GPU. https://docs.nvidia.com/cuda/cuda-compiler-driver-nvcc/#gpu-compilation
+    """
+    major, minor = capability
+    for architecture in architectures:
+        found = re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", architecture)
+        if not found:
+            continue
+        built = (int(found[2]), int(found[3]))
+        if (built[0] == major and built[1] <= minor) or (found[1] == "compute" and built <= capability):
+            return None
+    return (
+        f"{name} has compute capability {major}.{minor}, and torch {torch.__version__} has no kernels for it "
+        f"(it has {', '.join(architectures) or 'none'})"
+    )
+
+
+def _dtype(name: Any) -> torch.dtype:
+    """torch.bfloat16 for "bfloat16" or "torch.bfloat16"."""
+    dtype = getattr(torch, str(name).removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"{name!r} is no torch dtype", hint="bfloat16, float16 or float32")
+    return dtype
+
+
+def quantization_config(training: TrainingConfig, device: Device) -> BitsAndBytesConfig | None:
+    """What bitsandbytes is asked for, or None for method lora. An unwritten compute type follows the device."""
+    section = {key: value for key, value in training.section("QuantizationConfig").items() if value is not None}
+    if not (section.get("load_in_4bit") or section.get("load_in_8bit")):
+        return None
+    if not training.is_written("QuantizationConfig", "bnb_4bit_compute_dtype"):
+        section["bnb_4bit_compute_dtype"] = device.dtype
+    for key in ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage"):
+        if isinstance(section.get(key), str):
+            section[key] = _dtype(section[key])
+    return BitsAndBytesConfig(**section)
+
+
+def load_base_model(
+    directory: Path, training: TrainingConfig, device: Device, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model of a local directory, quantized as the config says, frozen, on the device.
+
+    peft's prepare_model_for_kbit_training is not called: it turns norms, embeddings and so the whole residual stream
+    to fp32, which doubles the memory traffic of everything that is not a GEMM.
+    """
+    dtype = _dtype(training.value("ModelConfig", "dtype")) if training.is_written("ModelConfig", "dtype") else None
+    if dtype is torch.bfloat16 and device.is_cuda and device.dtype is not torch.bfloat16:
+        dtype = None  # a GPU without bf16
+    if not device.is_cuda:
+        dtype = None  # half precision on a CPU is slow and, for some kernels, missing
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        directory,
+        quantization_config=quantization_config(training, device),
+        dtype=dtype or device.dtype,
+        device_map={"": device.device},
+        attn_implementation="sdpa",
+        local_files_only=True,
+        trust_remote_code=trust_remote_code,
+    )
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # On a CPU with AVX512-BF16 the first evaluation would repack the weights for an inference kernel that has
+            # no backward: every gradient after it would miss what flows through the base, without an error.
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What LoRA adapts. `modules`: module name → in how many layers; `uncovered`: linear layers it leaves out."""
+
+    modules: Mapping[str, int]
+    uncovered: Mapping[str, int]
+    trainable_parameters: int
+    total_parameters: int
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable_parameters / self.total_parameters
+        names = ", ".join(f"{name} ×{count}" for name, count in self.modules.items())
+        left = f"; not covered: {', '.join(self.uncovered)}" if self.uncovered else ""
+        count = f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters ({share:.2f} %)"
+        return f"LoRA on {names}: {count}{left}"
+
+
+def linear_layers(model: nn.Module) -> dict[str, int]:
+    """Name → count of the linear layers in the model's blocks: all but the output head and what stands alone."""
+    names = Counter(
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and re.search(r"\.\d+\.", name)
+    )
+    if not names:
+        raise ConfigError(f"{type(model).__name__} has no linear layers in its blocks: LoRA has nothing to adapt")
+    return dict(names)
+
+
+def attach_lora(model: PreTrainedModel, training: TrainingConfig) -> tuple[PeftModel, Coverage, dict[str, str]]:
+    """The model with adapters in fp32, what they cover, and which requested names were mapped to fused ones.
+
+    Raises ConfigError, listing what is there, when a requested module is nowhere in the model.
+    """
+    layers = linear_layers(model)
+    section = {key: value for key, value in training.section("LoraConfig").items() if value is not None}
+    targets = resolve_target_modules(section.pop("target_modules", "all-linear"), tuple(layers))
+    if targets.unmatched:
+        hints = [hint for name in targets.unmatched if (hint := did_you_mean(name, layers))]
+        raise ConfigError(
+            f"LoraConfig.target_modules: no {', '.join(targets.unmatched)} in {type(model).__name__}; "
+            f"its linear layers are {', '.join(layers)}",
+            hint=hints[0] if hints else 'leave target_modules out, or write "all-linear"',
+        )
+    section.setdefault("task_type", "CAUSAL_LM")
+    try:
+        config = LoraConfig(target_modules=sorted(targets.modules), **section)
+        adapted: PeftModel = get_peft_model(model, config)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"LoraConfig: {error}") from error
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    covered = {name: layers[name] for name in layers if name in targets.modules}
+    uncovered = {name: count for name, count in layers.items() if name not in targets.modules}
+    trainable = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    return adapted, Coverage(covered, uncovered, trainable, _parameter_count(adapted)), dict(targets.renamed)
+
+
+def _parameter_count(model: nn.Module) -> int:
+    """All parameters; a 4-bit weight holds two in a byte, so its own shape is counted."""
+    total = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        total += state.shape.numel() if state is not None else parameter.numel()
+    return total

@@ -1,0 +1,258 @@
+"""Fetched files → token ids and labels on disk, with every row that is not trained on counted and listed."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tuner.errors import ConfigError, DataError
+from tuner.pipeline.dataset import (
+    BadRow,
+    Completion,
+    Conversation,
+    DataFile,
+    PlainText,
+    Row,
+    gather_rows,
+    order_sha256,
+    split_rows,
+)
+from tuner.pipeline.labels import FALLBACK_CHAT_TEMPLATE, Labeller, TokenRow
+from tuner.pipeline.libraries import quiet
+from tuner.runspec import Fetched, Prepared, Progress, Reporter, RowProblem, RunSpec, Split
+
+LONGEST_DEFAULT = 8192
+MOST_OVER_LENGTH = 0.10  # share of rows; above it the run stops
+SMOKE_TRAIN_ROWS = 64
+SMOKE_EVALUATION_ROWS = 16
+_SHOWN_PROBLEMS = 20
+
+
+def prepare(spec: RunSpec, fetched: Fetched, work_dir: Path, reporter: Reporter) -> Prepared:
+    """Read, check, split, tokenize; leave train.arrow, evaluation.arrow, tokenizer/ and problems.jsonl.
+
+    Raises DataError when too many rows are bad or too long, or when nothing in them would be learnt; ConfigError when
+    the chat template or the tokenizer does not serve.
+    """
+    settings = spec.training.dataset
+    directory = work_dir / "prepared"
+    directory.mkdir(parents=True, exist_ok=True)
+    gathered = gather_rows([DataFile(work_dir / file.path, file.source) for file in fetched.files], settings)
+    split = split_rows(gathered.rows, settings)
+    train, evaluation = split.train, split.evaluation
+    base_dir = _base_model_dir(spec, fetched, gathered.rows, work_dir)
+    tokenizer = load_tokenizer(spec, work_dir / base_dir, conversations=any(isinstance(r, Conversation) for r in train))
+    tokenizer.save_pretrained(directory / "tokenizer")
+    labeller = Labeller(tokenizer)
+    if labeller.end_of_turn.token is None and any(isinstance(row, Conversation) for row in train):
+        reporter.warn("the chat template closes no turn with a special token: EOS is learnt after the last answer")
+    if spec.smoke:
+        train, evaluation = train[:SMOKE_TRAIN_ROWS], evaluation[:SMOKE_EVALUATION_ROWS]
+    limit = settings.max_length or min(LONGEST_DEFAULT, context_length(spec, work_dir / base_dir))
+    tallies = {
+        name: _tokenize(rows, labeller, limit, settings.over_length, name, reporter)
+        for name, rows in (("training", train), ("held-out", evaluation))
+    }
+    problems = [
+        *(RowProblem(file=bad.origin.file, row=bad.origin.row, reason=bad.reason) for bad in gathered.bad),
+        *(problem for tally in tallies.values() for problem in tally.problems),
+    ]
+    problems_file = _write_problems(problems, directory / "problems.jsonl")
+    over = sum(tally.over_length for tally in tallies.values())
+    untold = sum(tally.bad for tally in tallies.values())
+    count = len(train) + len(evaluation)
+    listed = f"all of them are listed in {problems_file}"
+    if untold > settings.bad_row_share * count:
+        shown = "; ".join(f"{p.file}:{p.row}: {p.reason}" for p in tallies["training"].problems[:3])
+        raise DataError(f"the chat template serves {count - untold:,} of {count:,} rows: {shown}", hint=listed)
+    if settings.over_length == "drop" and over > MOST_OVER_LENGTH * count:
+        raise DataError(
+            f"{over:,} of {count:,} rows ({over / count:.0%}) are longer than {limit:,} tokens",
+            hint="raise TrainingArguments.max_length, or set DatasetConfig.over_length to truncate; " + listed,
+        )
+    rows = tallies["training"].rows
+    if not rows or not any(row.supervised[1:].any() for row in rows):
+        raise DataError("no row has a token to learn", hint=f"`tuner data preview FILE` shows what is learnt; {listed}")
+    straddles = sum(row.straddles for row in rows)
+    if straddles:
+        reporter.warn(f"in {straddles:,} answers the first token begins in the prompt: the template ends it mid-word")
+    held_out = tallies["held-out"].rows
+    result = Prepared(
+        run_digest=spec.digest,
+        train=_write_split(rows, directory / "train.arrow", work_dir),
+        evaluation=_write_split(held_out, directory / "evaluation.arrow", work_dir) if held_out else None,
+        rows_read=len(gathered.rows) + len(gathered.bad),
+        shapes=gathered.shapes,
+        bad_rows=len(gathered.bad) + untold,
+        over_length_rows=over if settings.over_length == "drop" else 0,
+        truncated_rows=over if settings.over_length == "truncate" else 0,
+        unsupervised_rows=sum(tally.unsupervised for tally in tallies.values()),
+        problems=tuple(problems[:_SHOWN_PROBLEMS]),
+        problems_file=problems_file and str(Path(problems_file).relative_to(work_dir)),
+        max_length=limit,
+        tokenizer_dir="prepared/tokenizer",
+        base_model_dir=base_dir,
+    )
+    _say(result, split.duplicates, reporter)
+    result.save(work_dir / "prepared.json")
+    return result
+
+
+def _base_model_dir(spec: RunSpec, fetched: Fetched, rows: Sequence[Row], work_dir: Path) -> str:
+    if fetched.base_model:
+        return fetched.base_model.path
+    quiet()
+    from tuner.pipeline.tiny_model import make_tiny_model  # the only torch before training, for smoke runs
+
+    seed = int(spec.training.value("TrainingArguments", "seed"))
+    make_tiny_model(spec.preset, texts_of(rows[:1000]), work_dir / "smoke-model", seed=seed)
+    return "smoke-model"
+
+
+def texts_of(rows: Iterable[Row]) -> Iterator[str]:
+    """All the words of the rows, to train a tokenizer on."""
+    for row in rows:
+        match row:
+            case PlainText():
+                yield row.text
+            case Completion():
+                yield row.prompt
+                yield row.completion
+            case Conversation():
+                yield from (str(message.get("content", "")) for message in row.messages)
+
+
+def load_tokenizer(spec: RunSpec, directory: Path, *, conversations: bool) -> Any:
+    """The base model's tokenizer with the template to train with: what the user wrote, its own, the preset's."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=spec.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{directory}: no tokenizer that transformers can load: {error}") from error
+    written = spec.training.section("ModelConfig").get("chat_template")
+    if written:
+        tokenizer.chat_template = written
+    elif conversations and not tokenizer.chat_template:
+        tokenizer.chat_template = spec.preset.chat_template or FALLBACK_CHAT_TEMPLATE
+    return tokenizer
+
+
+def context_length(spec: RunSpec, base_dir: Path) -> int:
+    """Tokens the model can attend to: config.json's word, which a --base-model may have other than the preset."""
+    config = json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
+    config = config.get("text_config", config)
+    return int(config.get("max_position_embeddings") or spec.preset.context_length or LONGEST_DEFAULT)
+
+
+@dataclass(frozen=True)
+class _Tally:
+    rows: list[TokenRow]
+    problems: list[RowProblem]
+    bad: int
+    over_length: int
+    unsupervised: int
+
+
+def _tokenize(
+    rows: Sequence[Row], labeller: Labeller, limit: int, over_length: str, task: str, reporter: Reporter
+) -> _Tally:
+    kept: list[TokenRow] = []
+    problems: list[RowProblem] = []
+    bad = over = unsupervised = 0
+    for begin in range(0, len(rows), 1024):
+        batch = rows[begin : begin + 1024]
+        examples = []
+        for row in batch:
+            rendered = labeller.examples(row)
+            if isinstance(rendered, BadRow):
+                bad += 1
+                problems.append(RowProblem(file=row.origin.file, row=row.origin.row, reason=rendered.reason))
+            else:
+                examples.extend(rendered)
+        for tokens in labeller.tokenize(examples):
+            length = len(tokens.input_ids)
+            if length > limit:
+                over += 1
+                where = RowProblem(
+                    file=tokens.origin.file,
+                    row=tokens.origin.row,
+                    reason=f"{length:,} tokens, more than the {limit:,} of max_length",
+                )
+                if over_length == "error":
+                    raise DataError(f"{where.file}:{where.row}: {where.reason}", hint="DatasetConfig.over_length: drop")
+                problems.append(where)
+                if over_length == "drop":
+                    continue
+                tokens = tokens.truncated(limit)
+            # The first token is never predicted, so a mask on it alone teaches nothing.
+            if not tokens.supervised[1:].any():
+                unsupervised += 1
+                problems.append(
+                    RowProblem(file=tokens.origin.file, row=tokens.origin.row, reason="no token of it is learnt")
+                )
+                continue
+            kept.append(tokens)
+        reporter.progress(Progress("prepare", f"tokenizing {task} rows", begin + len(batch), len(rows), "rows"))
+    return _Tally(kept, problems, bad, over, unsupervised)
+
+
+def _write_split(rows: Sequence[TokenRow], path: Path, work_dir: Path) -> Split:
+    import pyarrow as pa
+
+    schema = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
+    # A stream, not a file: what datasets.Dataset.from_file maps into memory.
+    with path.open("wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        for begin in range(0, len(rows), 1000):
+            batch = rows[begin : begin + 1000]
+            columns = [[row.input_ids for row in batch], [row.labels() for row in batch]]
+            writer.write_batch(
+                pa.record_batch(
+                    [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema=schema
+                )
+            )
+    return Split(
+        path=str(path.relative_to(work_dir)),
+        rows=len(rows),
+        tokens=sum(len(row.input_ids) for row in rows),
+        supervised_tokens=sum(int(row.supervised.sum()) for row in rows),
+        longest=max(len(row.input_ids) for row in rows),
+        order_sha256=order_sha256([row.origin for row in rows]),
+    )
+
+
+def _write_problems(problems: Sequence[RowProblem], path: Path) -> str | None:
+    path.unlink(missing_ok=True)
+    if not problems:
+        return None
+    with path.open("w", encoding="utf-8") as file:
+        for problem in problems:
+            file.write(json.dumps(problem.model_dump(), ensure_ascii=False) + "\n")
+    return str(path)
+
+
+def _say(result: Prepared, duplicates: int, reporter: Reporter) -> None:
+    train = result.train
+    reporter.note(
+        f"prepared {train.rows:,} training rows ({train.tokens:,} tokens, "
+        f"{train.supervised_tokens / train.tokens:.0%} learnt, longest {train.longest:,})"
+        + (f", {result.evaluation.rows:,} held out" if result.evaluation else ", none held out")
+        + f"; shapes: {', '.join(f'{name} {count:,}' for name, count in result.shapes.items())}"
+    )
+    if duplicates:
+        reporter.note(f"{duplicates:,} rows are the same as another and were kept on its side of the split")
+    left = {
+        "bad": result.bad_rows,
+        f"longer than {result.max_length:,} tokens": result.over_length_rows,
+        "with nothing to learn": result.unsupervised_rows,
+    }
+    if any(left.values()):
+        what = ", ".join(f"{count:,} {name}" for name, count in left.items() if count)
+        reporter.warn(f"left out of {result.rows_read:,} rows: {what}; see {result.problems_file}")
+    if result.truncated_rows:
+        reporter.warn(
+            f"cut to {result.max_length:,} tokens: {result.truncated_rows:,} rows; see {result.problems_file}"
+        )

@@ -1,0 +1,312 @@
+"""RunSpec → RunResult: the whole story in a handful of calls.
+
+preflight  spec, GPU, disk, secrets, the tag, push permission     seconds; no data, no GPU work
+fetch      every URL, verified; base weights                      no push secret
+prepare    every row: shape, template, labels, lengths, split     CPU
+train      4-bit base + LoRA; checkpoints; evaluation             no credentials
+push       package, blobs, manifest by digest, tag                never retrains
+"""
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tuner.errors import ConfigError, DeniedError, InputMissingError, NotPushedError, TunerError
+from tuner.pipeline.adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    adapter_config,
+    check_weights,
+    file_digests,
+    model_card,
+    run_lock,
+    write_json,
+)
+from tuner.pipeline.fetch import fetch
+from tuner.pipeline.libraries import check_packages, quiet
+from tuner.pipeline.package import adapter_image
+from tuner.pipeline.prepare import prepare
+from tuner.reference import LayoutReference, parse_reference
+from tuner.registry import client_for
+from tuner.registry.layout import layout_digest
+from tuner.registry.probe import probe_push
+from tuner.registry.push import Pushed, push_image, push_layout
+from tuner.runspec import (
+    DirectoryDestination,
+    Fetched,
+    FetchedModel,
+    HubModel,
+    ImageDestination,
+    LayoutDestination,
+    Network,
+    Prepared,
+    Reporter,
+    RunResult,
+    RunSpec,
+    Secrets,
+    StageName,
+    Trained,
+)
+
+_SPARE_DISK_BYTES = 2 * 2**30  # tokens, checkpoints, adapter
+
+
+def run(
+    spec: RunSpec, secrets: Secrets, work_dir: Path, reporter: Reporter, *, on_stage: Callable[[StageName], None]
+) -> RunResult:
+    """Everything, in one process. `on_stage` is told as each stage begins. Raises the TunerError of what failed."""
+    started = time.monotonic()
+    on_stage("preflight")
+    preflight(spec, secrets, work_dir, reporter)
+    on_stage("fetch")
+    fetched = fetch(spec, secrets, work_dir, reporter)
+    on_stage("prepare")
+    prepared = prepare(spec, fetched, work_dir, reporter)
+    on_stage("train")
+    trained = train(spec, fetched, prepared, work_dir, reporter)
+    on_stage("push")
+    return push(spec, secrets, trained, work_dir, reporter, started=started)
+
+
+# ── preflight ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def preflight(spec: RunSpec, secrets: Secrets, work_dir: Path, reporter: Reporter, *, trains: bool = True) -> None:
+    """Find out in seconds what would otherwise be found out after hours.
+
+    Raises ConfigError (packages, GPU, disk, a tag that must not be overwritten), DeniedError (push permission, a gated
+    model without a token), ServiceError (registry down), InputMissingError. `trains`: whether this machine will train.
+    """
+    if trains:
+        check_packages()
+        _check_gpu()
+    _check_disk(spec, work_dir)
+    _check_model_access(spec, secrets)
+    destinations = [spec.destination, *([spec.probe] if spec.probe else [])]
+    for destination in destinations:
+        match destination:
+            case ImageDestination() if spec.preflight:
+                _probe(destination, spec, secrets, reporter)
+            case LayoutDestination(path=path, tag=tag, overwrite=overwrite):
+                existing = layout_digest(LayoutReference(Path(path), tag))
+                if existing and not overwrite:
+                    raise _exists(f"oci:{path}:{tag}", existing)
+                _check_writable(Path(path))
+            case DirectoryDestination(path=path):
+                _check_writable(Path(path))
+
+
+def _check_gpu() -> None:
+    """Only where there is an NVIDIA driver is it worth the seconds that importing torch takes."""
+    if Path("/proc/driver/nvidia/version").exists():
+        from tuner.pipeline.model import pick_device
+
+        pick_device()
+
+
+def _check_disk(spec: RunSpec, work_dir: Path) -> None:
+    work_dir.mkdir(parents=True, exist_ok=True)
+    weights = spec.preset.weights_gib if isinstance(spec.base_model, HubModel) else None
+    need = _SPARE_DISK_BYTES // (8 if spec.smoke else 1) + int((weights or 0) * 2**30)
+    free = shutil.disk_usage(work_dir).free
+    if free < need and not (weights and _is_cached(spec)):
+        raise ConfigError(
+            f"{work_dir}: {free / 2**30:.1f} GiB free, and the run needs about {need / 2**30:.1f} GiB",
+            hint="give another --work-dir, or HF_HOME for the weights",
+        )
+
+
+def _is_cached(spec: RunSpec) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    assert isinstance(spec.base_model, HubModel)
+    found = try_to_load_from_cache(spec.base_model.id, "config.json", revision=spec.base_model.revision)
+    return isinstance(found, str)
+
+
+def _check_model_access(spec: RunSpec, secrets: Secrets) -> None:
+    if not isinstance(spec.base_model, HubModel) or not spec.preset.gated or secrets.hf_token:
+        return
+    if not _is_cached(spec):
+        raise DeniedError(
+            f"{spec.base_model.id} is gated: the hub gives it to those who accepted its licence",
+            hint=f"accept it at https://huggingface.co/{spec.base_model.id} and set HF_TOKEN",
+        )
+
+
+def _check_writable(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        marker = directory / ".tuner-writable"
+        marker.touch()
+        marker.unlink()
+    except OSError as error:
+        raise ConfigError(f"{directory}: cannot be written: {error.strerror}") from error
+
+
+def _exists(reference: str, digest: str) -> ConfigError:
+    return ConfigError(
+        f"{reference} is there already, with {digest}", hint="give another tag, or leave out --no-overwrite"
+    )
+
+
+def _probe(destination: ImageDestination, spec: RunSpec, secrets: Secrets, reporter: Reporter) -> None:
+    reference = parse_reference(destination.reference)
+    with client_for(reference, spec.network, secrets.docker_configs) as client:
+        found = probe_push(reference, client)
+    if found.existing_digest and not destination.overwrite:
+        raise _exists(str(reference), found.existing_digest)
+    tag = f"; its tag has {found.existing_digest} now" if found.existing_digest else ""
+    reporter.note(f"may push to {reference} with {found.credential}{tag}")
+
+
+# ── train ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def train(spec: RunSpec, fetched: Fetched, prepared: Prepared, work_dir: Path, reporter: Reporter) -> Trained:
+    """Train, finish the adapter directory, check it. An adapter of these very inputs is not trained again."""
+    inputs = inputs_digest(fetched)
+    done = finished_adapter(inputs, work_dir)
+    if done:
+        reporter.note(f"already trained: {work_dir / done.adapter_dir}")
+        return done
+    quiet()
+    from tuner.pipeline.train import Stop, optimise
+
+    # A name of its own, so that an adapter of other inputs in the same work directory stays.
+    adapter_dir = work_dir / f"adapter-{inputs[:12]}"
+    if adapter_dir.exists():
+        shutil.rmtree(adapter_dir)
+    checkpoints = work_dir / "checkpoints" / inputs[:12]
+    with Stop(reporter.warn).listening() as stop:
+        outcome = optimise(spec, prepared, work_dir, adapter_dir, checkpoints, stop, reporter)
+    base = _base_to_name(spec, fetched)
+    config, newer = adapter_config(outcome.lora_config, outcome.lora_defaults, base)
+    if newer:
+        reporter.warn(
+            f"KAITO's transformers runtime (peft 0.11.1) cannot load this adapter: it does not know {', '.join(newer)}"
+        )
+    figures: dict[str, float | int | None] = {
+        "steps": outcome.steps,
+        "epochs": outcome.epochs,
+        "first_train_loss": outcome.first_train_loss,
+        "last_train_loss": outcome.last_train_loss,
+        "eval_loss_before": outcome.eval_loss_before,
+        "eval_loss_after": outcome.eval_loss_after,
+    }
+    write_json(adapter_dir / ADAPTER_CONFIG, config)
+    write_json(
+        adapter_dir / "run.lock.json",
+        run_lock(spec, fetched, prepared, outcome.versions) | {"figures": figures, "name": spec.name},
+    )
+    card = model_card(spec, fetched, prepared, figures, str(outcome.coverage))
+    (adapter_dir / "README.md").write_text(card, encoding="utf-8")
+    for path in sorted((work_dir / prepared.tokenizer_dir).iterdir()):
+        shutil.copyfile(path, adapter_dir / path.name)
+    check_weights(adapter_dir / ADAPTER_WEIGHTS)
+    trained = Trained(
+        run_digest=spec.digest,
+        inputs_digest=inputs,
+        adapter_dir=adapter_dir.name,
+        files=file_digests(adapter_dir),
+        steps=outcome.steps,
+        epochs=outcome.epochs,
+        examples=outcome.examples,
+        tokens=outcome.tokens,
+        train_seconds=outcome.seconds,
+        first_train_loss=outcome.first_train_loss,
+        last_train_loss=outcome.last_train_loss,
+        eval_loss_before=outcome.eval_loss_before,
+        eval_loss_after=outcome.eval_loss_after,
+        modules=dict(outcome.coverage.modules),
+        trainable_parameters=outcome.coverage.trainable_parameters,
+        total_parameters=outcome.coverage.total_parameters,
+    )
+    trained.save(work_dir / "trained.json")
+    return trained
+
+
+def inputs_digest(fetched: Fetched) -> str:
+    """sha256 over the run's digest and the content of everything it fetched: what the adapter depends on."""
+    parts = [fetched.run_digest, *(file.sha256 for file in fetched.files)]
+    parts.append(fetched.base_model.digest if fetched.base_model else "")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def finished_adapter(inputs: str, work_dir: Path) -> Trained | None:
+    """What trained.json says, when it is of these inputs and every file is still as it was."""
+    try:
+        trained = Trained.load(work_dir / "trained.json")
+    except (InputMissingError, ConfigError):
+        return None
+    adapter_dir = work_dir / trained.adapter_dir
+    if trained.inputs_digest != inputs or not adapter_dir.is_dir():
+        return None
+    return trained if file_digests(adapter_dir) == trained.files else None
+
+
+def _base_to_name(spec: RunSpec, fetched: Fetched) -> FetchedModel | None:
+    """The base that adapter_config.json names: none for a smoke run, whose base is made up."""
+    return None if spec.smoke else fetched.base_model
+
+
+# ── push ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def push(
+    spec: RunSpec, secrets: Secrets, trained: Trained, work_dir: Path, reporter: Reporter, *, started: float
+) -> RunResult:
+    """Package and deliver. Raises NotPushedError, with the command that finishes, whatever the registry said."""
+    adapter_dir = work_dir / trained.adapter_dir
+    if file_digests(adapter_dir) != trained.files:
+        raise TunerError(f"{adapter_dir}: its files are not those that were trained")
+    previous = tag = None
+    match spec.destination:
+        case DirectoryDestination(path=path):
+            target = Path(path)
+            shutil.copytree(adapter_dir, target, dirs_exist_ok=True)
+            image = str(target)
+        case LayoutDestination() | ImageDestination() as destination:
+            pushed = deliver(adapter_dir, destination, spec.network, secrets.docker_configs, reporter)
+            image, previous, tag = pushed.reference, pushed.previous_digest, pushed.tag
+            if previous and not image.endswith(previous):
+                reporter.note(f"the tag was moved from {previous}")
+    return RunResult(
+        run_digest=spec.digest,
+        image=image,
+        tag=tag,
+        previous_digest=previous,
+        steps=trained.steps,
+        examples=trained.examples,
+        tokens=trained.tokens,
+        seconds=time.monotonic() - started,
+        train_loss=trained.last_train_loss,
+        eval_loss_before=trained.eval_loss_before,
+        eval_loss=trained.eval_loss_after,
+    )
+
+
+def deliver(
+    adapter_dir: Path,
+    destination: ImageDestination | LayoutDestination,
+    network: Network,
+    docker_configs: Sequence[str],
+    reporter: Reporter,
+) -> Pushed:
+    """Push an adapter directory as an image; whatever a registry says becomes NotPushedError with what to do next."""
+    image = adapter_image(adapter_dir)
+    match destination:
+        case LayoutDestination(path=path, tag=tag, overwrite=overwrite):
+            return push_layout(image, LayoutReference(Path(path), tag), overwrite=overwrite, reporter=reporter)
+        case ImageDestination(reference=text, overwrite=overwrite):
+            reference = parse_reference(text)
+            try:
+                with client_for(reference, network, docker_configs) as client:
+                    return push_image(image, reference, client, overwrite=overwrite, reporter=reporter)
+            except TunerError as error:
+                raise NotPushedError(
+                    f"trained, but not pushed: {error.message}",
+                    hint=f"the adapter is kept; finish with: tuner push {adapter_dir} {reference}",
+                ) from error

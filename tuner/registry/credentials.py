@@ -1,0 +1,214 @@
+"""The texts of image pull secrets and Docker configurations → the credentials that fit a repository.
+
+Three shapes are read: `.dockerconfigjson` and `config.json` (`{"auths": {KEY: ENTRY}}`) and the older
+`.dockercfg` (`{KEY: ENTRY}`). Keys match as kubelet and containers-auth.json(5) do it: a host, a host with a path
+prefix, `https://host/v2/`, `*.azurecr.io`. Nothing here prints a secret: reprs, messages and descriptions
+have the key and the user's name only.
+"""
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tuner.errors import ConfigError, Problem
+from tuner.reference import ImageReference
+
+_DOCKER_HUB_HOSTS = ("docker.io", "index.docker.io", "registry-1.docker.io")
+_ENTRY_FIELDS = ("auth", "username", "password", "identitytoken", "registrytoken")
+_REMAKE = "make the secret again with kubectl create secret docker-registry, or run docker login"
+
+
+@dataclass(frozen=True)
+class Credential:
+    """One way to identify oneself. The kinds exclude each other, the strongest that is there counts:
+    a registry token (sent as it is), an identity token (traded for one), a user with a password, nobody."""
+
+    key: str
+    username: str = ""
+    password: str = field(default="", repr=False)
+    identity_token: str = field(default="", repr=False)
+    registry_token: str = field(default="", repr=False)
+
+    @property
+    def is_anonymous(self) -> bool:
+        return not (self.username or self.password or self.identity_token or self.registry_token)
+
+    def describe(self) -> str:
+        """Key and user name, for people."""
+        if self.is_anonymous:
+            return "no credential"
+        who = f"user {self.username!r}" if self.username else "a token"
+        return f"{who} (key {self.key!r} of the secret)"
+
+
+ANONYMOUS = Credential(key="")
+
+
+@dataclass(frozen=True)
+class CredentialStore:
+    """All credentials of several texts, in the order of the texts."""
+
+    texts: tuple[tuple[Credential, ...], ...] = ()
+
+    def find(self, reference: ImageReference) -> list[Credential]:
+        """All that match the repository, best first: by text, then the longest path, then exact host before glob."""
+        found: list[Credential] = []
+        for credentials in self.texts:
+            ranked = [
+                (rank, credential)
+                for credential in credentials
+                if (rank := _match(credential.key, reference)) is not None
+            ]
+            ranked.sort(key=lambda pair: pair[0], reverse=True)  # stable: equals stay in the file's order
+            found.extend(credential for _, credential in ranked)
+        return found
+
+    def describe(self) -> str:
+        """The keys that are there, for the sentence that none of them matches."""
+        keys = [credential.key for credentials in self.texts for credential in credentials]
+        return f"credentials for {', '.join(keys)}" if keys else "no credentials"
+
+
+class _Entry(BaseModel):
+    """One value of `auths`. Unknown keys are other people's (email, …)."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
+
+    auth: str | None = None
+    username: str | None = None
+    password: str | None = None
+    identitytoken: str | None = None
+    registrytoken: str | None = None
+
+
+def parse_credentials(texts: Sequence[str]) -> CredentialStore:
+    """The credentials of all texts. Raises ConfigError with every problem, never with a word of the content."""
+    problems: list[Problem] = []
+    parsed: list[tuple[Credential, ...]] = []
+    for number, text in enumerate(texts, start=1):
+        name = "docker config" if len(texts) == 1 else f"docker config {number} of {len(texts)}"
+        credentials = [
+            _parse_entry(key, entry, name, problems) for key, entry in _parse_text(text, name, problems).items()
+        ]
+        # `{}` stands where a credential helper keeps the secret.
+        parsed.append(tuple(credential for credential in credentials if not credential.is_anonymous))
+    if problems:
+        raise ConfigError.of(problems)
+    return CredentialStore(tuple(parsed))
+
+
+def expires_at(credential: Credential) -> datetime | None:
+    """When the credential ends, if it is a JWT that says so: ACR's refresh and access tokens do."""
+    for token in (credential.registry_token, credential.identity_token, credential.password):
+        if token:
+            return _jwt_expiry(token)
+    return None
+
+
+def _parse_text(text: str, name: str, problems: list[Problem]) -> Mapping[str, object]:
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):  # the message is harmless, but a ValueError carries the whole text
+        document = None
+    if not isinstance(document, dict):
+        problems.append(Problem("not a JSON object", file=name, hint=_REMAKE))
+        return {}
+    entries = document["auths"] if "auths" in document else _legacy_entries(document)
+    if not isinstance(entries, dict):
+        problems.append(Problem("not a JSON object", path="auths", file=name, hint=_REMAKE))
+        return {}
+    return entries
+
+
+def _legacy_entries(document: Mapping[str, object]) -> dict[str, object]:
+    """The entries of a .dockercfg; a config.json without `auths` has other objects, which are none."""
+    return {
+        key: value
+        for key, value in document.items()
+        if isinstance(value, dict) and any(name in value for name in _ENTRY_FIELDS)
+    }
+
+
+def _parse_entry(key: str, value: object, name: str, problems: list[Problem]) -> Credential:
+    path = f'auths["{key}"]'
+    try:
+        entry = _Entry.model_validate(value)
+    except ValidationError as error:
+        for fault in error.errors(include_input=False, include_url=False, include_context=False):
+            where = ".".join((path, *(str(part) for part in fault["loc"])))
+            problems.append(Problem(fault["msg"], path=where, file=name, hint=_REMAKE))
+        return ANONYMOUS
+    username, password = entry.username or "", entry.password or ""
+    if entry.auth:
+        pair = _decode_auth(entry.auth)
+        if pair is None:
+            problems.append(
+                Problem("not the base64 form of user:password", path=f"{path}.auth", file=name, hint=_REMAKE)
+            )
+            return ANONYMOUS
+        username, password = pair
+    return Credential(key, username, password, entry.identitytoken or "", entry.registrytoken or "")
+
+
+def _decode_auth(auth: str) -> tuple[str, str] | None:
+    unpadded = auth.strip().rstrip("=")
+    try:
+        decoded = base64.b64decode(unpadded + "=" * (-len(unpadded) % 4), validate=True).decode()
+    except (binascii.Error, UnicodeDecodeError):
+        return None
+    username, colon, password = decoded.partition(":")
+    # Some clients of old padded the password with NULs.
+    return (username, password.rstrip("\0")) if colon else None
+
+
+def _match(key: str, reference: ImageReference) -> tuple[int, bool] | None:
+    """How well a key fits: (length of its path, whether its host is exact), or None."""
+    host, path = _split_key(key)
+    registry = reference.registry.lower()
+    if path and not f"{reference.repository}/".startswith(f"{path}/"):
+        return None
+    if host == registry or (registry == "docker.io" and host in _DOCKER_HUB_HOSTS):
+        return len(path), True
+    return (len(path), False) if _glob_matches(host, registry) else None
+
+
+def _split_key(key: str) -> tuple[str, str]:
+    """Host (lower case, with port) and path, without scheme and without the API's own `v1/`, `v2/`."""
+    _, _, rest = key.rpartition("://")
+    host, _, path = rest.partition("/")
+    for version in ("v1", "v2"):
+        if path == version or path.startswith(f"{version}/"):
+            path = path[len(version) :]
+            break
+    return host.lower(), path.strip("/")
+
+
+def _glob_matches(pattern: str, host: str) -> bool:
+    """Label by label, so that `*` stays between two dots; the port must be the same."""
+    if "*" not in pattern and "?" not in pattern:
+        return False
+    pattern_name, _, pattern_port = pattern.partition(":")
+    host_name, _, host_port = host.partition(":")
+    pattern_labels, host_labels = pattern_name.split("."), host_name.split(".")
+    return (
+        pattern_port == host_port
+        and len(pattern_labels) == len(host_labels)
+        and all(fnmatchcase(label, glob) for label, glob in zip(host_labels, pattern_labels, strict=True))
+    )
+
+
+def _jwt_expiry(token: str) -> datetime | None:
+    parts = token.split(".")
+    if len(parts) != 3:
+        return None
+    try:
+        claims = json.loads(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)))
+        return datetime.fromtimestamp(claims["exp"], UTC)
+    except (ValueError, TypeError, KeyError, OverflowError, OSError):
+        return None  # opaque tokens may well have two dots

@@ -1,0 +1,319 @@
+"""Files of an adapter → an OCI image as a value: its manifest, its config and its layers, byte for byte.
+
+    manifest  application/vnd.oci.image.manifest.v1+json
+      config  a real image config: architecture, os, rootfs, history, labels
+      layers  1. data/adapter_config.json, data/README.md, …   small, differs in every run
+              2. data/tokenizer.json, …                        the same for all adapters of a base
+              3. data/adapter_model.safetensors                large
+      annotations
+
+Layers are uncompressed tars that exist only as a plan: headers in memory, contents read from the files when
+somebody reads the layer. Nothing is written, an upload may begin again anywhere, and digest and diff_id are one.
+Equal input gives equal bytes, so pushing twice uploads nothing.
+https://github.com/opencontainers/image-spec/blob/main/layer.md
+"""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from itertools import accumulate
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from tuner.errors import DataError
+
+MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
+CONFIG_TYPE = "application/vnd.oci.image.config.v1+json"
+LAYER_TYPE = "application/vnd.oci.image.layer.v1.tar"
+TOP_DIRECTORY = "data"  # where KAITO's readers look
+
+_EPOCH = datetime.fromtimestamp(0, UTC)
+_CHUNK_BYTES = 1 << 20
+_END_OF_TAR = bytes(2 * tarfile.BLOCKSIZE)
+
+_LAYERS = ("records", "tokenizer", "weights")
+_TOKENIZER_NAMES = frozenset(
+    {
+        "added_tokens.json",
+        "chat_template.jinja",
+        "chat_template.json",
+        "merges.txt",
+        "sentencepiece.bpe.model",
+        "special_tokens_map.json",
+        "spiece.model",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "vocab.json",
+        "vocab.txt",
+    }
+)
+
+
+@dataclass(frozen=True)
+class FilePart:
+    """The whole of one file, as it was when it was measured."""
+
+    path: Path
+    size_bytes: int
+    fingerprint: tuple[int, ...]
+
+    def check(self, stream: BinaryIO) -> None:
+        """Raises DataError when the open file is not the one that was measured."""
+        if _fingerprint(os.fstat(stream.fileno())) != self.fingerprint:
+            raise DataError(f"{self.path}: changed while it was being packaged", hint="let it be and push again")
+
+
+Part = bytes | FilePart
+
+
+@dataclass(frozen=True)
+class Blob:
+    """Bytes with a digest, some of which may still lie in files."""
+
+    media_type: str
+    digest: str
+    size_bytes: int
+    parts: tuple[Part, ...] = field(repr=False)
+
+    @property
+    def descriptor(self) -> dict[str, object]:
+        return {"mediaType": self.media_type, "digest": self.digest, "size": self.size_bytes}
+
+    def open(self) -> "BlobStream":
+        """A seekable stream of the blob's bytes; reading it raises DataError when a file has changed."""
+        return BlobStream(self.parts)
+
+
+@dataclass(frozen=True)
+class Layer(Blob):
+    """A blob that is a tar of some of the files."""
+
+    @property
+    def diff_id(self) -> str:
+        """The digest of the uncompressed tar: these are never compressed."""
+        return self.digest
+
+
+@dataclass(frozen=True)
+class Image:
+    """A whole image. Its digest names every byte of it."""
+
+    manifest_bytes: bytes = field(repr=False)
+    config: Blob
+    layers: tuple[Layer, ...]
+
+    @property
+    def digest(self) -> str:
+        return sha256_digest(self.manifest_bytes)
+
+    @property
+    def config_bytes(self) -> bytes:
+        with self.config.open() as stream:
+            return stream.read()
+
+    @property
+    def blobs(self) -> tuple[Blob, ...]:
+        """All that must be there before the manifest, the small ones first."""
+        return (self.config, *self.layers)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(blob.size_bytes for blob in self.blobs)
+
+
+def build_image(
+    files: Mapping[str, Path],
+    *,
+    annotations: Mapping[str, str] | None = None,
+    labels: Mapping[str, str] | None = None,
+    created: datetime = _EPOCH,
+) -> Image:
+    """The image with `files` (name in the image, without `data/` → path) and the annotations on its manifest.
+
+    `labels` are the config's and default to the annotations, because `docker inspect` shows labels only.
+    `created` is every time stamp in it: the epoch, or what SOURCE_DATE_EPOCH says. Reads every file once.
+    """
+    for name in files:
+        _check_name(name)
+    annotations = dict(annotations or {})
+    created_text = created.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    by_layer: dict[str, list[str]] = {layer: [] for layer in _LAYERS}
+    for name in sorted(files):
+        by_layer[_layer_of(name)].append(name)
+    plan = {layer: names for layer, names in by_layer.items() if names}
+    layers = tuple(_build_layer({name: files[name] for name in names}, created) for names in plan.values())
+    config_bytes = canonical_json(
+        {
+            "architecture": "amd64",
+            "config": {"Labels": dict(annotations if labels is None else labels)},
+            "created": created_text,
+            "history": [{"created": created_text, "created_by": f"tuner: {layer}"} for layer in plan],
+            "os": "linux",
+            "rootfs": {"type": "layers", "diff_ids": [layer.diff_id for layer in layers]},
+        }
+    )
+    config = Blob(CONFIG_TYPE, sha256_digest(config_bytes), len(config_bytes), (config_bytes,))
+    manifest: dict[str, object] = {
+        "schemaVersion": 2,
+        "mediaType": MANIFEST_TYPE,
+        "config": config.descriptor,
+        "layers": [layer.descriptor for layer in layers],
+    }
+    if annotations:
+        manifest["annotations"] = annotations
+    return Image(canonical_json(manifest), config, layers)
+
+
+def canonical_json(value: object) -> bytes:
+    """The one spelling of a value: sorted keys, no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def sha256_digest(content: bytes) -> str:
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def measure(stream: "BlobStream") -> tuple[str, int]:
+    """Digest and size of the rest of a stream."""
+    sha256 = hashlib.sha256()
+    buffer = bytearray(_CHUNK_BYTES)
+    size_bytes = 0
+    while count := stream.readinto(buffer):
+        sha256.update(memoryview(buffer)[:count])
+        size_bytes += count
+    return f"sha256:{sha256.hexdigest()}", size_bytes
+
+
+class BlobStream(io.RawIOBase):
+    """The parts of a blob, one after another, as one seekable stream. One file is open at a time."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        super().__init__()
+        self._parts = parts
+        sizes = (len(part) if isinstance(part, bytes) else part.size_bytes for part in parts)
+        self._starts = list(accumulate(sizes, initial=0))
+        self._position = 0
+        self._open_index: int | None = None
+        self._file: BinaryIO | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._starts[-1]}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def readinto(self, buffer: "memoryview | bytearray") -> int:  # type: ignore[override]
+        """Fills as much of the buffer as one part has; 0 at the end."""
+        if self._position >= self._starts[-1]:
+            return 0
+        # bisect_right passes over empty parts, which begin where their successor does
+        index = bisect_right(self._starts, self._position) - 1
+        offset = self._position - self._starts[index]
+        wanted = min(len(buffer), self._starts[index + 1] - self._position)
+        view = memoryview(buffer)[:wanted]
+        part = self._parts[index]
+        if isinstance(part, bytes):
+            view[:] = part[offset : offset + wanted]
+        else:
+            self._read_file(index, part, offset, view)
+        self._position += wanted
+        return wanted
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        super().close()
+
+    def _read_file(self, index: int, part: FilePart, offset: int, view: memoryview) -> None:
+        file = self._open_file(index, part)
+        file.seek(offset)
+        done = 0
+        while done < len(view):
+            count = file.readinto(view[done:])  # type: ignore[attr-defined]
+            if not count:
+                part.check(file)
+                raise DataError(f"{part.path}: shorter than it was")
+            done += count
+        if offset + done == part.size_bytes:
+            part.check(file)
+
+    def _open_file(self, index: int, part: FilePart) -> BinaryIO:
+        if self._file is not None and self._open_index == index:
+            return self._file
+        if self._file is not None:
+            self._file.close()
+        try:
+            self._file = part.path.open("rb", buffering=0)
+        except OSError as error:  # as an OSError it would look like a broken network to an upload
+            raise DataError(f"{part.path}: can not be read any more: {error.strerror}") from error
+        self._open_index = index
+        part.check(self._file)
+        return self._file
+
+
+def _build_layer(files: Mapping[str, Path], created: datetime) -> Layer:
+    """The tar of some files: `data/` and every directory below it, then each file, in the order of the names."""
+    mtime_s = int(created.timestamp())
+    paths = {f"{TOP_DIRECTORY}/{name}": path for name, path in files.items()}
+    directories = {str(parent) for name in paths for parent in PurePosixPath(name).parents} - {"."}
+    parts: list[Part] = []
+    for name in sorted({*paths, *directories}):
+        if name in directories:
+            parts.append(_header(name, tarfile.DIRTYPE, 0, mtime_s))
+            continue
+        part = _measure(paths[name])
+        padding = bytes(-part.size_bytes % tarfile.BLOCKSIZE)
+        parts += [_header(name, tarfile.REGTYPE, part.size_bytes, mtime_s), part, padding]
+    parts.append(_END_OF_TAR)
+    with BlobStream(parts) as stream:
+        digest, size_bytes = measure(stream)
+    return Layer(LAYER_TYPE, digest, size_bytes, tuple(parts))
+
+
+def _header(name: str, kind: bytes, size_bytes: int, mtime_s: int) -> bytes:
+    """One header of the same bytes on every machine: no owner, fixed modes, pax records only where ustar ends."""
+    info = tarfile.TarInfo(name)
+    info.type, info.size, info.mtime = kind, size_bytes, mtime_s
+    info.mode = 0o755 if kind == tarfile.DIRTYPE else 0o644
+    return info.tobuf(tarfile.PAX_FORMAT)
+
+
+def _measure(path: Path) -> FilePart:
+    try:
+        status = path.stat()
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: not there, so it can not be packaged") from error
+    return FilePart(path, status.st_size, _fingerprint(status))
+
+
+def _fingerprint(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _layer_of(name: str) -> str:
+    base = PurePosixPath(name).name
+    if base.endswith(".safetensors"):
+        return "weights"
+    return "tokenizer" if base in _TOKENIZER_NAMES else "records"
+
+
+def _check_name(name: str) -> None:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or str(path) != name or name == "." or not name.isprintable():
+        raise DataError(f"{name!r}: not a file name that an image can have")

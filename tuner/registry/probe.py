@@ -1,0 +1,28 @@
+"""May we push there? Asked in seconds, before anything is downloaded or trained."""
+
+from dataclasses import dataclass
+
+from tuner.errors import ConfigError
+from tuner.reference import ImageReference
+from tuner.registry.transport import RegistryClient
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The registry lets `credential` (described, no secret) push; `existing_digest` is the tag's, if there is one."""
+
+    existing_digest: str | None
+    credential: str
+
+
+def probe_push(reference: ImageReference, client: RegistryClient) -> Probe:
+    """Begins an upload and takes it back: the only question that every registry answers truly.
+
+    Raises DeniedError, ServiceError or InputMissingError with what the registry said. It can not see immutable tags,
+    quotas, or a credential that ends before the push.
+    """
+    if reference.tag is None:
+        raise ConfigError(f"{reference}: can not push to a digest", hint="name a tag")
+    client.for_push()
+    client.cancel_upload(client.start_upload())
+    return Probe(client.manifest_digest(reference.tag), client.credential.describe())

@@ -1,0 +1,699 @@
+"""A registry's HTTP API, spoken so that a hiccup of the network or of a token server never costs an adapter.
+
+`RegistryClient` is oras' Registry with its own transport. oras' has no timeouts, re-sends a token that may only read,
+answers a Basic challenge by sending the password to its realm, and reads whole blobs into memory.
+API: https://github.com/opencontainers/distribution-spec/blob/main/spec.md
+"""
+
+import json
+import random
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import urljoin, urlsplit
+
+import oras.provider
+import requests
+
+from tuner import __version__
+from tuner.errors import ConfigError, DataError, DeniedError, InputMissingError, ServiceError, TunerError
+from tuner.reference import ImageReference
+from tuner.registry.authorization import (
+    TOKEN_REPLY_BYTES,
+    Challenge,
+    Token,
+    basic_header,
+    check_address,
+    parse_challenges,
+    parse_token,
+    same_origin,
+    token_requests,
+    token_scopes,
+)
+from tuner.registry.credentials import ANONYMOUS, Credential, parse_credentials
+from tuner.registry.image import MANIFEST_TYPE, Blob, measure, sha256_digest
+from tuner.runspec import Network, Reporter, Silent
+from tuner.urls import Allowed
+
+INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
+DOCKER_MANIFEST_TYPE = "application/vnd.docker.distribution.manifest.v2+json"
+DOCKER_INDEX_TYPE = "application/vnd.docker.distribution.manifest.list.v2+json"
+MANIFEST_TYPES = (MANIFEST_TYPE, INDEX_TYPE, DOCKER_MANIFEST_TYPE, DOCKER_INDEX_TYPE)
+MANIFEST_BYTES = 4 << 20  # what registries accept
+
+_CHUNK_BYTES = 1 << 20
+_RETRIED = frozenset({408, 429, 500, 502, 503, 504})
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_MOST_REDIRECTS = 5
+_UPLOAD_ATTEMPTS = 6  # without getting further
+_SLOWEST_COMMIT_BYTES_PER_S = 20 << 20  # some registries read a blob again before they answer the last PUT
+_ERROR_CHARACTERS = 300
+_HTTPS_ONLY = re.compile(rb"HTTP request (?:was sent )?to (?:an )?HTTPS", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to wait for what. `deadline_s` counts from the last progress, `first_contact_s` until the registry
+    has answered anything at all: a name that is wrong must show in seconds."""
+
+    connect_timeout_s: float = 10
+    read_timeout_s: float = 60
+    first_wait_s: float = 0.5
+    longest_wait_s: float = 30
+    first_contact_s: float = 10
+    deadline_s: float = 300
+
+
+class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
+    """One repository of one registry. Reads until `for_push()` says otherwise.
+
+    Every method raises DeniedError (401, 403), InputMissingError (404), ServiceError (unreachable or failing after
+    every retry) or ConfigError (TLS). Of several credentials each is tried until one works, which is then kept.
+    """
+
+    def __init__(
+        self,
+        reference: ImageReference,
+        credentials: Sequence[Credential] = (),
+        *,
+        plain_http: bool = False,
+        ca_file: str | None = None,
+        allowed: Allowed | None = None,
+        known_credentials: str = "no credentials",
+        patience: Patience | None = None,
+        reporter: Reporter | None = None,
+    ) -> None:
+        super().__init__(hostname=reference.api_host, insecure=plain_http, tls_verify=ca_file or True)
+        self.repository = reference.repository
+        self.host = reference.api_host
+        self._root = f"{self.prefix}://{self.host}"
+        self._credentials = tuple(credentials)
+        self._candidates = [*credentials, ANONYMOUS]
+        self._known_credentials = known_credentials
+        self._patience = patience or Patience()
+        self._reporter = reporter or Silent()
+        self._allowed = allowed or Allowed()
+        self._actions = "pull"
+        self._settled = False  # whether the current credential has proved itself
+        self._reached = False
+        self._bearer: Challenge | None = None
+        self._header: str | None = None
+        self._header_ends = 0.0
+        # requests would otherwise replace our Authorization by what ~/.netrc says about the host
+        self.session.auth = _keep_as_is
+        self.session.headers["User-Agent"] = f"tuner/{__version__}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.session.close()
+
+    @property
+    def credential(self) -> Credential:
+        """The one in use."""
+        return self._candidates[0]
+
+    def for_push(self) -> None:
+        """From now on every token asked for may also write: one that may only read would be refused at the end."""
+        if self._actions == "pull":
+            self._actions = "pull,push"
+            self._candidates = [*self._credentials] or [ANONYMOUS]
+            self._forget()
+            self._settled = False
+
+    def insist(self) -> None:
+        """From now on the registry is taken to exist, so that it gets the full deadline when it does not answer."""
+        self._reached = True
+
+    # ── manifests ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def manifest_digest(self, name: str) -> str | None:
+        """The digest that a tag or digest has in the registry, or None."""
+        response = self._call("HEAD", self._url("manifests", name), ok=(200, 404), headers=_ACCEPT_MANIFESTS)
+        if response.status_code == 404:
+            return None
+        digest = response.headers.get("Docker-Content-Digest")
+        return str(digest) if digest else sha256_digest(self.get_manifest(name)[0])
+
+    def get_manifest(self, name: str) -> tuple[bytes, str]:
+        """The bytes of a manifest or index as the registry keeps them, and their media type. Not verified."""
+        response = self._call("GET", self._url("manifests", name), headers=_ACCEPT_MANIFESTS, stream=True)
+        content = _read_at_most(response, MANIFEST_BYTES)
+        return content, response.headers.get("Content-Type", "").partition(";")[0].strip()
+
+    def upload_manifest(self, content: bytes, media_type: str, name: str) -> None:
+        """Stores exactly these bytes under a tag or their digest; every blob in them must be there."""
+        response = self._call(
+            "PUT", self._url("manifests", name), ok=(201,), headers={"Content-Type": media_type}, data=content
+        )
+        stored = response.headers.get("Docker-Content-Digest")
+        digest = sha256_digest(content)
+        if stored and stored != digest:
+            raise ServiceError(f"{self.host}: stored the manifest {digest} as {stored}; the registry changed it")
+
+    # ── blobs ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def has_blob(self, digest: str) -> bool:
+        response = self._call("HEAD", self._url("blobs", digest), ok=(200, 404))
+        return bool(response.status_code == 200)
+
+    def start_upload(self) -> str:
+        """Where to send a blob. That it works proves the permission to push."""
+        url = self._url("blobs", "uploads/")
+        response = self._call("POST", url, ok=(202,), headers={"Content-Length": "0"})
+        return self._location(response, url)
+
+    def cancel_upload(self, location: str) -> None:
+        """Asks the registry to forget an upload. Whatever it answers: some refuse, and all clean up by themselves."""
+        try:
+            self._exchange("DELETE", location, {}, timeout=(5, 5)).close()
+        except requests.RequestException:
+            return
+
+    def upload_blob(self, blob: Blob, *, on_progress: Callable[[int], None]) -> int:
+        """Sends one blob and returns how many bytes that took.
+
+        A broken upload goes on where the registry has it when it can say so, and begins again when it can not.
+        `on_progress` gets the bytes of the blob that are out.
+        """
+        waiting = _Waiting(self._patience, attempts=_UPLOAD_ATTEMPTS)
+        location, offset, furthest, sent = self.start_upload(), 0, 0, 0
+
+        def count(position: int, chunk_bytes: int) -> None:
+            nonlocal furthest, sent
+            sent += chunk_bytes
+            if position > furthest:
+                furthest = position
+                waiting.restart()
+            on_progress(position)
+
+        try:
+            while (fault := self._try_upload(location, blob, offset, count)) is not None:
+                self._wait(waiting, fault)
+                resumed = self._resume(location, blob)
+                if resumed is None and self.has_blob(blob.digest):
+                    break  # the last answer was lost, not the blob
+                location, offset = resumed or (self.start_upload(), 0)
+        except BaseException:
+            self.cancel_upload(location)
+            raise
+        on_progress(blob.size_bytes)
+        return sent
+
+    def download_blob(self, digest: str, size_bytes: int) -> Iterator[bytes]:
+        """The blob in pieces; a broken connection is taken up at the byte where it broke. Not verified."""
+        waiting = _Waiting(self._patience)
+        offset = 0
+        while offset < size_bytes:
+            headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={offset}-"} if offset else {})
+            response = self._call("GET", self._url("blobs", digest), ok=(200, 206), headers=headers, stream=True)
+            # a registry without ranges sends all of it again
+            skip = 0 if response.status_code == 206 else offset
+            try:
+                with response:
+                    for chunk in response.iter_content(_CHUNK_BYTES):
+                        fresh = chunk[skip:]
+                        skip -= len(chunk) - len(fresh)
+                        if fresh:
+                            offset += len(fresh)
+                            waiting.restart()
+                            yield fresh
+                    fault = _Fault(f"{self.host}: the blob ended after {offset:,} of {size_bytes:,} bytes")
+            except requests.RequestException as error:
+                fault = self._explain(error)
+            if offset < size_bytes:
+                self._wait(waiting, fault)
+
+    # ── requests ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def do_request(
+        self,
+        url: str,
+        method: str = "GET",
+        data: Any = None,
+        headers: Mapping[str, str] | None = None,
+        json: Any = None,
+        stream: bool = False,
+    ) -> requests.Response:
+        """The answer to one request, authorised and, where it failed by chance, repeated.
+
+        Everything goes through here, also what is inherited from oras.
+        """
+        waiting = _Waiting(self._patience)
+        while True:
+            try:
+                response = self._authorised(method, url, dict(headers or {}), data=data, json=json, stream=stream)
+            except requests.RequestException as error:
+                self._wait(waiting, self._explain(error))
+                continue
+            if response.status_code not in _RETRIED:
+                return response
+            self._wait(waiting, self._fault_of(response))
+
+    def _call(
+        self,
+        method: str,
+        url: str,
+        *,
+        ok: tuple[int, ...] = (200,),
+        headers: Mapping[str, str] | None = None,
+        data: bytes | None = None,
+        stream: bool = False,
+    ) -> requests.Response:
+        """The answer, which has one of the statuses in `ok`; anything else is an error with the registry's words."""
+        response = self.do_request(url, method, data=data, headers=headers, stream=stream)
+        if response.status_code not in ok:
+            raise self._unexpected(response)
+        return response
+
+    def _authorised(self, method: str, url: str, headers: dict[str, str], **rest: Any) -> requests.Response:
+        """One answer that is not a refusal. Raises DeniedError when no credential is let in."""
+        at_registry = same_origin(url, self._root)
+        while True:
+            refusal = None
+            try:
+                response = self._answer_challenge(method, url, headers, **rest)
+                if not at_registry or response.status_code not in (401, 403):
+                    # reading proves nothing when the job is to write
+                    if response.ok and (self._actions == "pull" or method == "POST"):
+                        self._settled = True
+                    return response
+                refusal = self._registry_text(response)
+            except _RefusedError as error:
+                refusal = str(error)
+            if self._settled or len(self._candidates) == 1:
+                raise self._denied(refusal)
+            del self._candidates[0]
+            self._forget()
+
+    def _answer_challenge(self, method: str, url: str, headers: dict[str, str], **rest: Any) -> requests.Response:
+        """The answer, after at most one new token."""
+        if self._bearer and self._header and time.monotonic() > self._header_ends:
+            self._renew(self._bearer)
+        header = self._header
+        response = self._exchange(method, url, headers, **rest)
+        challenges = parse_challenges(response.headers.get("WWW-Authenticate", ""))
+        if response.status_code not in (401, 403) or not challenges or not same_origin(url, self._root):
+            return response
+        by_scheme = {challenge.scheme: challenge for challenge in reversed(challenges)}
+        credential = self.credential
+        if "bearer" in by_scheme:
+            self._renew(by_scheme["bearer"])
+        elif "basic" in by_scheme and (credential.username or credential.password):
+            self._header = basic_header(credential.username, credential.password)
+        if self._header == header:  # the same again would be refused again
+            return response
+        response.close()
+        return self._exchange(method, url, headers, **rest)
+
+    def _renew(self, challenge: Challenge) -> None:
+        """Gets a token for all that the job needs. Raises _RefusedError when the token server says no."""
+        self._bearer = challenge
+        if self.credential.registry_token:
+            self._header, self._header_ends = f"Bearer {self.credential.registry_token}", float("inf")
+            return
+        asked_at = time.monotonic()
+        token = self._fetch_token(challenge)
+        self._header = f"Bearer {token.value}"
+        # early enough for the request that it goes with
+        self._header_ends = asked_at + token.lifetime_s - min(30.0, token.lifetime_s / 4)
+
+    def _fetch_token(self, challenge: Challenge) -> Token:
+        wanted = f"repository:{self.repository}:{self._actions}"
+        scopes = token_scopes(wanted, challenge.parameters.get("scope", ""))
+        realm = challenge.parameters.get("realm", "")
+        check_address(realm, self._root, "token server", self._allowed)
+        realm_host = urlsplit(realm).netloc
+        waiting = _Waiting(self._patience)
+        requests_to_try = token_requests(challenge, self.credential, scopes)
+        while True:
+            request = requests_to_try[0]
+            try:
+                response = self._send(
+                    "POST" if request.form else "GET",
+                    request.url,
+                    request.headers,
+                    data=request.form,
+                    stream=True,
+                )
+                body = _read_at_most(response, TOKEN_REPLY_BYTES)
+            except requests.RequestException as error:
+                self._wait(waiting, self._explain(error, host=realm_host))
+                continue
+            if response.status_code == 200:
+                return parse_token(body, realm_host)
+            if len(requests_to_try) > 1 and response.status_code in (400, 404, 405):
+                del requests_to_try[0]
+            elif response.status_code in _RETRIED:
+                self._wait(waiting, _Fault(f"{realm_host}: {_status(response)}", _retry_after(response)))
+            elif response.status_code in (400, 401, 403):
+                text = self._clean(_error_text(body))
+                raise _RefusedError(f"its token server {realm_host} says {text or _status(response)}")
+            else:
+                raise ServiceError(f"{realm_host}: the token server answers {_status(response)}")
+
+    def _forget(self) -> None:
+        self._header, self._header_ends, self._bearer = None, 0.0, None
+
+    def _exchange(
+        self, method: str, url: str, headers: Mapping[str, str], *, body_bytes: int = 0, **rest: Any
+    ) -> requests.Response:
+        """One answer from wherever reads are redirected to; our credential stays with the registry."""
+        read_timeout_s = self._patience.read_timeout_s + body_bytes / _SLOWEST_COMMIT_BYTES_PER_S
+        rest.setdefault("timeout", (self._patience.connect_timeout_s, read_timeout_s))
+        for _ in range(_MOST_REDIRECTS):
+            mine = {"Authorization": self._header} if self._header and same_origin(url, self._root) else {}
+            response = self._send(method, url, {**headers, **mine}, **rest)
+            self._reached = True
+            if method not in ("GET", "HEAD") or response.status_code not in _REDIRECTS:
+                return response
+            url = self._location(response, url)
+            response.close()
+        raise ServiceError(f"{self.host}: more than {_MOST_REDIRECTS} redirects, one after another")
+
+    def _send(self, method: str, url: str, headers: Mapping[str, str], **rest: Any) -> requests.Response:
+        rest.setdefault("timeout", (self._patience.connect_timeout_s, self._patience.read_timeout_s))
+        return self.session.request(  # type: ignore[no-any-return]
+            method, url, headers=headers, allow_redirects=False, verify=self._tls_verify, **rest
+        )
+
+    # ── one upload ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _try_upload(self, location: str, blob: Blob, offset: int, count: Callable[[int, int], None]) -> "_Fault | None":
+        """None when the blob is there; else what went wrong, when another try may go well."""
+        try:
+            if offset < blob.size_bytes:
+                headers = {"Content-Type": "application/octet-stream"}
+                if offset:
+                    headers["Content-Range"] = f"{offset}-{blob.size_bytes - 1}"
+                response = self._authorised(
+                    "PATCH",
+                    location,
+                    headers,
+                    data=_Body(blob, offset, count),
+                    # urllib3 sends under the connect timeout: a registry may pause for longer than a connect may
+                    timeout=(self._patience.read_timeout_s, self._patience.read_timeout_s),
+                )
+                if response.status_code not in (201, 202, 204):
+                    return self._upload_fault(response)
+                location = self._location(response, location)
+            separator = "&" if urlsplit(location).query else "?"
+            response = self._authorised(
+                "PUT",
+                f"{location}{separator}digest={blob.digest}",
+                {"Content-Length": "0"},
+                body_bytes=blob.size_bytes,
+            )
+        except requests.RequestException as error:
+            return self._explain(error)
+        if response.status_code in (201, 204):
+            return None
+        if b"DIGEST_INVALID" in response.content:
+            if offset:  # two ends of a resumed upload need not meet: once more from the start
+                return self._fault_of(response)
+            raise self._wrong_digest(blob)
+        return self._upload_fault(response)
+
+    def _upload_fault(self, response: requests.Response) -> "_Fault":
+        """404, 409 and 416 say that this upload is lost, not that the blob is unwelcome."""
+        if response.status_code in _RETRIED or response.status_code in (404, 409, 416):
+            return self._fault_of(response)
+        raise self._unexpected(response)
+
+    def _resume(self, location: str, blob: Blob) -> tuple[str, int] | None:
+        """Where to go on and at which byte, if the registry still has what was sent."""
+        try:
+            response = self._authorised("GET", location, {})
+        except requests.RequestException:
+            return None
+        received = re.fullmatch(r"(?:bytes=)?0-(\d+)", response.headers.get("Range", ""))
+        if response.status_code != 204 or not received:
+            return None
+        last = int(received.group(1))
+        offset = last + 1 if last else 0  # `0-0` is said of nothing and of one byte
+        if offset > blob.size_bytes:
+            return None
+        return (self._location(response, location) if "Location" in response.headers else location), offset
+
+    def _wrong_digest(self, blob: Blob) -> TunerError:
+        """Whose fault it is, found by reading the blob once more."""
+        with blob.open() as stream:
+            digest, _ = measure(stream)
+        if digest != blob.digest:
+            return DataError(f"the files of {blob.digest} have changed since it was built", hint="push again")
+        return ServiceError(
+            f"{self.host}: received other bytes than were sent for {blob.digest}; the files here are unchanged",
+            hint="something between here and the registry changes data; push again",
+        )
+
+    # ── answers and faults ───────────────────────────────────────────────────────────────────────────────────────
+
+    def _url(self, kind: str, name: str) -> str:
+        return f"{self._root}/v2/{self.repository}/{kind}/{name}"
+
+    def _location(self, response: requests.Response, base: str) -> str:
+        location = response.headers.get("Location")
+        if not location:
+            raise ServiceError(f"{self.host}: an answer {_status(response)} without a Location; is it a registry?")
+        return check_address(urljoin(base, location), self._root, "storage", self._allowed)
+
+    def _wait(self, waiting: "_Waiting", fault: "_Fault") -> None:
+        """Sleeps until the next try. Raises ServiceError when it is time to give up."""
+        deadline_s = self._patience.deadline_s if self._reached else self._patience.first_contact_s
+        wait_s = waiting.next_wait_s(deadline_s, fault.retry_after_s)
+        if wait_s is None:
+            asked = f", and asks to come back in {fault.retry_after_s:.0f} s" if fault.retry_after_s else ""
+            raise ServiceError(
+                f"{fault.text}{asked} ({waiting.failures} tries in {waiting.elapsed_s:.0f} s)", hint=fault.hint
+            )
+        self._reporter.warn(f"{fault.text}; trying again in {wait_s:.1f} s")
+        time.sleep(wait_s)
+
+    def _fault_of(self, response: requests.Response) -> "_Fault":
+        text = self._registry_text(response)
+        return _Fault(f"{self.host}: {text}", _retry_after(response), "the registry is not well; try again later")
+
+    def _explain(self, error: requests.RequestException, host: str | None = None) -> "_Fault":
+        """Why there was no answer, in words without the URL, which may be signed. Raises ConfigError for TLS that
+        will not get better by trying again."""
+        host = host or self.host
+        text = str(error)
+        if isinstance(error, requests.exceptions.SSLError):
+            if "CERTIFICATE_VERIFY_FAILED" in text:
+                raise ConfigError(
+                    f"{host}: its TLS certificate is not one that this machine trusts",
+                    hint="name the CA that signed it with --ca FILE",
+                ) from None
+            if re.search("WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE|HTTP_REQUEST", text):
+                raise ConfigError(
+                    f"{host}: speaks http, not https", hint="if that is meant, add --plain-http"
+                ) from None
+        if isinstance(error, _BROKEN):
+            return _Fault(f"{host}: {_network_reason(error)}", hint="is the name right, and the network up?")
+        raise ServiceError(f"{host}: the request can not be sent: {type(error).__name__}") from None
+
+    def _unexpected(self, response: requests.Response) -> TunerError:
+        body = _read_at_most(response, TOKEN_REPLY_BYTES)
+        text = self._words(response, body)
+        if self.prefix == "http" and response.status_code == 400 and _HTTPS_ONLY.search(body):
+            return ConfigError(f"{self.host}: speaks https, not http", hint="leave out --plain-http")
+        if response.status_code == 404:
+            return InputMissingError(
+                f"{self.host}/{self.repository}: {text}", hint="check the registry, the repository and the tag"
+            )
+        return ServiceError(f"{self.host}/{self.repository}: the registry refuses: {text}")
+
+    def _denied(self, refusal: str) -> DeniedError:
+        act = "push to" if "push" in self._actions else "pull from"
+        tried = [*self._credentials] or [ANONYMOUS]
+        if self._settled:
+            tried = [self.credential]
+        who = ", ".join(credential.describe() for credential in tried)
+        if self._credentials:
+            hint = "check the user's rights on the repository and whether the password or token has expired"
+        else:
+            hint = f"{self._known_credentials} for {self.host}: give an imagePushSecret or --docker-config"
+            if self._known_credentials != "no credentials":
+                hint = f"no key matches {self.host}/{self.repository}; there are {self._known_credentials}"
+        return DeniedError(f"{self.host}: may not {act} {self.repository} with {who}: {refusal}", hint=hint)
+
+    def _registry_text(self, response: requests.Response) -> str:
+        try:
+            return self._words(response, _read_at_most(response, TOKEN_REPLY_BYTES))
+        except requests.RequestException:
+            return _status(response)
+
+    def _words(self, response: requests.Response, body: bytes) -> str:
+        """`403 Forbidden: DENIED: requested access to the resource is denied`"""
+        text = self._clean(_error_text(body))
+        return f"{_status(response)}: {text}" if text else _status(response)
+
+    def _clean(self, text: str) -> str:
+        """No secret of ours that a server echoes, no signed query, nothing that moves a terminal's cursor."""
+        for credential in self._credentials:
+            for secret in (credential.password, credential.identity_token, credential.registry_token):
+                if secret:
+                    text = text.replace(secret, "…")
+        text = re.sub(r"\?[^\s\"']+", "?…", text)
+        return "".join(character for character in text if character.isprintable())[:_ERROR_CHARACTERS]
+
+
+def connect(
+    reference: ImageReference,
+    network: Network,
+    docker_configs: Sequence[str],
+    *,
+    reporter: Reporter | None = None,
+) -> RegistryClient:
+    """What `tuner.registry.client_for` returns."""
+    if network.ca_file is not None and not Path(network.ca_file).is_file():
+        raise ConfigError(f"{network.ca_file}: not there", hint="--ca names a file of PEM certificates")
+    store = parse_credentials(docker_configs)
+    return RegistryClient(
+        reference,
+        store.find(reference),
+        plain_http=network.plain_http,
+        ca_file=network.ca_file,
+        allowed=Allowed.of(network.allow_cidrs, network.allow_private_urls),
+        known_credentials=store.describe(),
+        reporter=reporter,
+    )
+
+
+_BROKEN = (
+    requests.exceptions.ConnectionError,
+    requests.exceptions.Timeout,
+    requests.exceptions.ChunkedEncodingError,
+)
+_ACCEPT_MANIFESTS = {"Accept": ", ".join(MANIFEST_TYPES)}
+
+
+class _RefusedError(Exception):
+    """A token server's no, to be tried with the next credential."""
+
+
+@dataclass(frozen=True)
+class _Fault:
+    """What went wrong this time."""
+
+    text: str
+    retry_after_s: float | None = None
+    hint: str | None = None
+
+
+class _Waiting:
+    """How long until the next try: twice as long each time, never past the deadline."""
+
+    def __init__(self, patience: Patience, *, attempts: int | None = None) -> None:
+        self._patience = patience
+        self._attempts = attempts
+        self.restart()
+
+    def restart(self) -> None:
+        """There was progress: everything counts from here."""
+        self.failures = 0
+        self._since = time.monotonic()
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self._since
+
+    def next_wait_s(self, deadline_s: float, retry_after_s: float | None) -> float | None:
+        """None when no further try fits."""
+        wait_s = min(self._patience.first_wait_s * 2.0**self.failures, self._patience.longest_wait_s)
+        wait_s *= random.uniform(0.9, 1.1)  # not all clients at once
+        wait_s = max(wait_s, retry_after_s or 0.0)
+        self.failures += 1
+        if self.elapsed_s + wait_s > deadline_s or self.failures == self._attempts:
+            return None
+        return wait_s
+
+
+class _Body:
+    """A blob from `offset` on as a request's body: read piece by piece, and from the start when sent again."""
+
+    def __init__(self, blob: Blob, offset: int, count: Callable[[int, int], None]) -> None:
+        self._blob = blob
+        self._offset = offset
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._blob.size_bytes - self._offset
+
+    def __iter__(self) -> Iterator[memoryview]:
+        buffer = bytearray(_CHUNK_BYTES)
+        with self._blob.open() as stream:
+            position = stream.seek(self._offset)
+            while size := stream.readinto(buffer):
+                yield memoryview(buffer)[:size]
+                position += size
+                self._count(position, size)
+
+
+def _keep_as_is(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    return request
+
+
+def _read_at_most(response: requests.Response, limit_bytes: int) -> bytes:
+    content = b""
+    with response:
+        for chunk in response.iter_content(64 << 10):
+            content += chunk
+            if len(content) > limit_bytes:
+                raise ServiceError(f"{urlsplit(response.url).netloc}: an answer of more than {limit_bytes:,} bytes")
+    return content
+
+
+def _status(response: requests.Response) -> str:
+    return f"{response.status_code} {response.reason or ''}".strip()
+
+
+def _error_text(body: bytes) -> str:
+    """The codes and messages of `{"errors": […]}`, or nothing."""
+    try:
+        errors = json.loads(body)["errors"]
+        return "; ".join(
+            ": ".join(str(error[part]) for part in ("code", "message", "detail") if error.get(part)) for error in errors
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return ""
+
+
+def _retry_after(response: requests.Response) -> float | None:
+    return parse_retry_after(response.headers.get("Retry-After", ""), datetime.now(UTC))
+
+
+def parse_retry_after(value: str, now: datetime) -> float | None:
+    """Seconds to wait, from a number of seconds or an HTTP date; None when it is neither."""
+    if value.strip().isdecimal():
+        return float(value)
+    try:
+        date: datetime = parsedate_to_datetime(value)
+        return max(0.0, (date - now).total_seconds())
+    except (ValueError, TypeError):  # TypeError: a date without a zone
+        return None
+
+
+def _network_reason(error: requests.RequestException) -> str:
+    if isinstance(error, requests.exceptions.ConnectTimeout):
+        return "no connection in time"
+    if isinstance(error, requests.exceptions.Timeout):
+        return "no answer in time"
+    if isinstance(error, requests.exceptions.ProxyError):
+        return "the proxy can not be reached"
+    text = str(error)
+    for sign, reason in (
+        ("NameResolutionError", "there is no such host"),
+        ("Name or service not known", "there is no such host"),
+        ("Connection refused", "nothing listens there"),
+        ("timed out", "no answer in time"),
+    ):
+        if sign in text:
+            return reason
+    return "the connection broke"

@@ -1,0 +1,378 @@
+"""The contracts: what a run is asked to do (RunSpec), what stages leave for each other, and what comes out.
+
+    RunSpec ── preflight ── fetch ──► Fetched ── prepare ──► Prepared ── train ──► Trained ── push ──► RunResult
+
+RunSpec, Fetched, Prepared and Trained are JSON files that another process reads, so they are parsed strictly
+(pydantic, unknown keys refused). None of them holds a secret: signed queries and tokens travel in `Secrets`.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tuner.errors import ConfigError, InputMissingError
+from tuner.presets import Preset
+from tuner.training_config import TrainingConfig
+
+StageName = Literal["preflight", "fetch", "prepare", "train", "push"]
+STAGES: tuple[StageName, ...] = ("preflight", "fetch", "prepare", "train", "push")
+
+
+class Contract(BaseModel):
+    """A frozen value that is also a JSON file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def save(self, path: Path) -> None:
+        """Write it whole or not at all."""
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Raises InputMissingError when an earlier stage did not leave it, ConfigError when it is not ours."""
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise InputMissingError(f"{path}: not there", hint="run the stages before this one first") from error
+        except ValidationError as error:
+            raise ConfigError(f"{path}: not a {cls.__name__} of this version of tuner: {error}") from error
+
+
+# ── sources ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class UrlSource(Contract):
+    """One of `tuning.input.urls`. `url` has neither query nor fragment: those may carry a signature."""
+
+    kind: Literal["url"] = "url"
+    name: str = Field(description="file name in the data directory, unique in the run")
+    url: str
+    query_sha256: str = Field(
+        default="", description="digest of the query less a signature's parameters: counts as input"
+    )
+    sha256: str | None = Field(default=None, description="what the user pinned with #sha256=")
+
+
+class FileSource(Contract):
+    """A path or file:// URL on this machine, known by its content."""
+
+    kind: Literal["file"] = "file"
+    name: str
+    path: str
+    sha256: str
+
+
+class ImageSource(Contract):
+    """`tuning.input.image`: the data files are under /data of an OCI image."""
+
+    kind: Literal["image"] = "image"
+    reference: str
+
+
+class VolumeSource(Contract):
+    """`tuning.input.volumeSource`; on a box `path` is the directory it stands for."""
+
+    kind: Literal["volume"] = "volume"
+    path: str
+    source: dict[str, Any] = Field(default_factory=dict)
+
+
+Source = Annotated[UrlSource | FileSource | ImageSource | VolumeSource, Field(discriminator="kind")]
+
+
+# ── base model ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class HubModel(Contract):
+    """A Hugging Face repository; `revision` is a commit when the preset pins one."""
+
+    kind: Literal["hub"] = "hub"
+    id: str
+    revision: str
+
+
+class LocalModel(Contract):
+    """A directory with config.json, safetensors and a tokenizer, known by its content."""
+
+    kind: Literal["local"] = "local"
+    path: str
+    sha256: str
+    id: str | None = Field(default=None, description="the hub id that the preset says these weights are")
+    revision: str | None = None
+
+
+class ImageModel(Contract):
+    """`presetOptions.image`: an OCI artifact with the weights, as KAITO ships them."""
+
+    kind: Literal["image"] = "image"
+    reference: str
+    id: str | None = None
+    revision: str | None = None
+
+
+class SmokeModel(Contract):
+    """The preset's architecture made small with random weights; nothing is downloaded."""
+
+    kind: Literal["smoke"] = "smoke"
+
+
+BaseModelSource = Annotated[HubModel | LocalModel | ImageModel | SmokeModel, Field(discriminator="kind")]
+
+
+# ── destinations ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class ImageDestination(Contract):
+    """`tuning.output.image`: a registry reference with a tag."""
+
+    kind: Literal["image"] = "image"
+    reference: str
+    overwrite: bool = True
+
+
+class LayoutDestination(Contract):
+    """`oci:DIR:TAG`: an OCI image layout on disk."""
+
+    kind: Literal["layout"] = "layout"
+    path: str
+    tag: str
+    overwrite: bool = True
+
+
+class DirectoryDestination(Contract):
+    """`--output DIR`, or `tuning.output.volumeSource` as a path: the adapter's files, no image."""
+
+    kind: Literal["directory"] = "directory"
+    path: str
+
+
+Destination = Annotated[ImageDestination | LayoutDestination | DirectoryDestination, Field(discriminator="kind")]
+
+
+# ── the run ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Network(Contract):
+    """What the run may reach beside public addresses, and how registries are spoken to."""
+
+    allow_cidrs: tuple[str, ...] = ()
+    allow_private_urls: bool = False
+    plain_http: bool = Field(default=False, description="registries over http")
+    ca_file: str | None = None
+
+
+class RunSpec(Contract):
+    """All that a run needs to know but its secrets; equal digests mean equal runs."""
+
+    version: Literal[1] = 1
+    name: str = Field(description="metadata.name of the Workspace")
+    method: Literal["lora", "qlora"]
+    preset: Preset
+    preset_as_written: str = Field(description="tuning.preset.name, for the annotation sh.kaito.model.name")
+    base_model: BaseModelSource
+    training: TrainingConfig
+    sources: tuple[Source, ...] = Field(min_length=1)
+    destination: Destination
+    probe: ImageDestination | None = Field(
+        default=None, description="where a smoke run asks for push permission without pushing"
+    )
+    network: Network = Network()
+    smoke: bool = False
+    preflight: bool = Field(default=True, description="False: --no-preflight, no push-permission probe")
+    trust_remote_code: bool = False
+
+    @property
+    def digest(self) -> str:
+        """`sha256:…` over everything that decides the adapter: not where it goes, nor how it is reached."""
+        inputs = self.model_dump(mode="json", exclude={"destination", "probe", "network", "preflight"})
+        del inputs["training"]["notes"]
+        for settings in inputs["training"]["settings"].values():
+            for setting in settings.values():
+                del setting["origin"]  # the same value is the same run wherever it was written
+        for place in (*inputs["sources"], inputs["base_model"]):
+            if place["kind"] in ("file", "local"):
+                del place["path"]  # known by content
+        return f"sha256:{hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()}"
+
+
+@dataclass(frozen=True)
+class Secrets:
+    """What must never be in a RunSpec, a log or a manifest. Its repr says nothing."""
+
+    queries: dict[str, str] = field(default_factory=dict, repr=False)  # source name → query of its URL, no "?"
+    docker_configs: tuple[str, ...] = field(default=(), repr=False)  # JSON texts: push, first match wins
+    pull_docker_configs: tuple[str, ...] = field(default=(), repr=False)
+    hf_token: str | None = field(default=None, repr=False)
+
+
+# ── between the stages ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class FetchedFile(Contract):
+    """A verified data file on disk. `path` is relative to the work directory unless the file lies elsewhere."""
+
+    source: str = Field(description="the URL without query, path or image reference it came from")
+    path: str
+    sha256: str
+    size_bytes: int
+
+
+class FetchedModel(Contract):
+    """The base model's directory on disk. `digest` covers every weight file's sha256, sorted by name."""
+
+    path: str
+    id: str | None = None
+    revision: str | None = None
+    digest: str
+
+
+class Fetched(Contract):
+    """fetched.json"""
+
+    run_digest: str
+    files: tuple[FetchedFile, ...] = Field(min_length=1)
+    base_model: FetchedModel | None = Field(description="None for a smoke run: prepare makes the model")
+
+
+class RowProblem(Contract):
+    file: str
+    row: int = Field(description="1-based; for JSON lines and text the line")
+    reason: str
+
+
+class Split(Contract):
+    """One Arrow file of token ids. `supervised_tokens` is how many of `tokens` have a label."""
+
+    path: str
+    rows: int
+    tokens: int
+    supervised_tokens: int
+    longest: int
+    order_sha256: str = Field(description="over the rows' file and row numbers, in order")
+
+
+class Prepared(Contract):
+    """prepared.json"""
+
+    run_digest: str
+    train: Split
+    evaluation: Split | None
+    rows_read: int
+    shapes: dict[str, int] = Field(description="shape of row → how many")
+    bad_rows: int
+    over_length_rows: int
+    truncated_rows: int
+    unsupervised_rows: int = Field(description="rows with no supervised token, left out")
+    problems: tuple[RowProblem, ...] = Field(description="the first 20; all are in problems_file")
+    problems_file: str | None
+    max_length: int
+    tokenizer_dir: str
+    base_model_dir: str
+
+
+class Trained(Contract):
+    """trained.json"""
+
+    run_digest: str
+    inputs_digest: str = Field(description="over the run's digest and all that was fetched")
+    adapter_dir: str
+    files: dict[str, str] = Field(description="name in adapter_dir → sha256; all that goes into the image")
+    steps: int
+    epochs: float
+    examples: int
+    tokens: int
+    train_seconds: float
+    first_train_loss: float
+    last_train_loss: float
+    eval_loss_before: float | None
+    eval_loss_after: float | None
+    modules: dict[str, int] = Field(description="LoRA module name → how many layers have it")
+    trainable_parameters: int
+    total_parameters: int
+
+
+# ── out ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+Scalar = str | int | float | bool | None
+TERMINATION_MESSAGE_BYTES = 4096  # what a kubelet keeps of one container
+
+
+class StageResult(Contract):
+    """How a stage ended; in a pod the container's termination message."""
+
+    stage: StageName
+    exit_code: int = 0
+    reason: str = "Completed"
+    message: str = ""
+    values: dict[str, Scalar] = Field(default_factory=dict)
+
+    def to_message(self) -> str:
+        """One line of JSON of at most 4,096 bytes: the message gives way, the values do not."""
+        text = self.model_dump_json()
+        over = len(text.encode()) - TERMINATION_MESSAGE_BYTES
+        if over <= 0:
+            return text
+        # Every dropped character frees at least one byte; "…" costs three.
+        kept = self.message[: max(0, len(self.message) - over - 3)] + "…"
+        return self.model_copy(update={"message": kept}).model_dump_json()
+
+
+class RunResult(Contract):
+    """What a finished run says: `image` is repository@sha256:… (or a directory)."""
+
+    run_digest: str
+    image: str
+    tag: str | None = None
+    previous_digest: str | None = None
+    steps: int
+    examples: int
+    tokens: int
+    seconds: float
+    train_loss: float
+    eval_loss_before: float | None = None
+    eval_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far one task is: a bar on a terminal, a JSON line elsewhere.
+
+    `unit` is what `done` and `total` count; `values` are shown beside (loss, tokens_per_s, …).
+    """
+
+    stage: StageName
+    task: str
+    done: int
+    total: int | None
+    unit: Literal["B", "rows", "steps"]
+    values: dict[str, float] = field(default_factory=dict)
+
+
+class Reporter(Protocol):
+    """How a stage talks to the person who waits. Only the CLI has one that prints."""
+
+    def note(self, line: str) -> None:
+        """One line of information."""
+
+    def warn(self, line: str) -> None:
+        """One line that asks for attention."""
+
+    def progress(self, progress: Progress) -> None:
+        """May be called very often, from any thread."""
+
+
+class Silent:
+    """A Reporter that says nothing."""
+
+    def note(self, line: str) -> None: ...
+    def warn(self, line: str) -> None: ...
+    def progress(self, progress: Progress) -> None: ...
+
+
+ContractT = TypeVar("ContractT", bound=Contract)

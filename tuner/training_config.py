@@ -1,0 +1,759 @@
+"""KAITO's training_config.yaml + what was typed + our defaults → TrainingConfig: every value, and where it comes from.
+
+What the user wrote wins, key by key; a null is the same as leaving the key out. Keys are checked against the lists in
+training_fields.py, so nothing here imports torch, and a typo is found before a GPU is asked for.
+"""
+
+import math
+import posixpath
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal, Protocol
+
+import yaml
+from pydantic import BaseModel, ConfigDict
+
+from tuner.errors import ConfigError, Problem, did_you_mean
+from tuner.training_fields import CHOICES, TYPES
+
+Method = Literal["lora", "qlora"]
+OverLength = Literal["drop", "truncate", "error"]
+
+DOCUMENTS_PER_STEP = 16  # as in the QLoRA paper (https://arxiv.org/abs/2305.14314)
+ALL_LINEAR = "all-linear"
+DEFAULT, PRESET, TYPED = "default", "preset", "--set"
+
+# The two sections that no library class stands behind.
+OWN_TYPES: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "ModelConfig": {"chat_template": "str", "dtype": "str", "revision": "str", "trust_remote_code": "bool"},
+        "DatasetConfig": {
+            "bad_row_share": "float",
+            "context_column": "str",
+            "dataset_extension": "str",
+            "dataset_path": "str",
+            "messages_column": "str",
+            "over_length": "str",
+            "response_column": "str",
+            "shuffle_dataset": "bool",
+            "shuffle_seed": "int",
+            "train_test_split": "float",
+        },
+    }
+)
+SECTIONS = ("ModelConfig", "QuantizationConfig", "LoraConfig", "TrainingArguments", "DataCollator", "DatasetConfig")
+
+DTYPES = ("bfloat16", "float16", "float32")
+WORDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "ModelConfig.dtype": (*DTYPES, "auto"),
+        "QuantizationConfig.bnb_4bit_quant_type": ("nf4", "fp4"),
+        "QuantizationConfig.bnb_4bit_compute_dtype": DTYPES,
+        "DatasetConfig.dataset_extension": ("parquet", "json", "jsonl", "csv", "arrow", "text", "txt"),
+        "DatasetConfig.over_length": ("drop", "truncate", "error"),
+    }
+    | {f"{section}.{key}": words for section, keys in CHOICES.items() for key, words in keys.items()}
+)
+
+Bound = tuple[Callable[[float], bool], str]
+ABOVE_ZERO: Bound = (lambda number: number > 0, "greater than 0")
+NOT_NEGATIVE: Bound = (lambda number: number >= 0, "0 or more")
+SHARE: Bound = (lambda number: 0 <= number <= 1, "from 0 to 1")
+BOUNDS: Mapping[str, Bound] = MappingProxyType(
+    {
+        "LoraConfig.r": ABOVE_ZERO,
+        "LoraConfig.lora_alpha": ABOVE_ZERO,
+        "LoraConfig.lora_dropout": (lambda number: 0 <= number < 1, "from 0 to less than 1"),
+        "TrainingArguments.learning_rate": ABOVE_ZERO,
+        "TrainingArguments.num_train_epochs": ABOVE_ZERO,
+        "TrainingArguments.per_device_train_batch_size": ABOVE_ZERO,
+        "TrainingArguments.per_device_eval_batch_size": ABOVE_ZERO,
+        "TrainingArguments.gradient_accumulation_steps": ABOVE_ZERO,
+        "TrainingArguments.max_length": ABOVE_ZERO,
+        "TrainingArguments.warmup_steps": NOT_NEGATIVE,
+        "TrainingArguments.weight_decay": NOT_NEGATIVE,
+        "TrainingArguments.seed": NOT_NEGATIVE,
+        "DatasetConfig.bad_row_share": SHARE,
+        "DatasetConfig.shuffle_seed": NOT_NEGATIVE,
+        "DatasetConfig.train_test_split": (lambda number: 0 < number <= 1, "greater than 0 and at most 1 (1: all)"),
+    }
+)
+
+# ── keys that are no longer, or never were, ours ─────────────────────────────────────────────────────────────────────
+
+
+def _ratio_of_steps(ratio: Any) -> float:
+    number = _as_float(ratio)
+    if not 0 <= number < 1:
+        raise ValueError("must be from 0 to less than 1")
+    return number
+
+
+def _if_true(word: str) -> Callable[[Any], str | None]:
+    def translate(value: Any) -> str | None:
+        if value is True:
+            return word
+        if value is False:
+            return None
+        raise ValueError(f"must be true or false, not {_show(value)}")
+
+    return translate
+
+
+def _unless_text(column: Any) -> Any:
+    return None if column == "text" else column  # trl's default, known without being told
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+# What it is called now, and how the value changes.
+RENAMED: Mapping[str, tuple[str, Callable[[Any], Any]]] = MappingProxyType(
+    {
+        "ModelConfig.torch_dtype": ("ModelConfig.dtype", _same),
+        "TrainingArguments.adafactor": ("TrainingArguments.optim", _if_true("adafactor")),
+        "TrainingArguments.dataset_text_field": ("DatasetConfig.response_column", _unless_text),
+        "TrainingArguments.evaluation_strategy": ("TrainingArguments.eval_strategy", _same),
+        "TrainingArguments.group_by_length": ("TrainingArguments.train_sampling_strategy", _if_true("group_by_length")),
+        "TrainingArguments.max_seq_length": ("TrainingArguments.max_length", _same),
+        "TrainingArguments.no_cuda": ("TrainingArguments.use_cpu", _same),
+        "TrainingArguments.per_gpu_eval_batch_size": ("TrainingArguments.per_device_eval_batch_size", _same),
+        "TrainingArguments.per_gpu_train_batch_size": ("TrainingArguments.per_device_train_batch_size", _same),
+        "TrainingArguments.warmup_ratio": ("TrainingArguments.warmup_steps", _ratio_of_steps),
+    }
+)
+
+_GONE = "newer libraries have no such setting"
+_LABELS = "the assistant's tokens and the end of its turn are learnt, nothing else"
+_WEIGHTS = "the fetch stage decides where weights come from"
+_OURS = "tuner decides this"
+IGNORED: Mapping[str, str] = MappingProxyType(
+    {
+        **{
+            f"ModelConfig.{key}": _WEIGHTS
+            for key in ("pretrained_model_name_or_path", "state_dict", "cache_dir", "force_download", "proxies")
+        },
+        "ModelConfig.local_files_only": _WEIGHTS + "; training itself never downloads",
+        "ModelConfig.output_loading_info": _OURS,
+        "ModelConfig.device_map": "the model lies on the GPU of its process",
+        **{
+            f"LoraConfig.{key}": "the adapter's own facts say this"
+            for key in (
+                *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version"),
+                *("revision", "runtime_config", "task_type"),
+            )
+        },
+        **{
+            f"TrainingArguments.{key}": _GONE
+            for key in (
+                *("chars_per_token", "dataset_batch_size", "fp16_backend", "fp16_opt_level", "fsdp_min_num_params"),
+                *("fsdp_transformer_layer_cls_to_wrap", "half_precision_backend", "include_inputs_for_metrics"),
+                *("include_tokens_per_second", "jit_mode_eval", "logging_dir", "mp_parameters", "num_of_sequences"),
+                *("overwrite_output_dir", "past_index", "push_to_hub_model_id", "push_to_hub_organization"),
+                *("ray_scope", "save_safetensors", "sharded_ddp", "tpu_metrics_debug", "tpu_num_cores", "use_ipex"),
+                *("use_mps_device", "torchdynamo", "xpu_backend"),
+            )
+        },
+        **{f"TrainingArguments.{key}": _LABELS for key in ("assistant_only_loss", "completion_only_loss")},
+        **{
+            f"TrainingArguments.{key}": _OURS
+            for key in (
+                *("average_tokens_across_devices", "dataset_kwargs", "dataset_num_proc"),
+                *("disable_tqdm", "do_eval", "do_predict", "do_train", "eos_token", "include_num_input_tokens_seen"),
+                *("label_names", "local_rank", "logging_nan_inf_filter", "pad_token", "padding_free"),
+                *("remove_unused_columns", "resume_from_checkpoint", "save_total_limit"),
+            )
+        },
+        "TrainingArguments.shuffle_dataset": "DatasetConfig.shuffle_dataset is the one that counts",
+        "TrainingArguments.truncation_mode": "DatasetConfig.over_length says what happens to long rows",
+        **{
+            f"TrainingArguments.hub_{key}": "the adapter goes to a registry, not to the hub"
+            for key in ("always_push", "model_id", "private_repo", "revision", "strategy")
+        },
+    }
+)
+# Wrong to pass over in silence: the run would not be what was asked for. False, "" and the like ask for nothing.
+REFUSED: Mapping[str, str] = MappingProxyType(
+    {
+        "TrainingArguments.chat_template_path": "write the template as ModelConfig.chat_template",
+        "TrainingArguments.deepspeed": "one process a GPU is what tuner runs; leave it out",
+        "TrainingArguments.fsdp": "one process a GPU is what tuner runs; leave it out",
+        "TrainingArguments.fsdp_config": "one process a GPU is what tuner runs; leave it out",
+        "TrainingArguments.hub_token": "a token has no place in a ConfigMap; use $HF_TOKEN or modelAccessSecret",
+        "TrainingArguments.model_init_kwargs": "write ModelConfig and QuantizationConfig instead",
+        "TrainingArguments.parallelism_config": "one process a GPU is what tuner runs; leave it out",
+        "TrainingArguments.push_to_hub": "tuning.output says where the adapter goes",
+        "TrainingArguments.trust_remote_code": "write it as ModelConfig.trust_remote_code",
+    }
+)
+
+# ── values ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class ModelFacts(Protocol):
+    """What this module asks of a Preset (presets.py, which stands beside it and is not imported)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def revision(self) -> str | None: ...
+    @property
+    def linear_modules(self) -> tuple[str, ...]: ...
+
+
+@dataclass(frozen=True)
+class ConfigSource:
+    """The text of training_config.yaml, and the file and 1-based line where it begins."""
+
+    text: str
+    file: str
+    first_line: int = 1
+
+
+class Setting(BaseModel):
+    """One value and where it comes from: "default", "preset", "--set" or file:line."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    value: Any
+    origin: str
+
+
+@dataclass(frozen=True)
+class DatasetSettings:
+    """What the prepare stage is told. `train_fraction` None holds 5 % out, at most 500 rows; 1.0 holds nothing out."""
+
+    shuffle: bool
+    shuffle_seed: int
+    train_fraction: float | None
+    messages_column: str | None
+    context_column: str | None
+    response_column: str | None
+    dataset_path: str | None
+    dataset_extension: str | None
+    over_length: OverLength
+    max_length: int | None
+    bad_row_share: float
+
+
+class TrainingConfig(BaseModel):
+    """Every value that a run takes from its configuration: section → key → Setting. All sections are there."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: Method
+    settings: dict[str, dict[str, Setting]]
+    notes: tuple[str, ...] = ()
+
+    def section(self, name: str) -> dict[str, Any]:
+        """Key → plain value, those that are None too."""
+        return {key: setting.value for key, setting in self.settings[name].items()}
+
+    def value(self, section: str, key: str) -> Any:
+        return self.settings[section][key].value
+
+    def is_written(self, section: str, key: str) -> bool:
+        """Whether the user wrote this key; what we fill in may still follow the machine."""
+        return key in self.settings[section] and self.settings[section][key].origin not in (DEFAULT, PRESET)
+
+    def origins(self) -> Iterator[tuple[str, Any, str]]:
+        """("LoraConfig.r", 16, "default"), … in the order of the sections."""
+        for section, settings in self.settings.items():
+            for key, setting in settings.items():
+                yield f"{section}.{key}", setting.value, setting.origin
+
+    @property
+    def dataset(self) -> DatasetSettings:
+        written = self.section("DatasetConfig")
+        return DatasetSettings(
+            shuffle=written["shuffle_dataset"],
+            shuffle_seed=written["shuffle_seed"],
+            train_fraction=written["train_test_split"],
+            messages_column=written["messages_column"],
+            context_column=written["context_column"],
+            response_column=written["response_column"],
+            dataset_path=written["dataset_path"],
+            dataset_extension=written["dataset_extension"],
+            over_length=written["over_length"],
+            max_length=self.value("TrainingArguments", "max_length"),
+            bad_row_share=written["bad_row_share"],
+        )
+
+
+def resolve_training_config(
+    *,
+    method: Method,
+    preset: ModelFacts,
+    config_map: ConfigSource | None = None,
+    overrides: Sequence[str] = (),
+    world_size: int = 1,
+) -> TrainingConfig:
+    """The configuration of a run: `config_map`, over it `overrides` ("LoraConfig.r=32"), under both our defaults.
+
+    Raises ConfigError with every problem of both, each with its line.
+    """
+    reading = _Reading()
+    if config_map:
+        reading.read_config_map(config_map)
+    for override in overrides:
+        reading.read_override(override)
+    reading.check_quantization(method)
+    reading.check_target_modules(preset)
+    if reading.problems:
+        # in the order of the file, then of the command line
+        raise ConfigError.of(sorted(reading.problems, key=lambda problem: (problem.line is None, problem.line or 0)))
+    settings = {}
+    for section, defaults in _defaults(method, preset, reading.written, world_size).items():
+        written = {
+            key: Setting(value=entry.value, origin=str(entry.place)) for key, entry in reading.of(section).items()
+        }
+        settings[section] = defaults | written
+    return TrainingConfig(method=method, settings=settings, notes=tuple(dict.fromkeys(reading.notes)))
+
+
+# ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: 2e-4 is a number, which YAML 1.1 takes for a word, and a date is a word."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The line of a file, or the command line, which has none."""
+
+    file: str
+    line: int | None
+
+    def __str__(self) -> str:
+        return self.file if self.line is None else f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """An accepted value, the path it was written under, and where."""
+
+    value: Any
+    path: str
+    place: _Place
+
+
+class _Reading:
+    """What has been read so far; `written` holds accepted values by "Section.key"."""
+
+    def __init__(self) -> None:
+        self.written: dict[str, _Entry] = {}
+        self.problems: list[Problem] = []
+        self.notes: list[str] = []
+
+    def of(self, section: str) -> dict[str, _Entry]:
+        prefix = section + "."
+        return {path.removeprefix(prefix): entry for path, entry in self.written.items() if path.startswith(prefix)}
+
+    def read_config_map(self, source: ConfigSource) -> None:
+        loader = _Loader(source.text)
+        try:
+            root = loader.get_single_node()
+            if not isinstance(root, yaml.MappingNode) or "training_config" not in (key.value for key, _ in root.value):
+                self._refuse("must be a map with the one key training_config", "", _place(source, root))
+                return
+            for key, node, place in _pairs(root, loader, source):
+                if key != "training_config":
+                    self._refuse("unknown key, only training_config stands here", key, place)
+                elif not isinstance(node, yaml.MappingNode):
+                    self._refuse("must be a map of sections", key, place)
+                else:
+                    self._read_sections(node, loader, source)
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            place = _Place(source.file, source.first_line + (mark.line if mark else 0))
+            self._refuse(f"not YAML: {error.problem or error.context}", "", place)
+        finally:
+            loader.dispose()
+
+    def _read_sections(self, root: yaml.MappingNode, loader: _Loader, source: ConfigSource) -> None:
+        self._refuse_twice(root, "training_config", source)
+        for section, node, place in _pairs(root, loader, source):
+            if section not in SECTIONS:
+                self._refuse_section(section, place)
+            elif isinstance(node, yaml.MappingNode):
+                self._refuse_twice(node, section, source)
+                for key, value, line in _pairs(node, loader, source):
+                    self._accept(section, key, value, loader, line)
+            elif loader.construct_object(node, deep=True) is not None:
+                self._refuse("must be a map", section, place)
+
+    def read_override(self, text: str) -> None:
+        """One --set: SECTION.KEY=VALUE, the value as YAML."""
+        place = _Place(TYPED, None)
+        path, equals, value = text.partition("=")
+        section, _, key = path.strip().partition(".")
+        if not equals or not key:
+            self._refuse(f"{path!r} is not SECTION.KEY=VALUE", "", place, "for example --set LoraConfig.r=32")
+        elif section not in SECTIONS:
+            self._refuse_section(section, place)
+        else:
+            loader = _Loader(value)
+            try:
+                node = loader.get_single_node() or yaml.ScalarNode("tag:yaml.org,2002:null", "")
+                self._accept(section, key, node, loader, place)
+            except yaml.MarkedYAMLError as error:
+                self._refuse(f"not YAML: {error.problem or error.context}", path, place)
+            finally:
+                loader.dispose()
+
+    def _accept(self, section: str, key: str, node: yaml.Node, loader: _Loader, place: _Place) -> None:
+        path = f"{section}.{key}"
+        types = _types(section)
+        if path in REFUSED:
+            if loader.construct_object(node, deep=True):
+                self._refuse("is not supported", path, place, REFUSED[path])
+        elif path in IGNORED or (section == "DataCollator" and key in types):
+            self.notes.append(f"{path} is ignored: {IGNORED.get(path, _LABELS)}")
+        elif path in RENAMED or key in types:
+            self._read_value(path, node, loader, place)
+        else:
+            near = did_you_mean(key, (*types, *_old_names(section)))
+            self._refuse(f"unknown key, {near}" if near else "unknown key", path, place, near)
+
+    def _read_value(self, path: str, node: yaml.Node, loader: _Loader, place: _Place) -> None:
+        name, translate = RENAMED.get(path, (path, _same))
+        section, _, key = name.partition(".")
+        raw = loader.construct_object(node, deep=True)
+        try:
+            value = None if raw is None else translate(raw)
+            if value is not None:
+                value = _checked(name, _typed(value, _types(section)[key].split(" | "), _plain_text(node)))
+        except ValueError as error:
+            self._refuse(str(error), path, place)
+            return
+        before = self.written.get(name)
+        if before and before.path != path and before.place.file == place.file:
+            self._refuse(f"{before.path} ({before.place}) is the same setting", path, place)
+        if name != path and value is not None:
+            changed = "" if translate is _same else f" = {_show(value)}"
+            self.notes.append(f"{path} is now {name}{changed}")
+        if value is None:
+            self.written.pop(name, None)  # a null typed with --set takes back what the file says
+        else:
+            self.written[name] = _Entry(value, path, place)
+
+    def _refuse(self, message: str, path: str, place: _Place, hint: str | None = None) -> None:
+        self.problems.append(Problem(message, path=path, file=place.file, line=place.line, hint=hint))
+
+    def _refuse_section(self, section: str, place: _Place) -> None:
+        near = did_you_mean(section, SECTIONS)
+        hint = near or f"the sections are {', '.join(SECTIONS)}"
+        self._refuse(f"Unrecognized section: {section}{f', {near}' if near else ''}", "", place, hint)
+
+    def _refuse_twice(self, node: yaml.MappingNode, path: str, source: ConfigSource) -> None:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                self._refuse(f"{key.value!r} stands here twice", path, _place(source, key))
+            seen.add(str(key.value))
+
+    # ── rules over several keys ──
+
+    def check_quantization(self, method: Method) -> None:
+        four = self.written.get("QuantizationConfig.load_in_4bit")
+        eight = self.written.get("QuantizationConfig.load_in_8bit")
+        asked = [entry for entry in (four, eight) if entry and entry.value]
+        if method == "lora" and asked:
+            self._refuse_quantization(asked[0], "method lora does not quantize", "use method: qlora, or write false")
+        elif len(asked) == 2:
+            self._refuse_quantization(asked[1], "load_in_4bit and load_in_8bit are both true", "choose one")
+        elif method == "qlora" and not asked and four:
+            hint = "leave load_in_4bit out, or use method: lora"
+            self._refuse_quantization(four, "method qlora quantizes, and load_in_4bit is false", hint)
+        if method == "lora":
+            for key in [key for key in self.of("QuantizationConfig") if not key.startswith("load_in")]:
+                del self.written[f"QuantizationConfig.{key}"]
+                self.notes.append(f"QuantizationConfig.{key} is ignored: method lora does not quantize")
+
+    def _refuse_quantization(self, entry: _Entry, message: str, hint: str) -> None:
+        self._refuse(message, "QuantizationConfig", entry.place, hint)
+
+    def check_target_modules(self, preset: ModelFacts) -> None:
+        """What the preset's facts already tell; of other models the train stage does, before its first step."""
+        entry = self.written.get("LoraConfig.target_modules")
+        if not entry or not preset.linear_modules:
+            return
+        targets = resolve_target_modules(entry.value, preset.linear_modules)
+        there = f"{preset.name} has {', '.join(preset.linear_modules)}"
+        for name in targets.unmatched:
+            near = did_you_mean(name, preset.linear_modules)
+            message = f"no linear layer {name!r}: {there}" + (f"; {near}" if near else "")
+            self._refuse(message, "LoraConfig.target_modules", entry.place, near)
+        for asked, got in targets.renamed.items():
+            self.notes.append(f"LoraConfig.target_modules: {asked} means {got} in {preset.name}")
+        if targets.left_out and not targets.unmatched:
+            self.notes.append(f"LoraConfig.target_modules leaves out {', '.join(targets.left_out)}: {there}")
+
+
+def _types(section: str) -> Mapping[str, str]:
+    return OWN_TYPES.get(section) or TYPES[section]
+
+
+def _old_names(section: str) -> list[str]:
+    return [path.partition(".")[2] for path in (*RENAMED, *IGNORED, *REFUSED) if path.partition(".")[0] == section]
+
+
+def _place(source: ConfigSource, node: yaml.Node | None) -> _Place:
+    return _Place(source.file, source.first_line + (node.start_mark.line if node else 0))
+
+
+def _pairs(node: yaml.MappingNode, loader: _Loader, source: ConfigSource) -> Iterator[tuple[str, yaml.Node, _Place]]:
+    """Key, value and the key's place for each pair of a map, `<<` merged in."""
+    loader.flatten_mapping(node)
+    for key, value in node.value:
+        yield str(key.value), value, _place(source, key)
+
+
+def _plain_text(node: yaml.Node) -> str | None:
+    """What stands in the file for an unquoted scalar: the word `no` is false to YAML and a strategy to transformers."""
+    return node.value if isinstance(node, yaml.ScalarNode) and node.style is None else None
+
+
+def _typed(value: Any, types: Sequence[str], text: str | None) -> Any:
+    """`value` in one of `types`; raises ValueError when none of them can hold it."""
+    if isinstance(value, bool):
+        if "bool" in types:
+            return value
+    elif isinstance(value, str):
+        if "str" in types:
+            return value
+        for name, convert in (("int", _as_int), ("float", _as_float)):
+            if name in types and re.fullmatch(r"[-+]?[\d.]+([eE][-+]?\d+)?", value.strip()):
+                return convert(value)
+    elif isinstance(value, int | float):
+        if "int" in types and float(value).is_integer():
+            return int(value)
+        if "float" in types:
+            return _as_float(value)
+    elif isinstance(value, list | dict) and type(value).__name__ in types:
+        return _json_value(value)
+    if "str" in types and text is not None and not isinstance(value, list | dict):
+        return text
+    raise ValueError(f"must be {_describe(types)}, not {_show(value)}")
+
+
+def _as_int(value: Any) -> int:
+    number = _as_float(value)
+    if not number.is_integer():
+        raise ValueError(f"must be a whole number, not {_show(value)}")
+    return int(number)
+
+
+def _as_float(value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"must be a number, not {_show(value)}") from None
+    if not math.isfinite(number):
+        raise ValueError(f"must be a finite number, not {_show(value)}")
+    return number
+
+
+def _json_value(value: Any) -> Any:
+    """`value` if JSON carries it unchanged; raises ValueError for what it does not."""
+    if isinstance(value, dict):
+        odd = [key for key in value if not isinstance(key, str)]
+        if odd:
+            raise ValueError(f"has the key {_show(odd[0])}; put it in quotes")
+        return {key: _json_value(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_json_value(item) for item in value]
+    if isinstance(value, float):
+        return _as_float(value)
+    if value is None or isinstance(value, str | int):
+        return value
+    raise ValueError(f"holds {_show(value)}, which is no JSON value")
+
+
+def _describe(types: Sequence[str]) -> str:
+    names = {
+        "bool": "true or false (no quotes)",
+        "int": "a whole number",
+        "float": "a number",
+        "str": "a text",
+        "list": "a list",
+        "dict": "a map",
+    }
+    return " or ".join(names[name] for name in types)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _checked(path: str, value: Any) -> Any:
+    """The value as the run takes it; raises ValueError when it makes no sense for this key."""
+    if path in BOUNDS and not isinstance(value, str):
+        holds, words = BOUNDS[path]
+        if not holds(value):
+            raise ValueError(f"must be {words}, not {_show(value)}")
+    if path in ("ModelConfig.dtype", "QuantizationConfig.bnb_4bit_compute_dtype"):
+        value = value.removeprefix("torch.")
+    if path == "DatasetConfig.dataset_extension":
+        value = value.removeprefix(".").lower()
+    if path in WORDS and value not in WORDS[path]:
+        near = did_you_mean(value, WORDS[path])
+        raise ValueError(f"{_show(value)} is none of {', '.join(WORDS[path])}{f'; {near}' if near else ''}")
+    if path == "ModelConfig.dtype" and value == "auto":
+        return None  # the GPU decides, as when it is not written
+    if path == "LoraConfig.target_modules":
+        return _module_names(value)
+    if path == "TrainingArguments.output_dir":
+        return _under_mnt(value)
+    return value
+
+
+def _module_names(value: str | list[Any]) -> str | list[str]:
+    """A list of names; `all-linear` and a regular expression, which peft knows too, stay texts."""
+    if isinstance(value, str):
+        if value == ALL_LINEAR:
+            return value
+        if _is_pattern(value):
+            _compile(value)
+            return value
+        return [name.strip() for name in value.split(",") if name.strip()]
+    if value == [ALL_LINEAR]:
+        return ALL_LINEAR
+    if not value or not all(isinstance(name, str) for name in value):
+        raise ValueError(f'must be names of linear layers or "{ALL_LINEAR}", not {_show(value)}')
+    return value
+
+
+def _is_pattern(text: str) -> bool:
+    return not re.fullmatch(r"[\w.,\s-]+", text)
+
+
+def _compile(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"is no regular expression: {error}") from None
+
+
+def _under_mnt(value: str) -> str:
+    """An absolute path below /mnt, where a pod has its volumes; a relative one is meant below it."""
+    path = posixpath.normpath(posixpath.join("/mnt", value))
+    if not path.startswith("/mnt/"):
+        raise ValueError(f"must be a directory below /mnt, not {_show(value)}")
+    return path
+
+
+# ── defaults ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _defaults(
+    method: Method, preset: ModelFacts, written: Mapping[str, _Entry], world_size: int
+) -> dict[str, dict[str, Setting]]:
+    """Ours for every key the user did not write; None where the run finds out for itself."""
+    batch = written.get("TrainingArguments.per_device_train_batch_size")
+    per_step = (batch.value if batch else 1) * world_size
+    eight_bit = written.get("QuantizationConfig.load_in_8bit")
+    four_bit = method == "qlora" and not (eight_bit and eight_bit.value)
+    quantization: dict[str, Any] = {"load_in_4bit": four_bit, "load_in_8bit": False}
+    if four_bit:
+        quantization |= {
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": "bfloat16",
+        }
+    values: dict[str, dict[str, Any]] = {
+        "ModelConfig": {"dtype": "bfloat16", "chat_template": None, "revision": None, "trust_remote_code": False},
+        "QuantizationConfig": quantization,
+        "LoraConfig": {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": ALL_LINEAR},
+        "TrainingArguments": {
+            "output_dir": "/mnt/results",
+            "num_train_epochs": 3.0,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": math.ceil(DOCUMENTS_PER_STEP / per_step),
+            "learning_rate": 2e-4,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 0.03,  # below 1 it is a share of all steps
+            "optim": "adamw_torch_fused",
+            "max_length": None,
+            "seed": 42,
+        },
+        "DataCollator": {},
+        "DatasetConfig": dict.fromkeys(OWN_TYPES["DatasetConfig"])
+        | {"shuffle_dataset": True, "shuffle_seed": 42, "over_length": "drop", "bad_row_share": 0.1},
+    }
+    settings = {
+        section: {key: Setting(value=value, origin=DEFAULT) for key, value in keys.items()}
+        for section, keys in values.items()
+    }
+    if preset.revision:
+        settings["ModelConfig"]["revision"] = Setting(value=preset.revision, origin=PRESET)
+    return settings
+
+
+# ── which modules LoRA adapts ────────────────────────────────────────────────────────────────────────────────────────
+
+FUSED: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+)
+
+
+@dataclass(frozen=True)
+class TargetModules:
+    """`modules` to adapt, `renamed`: asked → what it is in this model, and the linear layers `left_out`."""
+
+    modules: tuple[str, ...]
+    renamed: Mapping[str, str]
+    unmatched: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+def resolve_target_modules(requested: str | Sequence[str], linear_modules: Sequence[str]) -> TargetModules:
+    """What `LoraConfig.target_modules` means in a model whose blocks have these linear layers.
+
+    A name that only a split or only a fused model has means the same weights in the other one. A text other than
+    "all-linear" is a regular expression over the names.
+    """
+    if requested == ALL_LINEAR:
+        return TargetModules(tuple(dict.fromkeys(linear_modules)), {}, (), ())
+    if isinstance(requested, str):
+        modules = [name for name in linear_modules if re.fullmatch(requested, name)]
+        return _target_modules(modules, {}, () if modules else (requested,), linear_modules)
+    found: list[str] = []
+    renamed: dict[str, str] = {}
+    unmatched: list[str] = []
+    for name in requested:
+        matches = [name] if name in linear_modules else _same_weights(name, linear_modules)
+        if not matches:
+            unmatched.append(name)
+        elif matches != [name]:
+            renamed[name] = ", ".join(matches)
+        found += matches
+    return _target_modules(found, renamed, unmatched, linear_modules)
+
+
+def _same_weights(name: str, linear_modules: Sequence[str]) -> list[str]:
+    fused = [whole for whole, parts in FUSED.items() if name in parts and whole in linear_modules]
+    return fused or [part for part in FUSED.get(name, ()) if part in linear_modules]
+
+
+def _target_modules(
+    modules: Sequence[str], renamed: Mapping[str, str], unmatched: Sequence[str], linear_modules: Sequence[str]
+) -> TargetModules:
+    left_out = tuple(name for name in dict.fromkeys(linear_modules) if name not in modules)
+    return TargetModules(tuple(dict.fromkeys(modules)), MappingProxyType(dict(renamed)), tuple(unmatched), left_out)

@@ -1,0 +1,319 @@
+"""Which URLs may be fetched, and what of a URL may be shown.
+
+The guard stands at two doors: `url_problem` when a Workspace is read and at every redirect, `address_problem` on the
+address that a host name resolved to, just before the connection to that very address is made.
+"""
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
+
+from tuner.errors import ConfigError
+
+Address = IPv4Address | IPv6Address
+AddressRange = IPv4Network | IPv6Network
+
+_METADATA_HOSTS = frozenset(
+    {
+        "metadata",
+        "metadata.google",
+        "metadata.google.internal",
+        "metadata.goog",
+        "metadata.azure.internal",
+        "metadata.azure.com",
+        "metadata.tencentyun.com",
+        "instance-data",
+        "instance-data.ec2.internal",
+        "rancher-metadata",
+    }
+)
+_LOCAL_HOSTS = frozenset({"localhost", "localhost.localdomain", "localhost6", "ip6-localhost", "ip6-loopback"})
+
+# Where clouds hand out credentials to whoever asks. Nothing opens these.
+_NEVER: tuple[tuple[AddressRange, str], ...] = (
+    (ip_network("168.63.129.16/32"), "Azure's platform address"),
+    (ip_network("169.254.0.0/16"), "a link-local address, where clouds keep instance metadata"),
+    (ip_network("100.100.100.200/32"), "a cloud's metadata address"),
+    (ip_network("fe80::/10"), "a link-local address"),
+    (ip_network("fd00:ec2::/32"), "a cloud's metadata address"),
+    (ip_network("fd20:ce::/32"), "a cloud's metadata address"),
+    (ip_network("0.0.0.0/8"), "an unspecified address"),  # Linux connects 0.0.0.0 to this machine
+    (ip_network("::/128"), "an unspecified address"),
+    (ip_network("224.0.0.0/4"), "a multicast address"),
+    (ip_network("255.255.255.255/32"), "the broadcast address"),
+    (ip_network("ff00::/8"), "a multicast address"),
+)
+_LOOPBACK: tuple[AddressRange, ...] = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
+
+# IPv6 addresses that carry an IPv4 address in their last 32 bits.
+_IPV4_AT_END: tuple[IPv6Network, ...] = (
+    IPv6Network("::ffff:0:0/96"),  # mapped
+    IPv6Network("::ffff:0:0:0/96"),  # translated, RFC 2765
+    IPv6Network("::/96"),  # compatible, RFC 4291
+    IPv6Network("64:ff9b::/96"),  # NAT64, RFC 6052
+    IPv6Network("64:ff9b:1::/48"),  # NAT64 of one's own, RFC 8215
+)
+
+_SIGNATURE_PREFIXES = ("x-amz-", "x-goog-", "x-oss-", "x-obs-", "x-cos-", "q-sign", "q-ak", "q-key-time")
+# fmt: off
+_SECRETS = frozenset({
+    "sig", "signature", "token", "access_token", "accesstoken", "id_token", "auth", "authorization", "auth_token",
+    "apikey", "api_key", "api-key", "password", "passwd", "secret", "client_secret", "credential", "credentials",
+    "jwt", "sas", "hmac", "private_token", "job_token", "awsaccesskeyid", "googleaccessid", "ossaccesskeyid",
+    "key-pair-id", "x-ms-token",
+})
+# fmt: on
+# Short words that mean something else elsewhere: part of a signature only where there is one.
+# fmt: off
+_WITH_SIG = frozenset({
+    "sv", "ss", "srt", "sr", "sp", "st", "se", "spr", "sip", "sdd", "si", "ses", "skoid", "sktid", "skt", "ske",
+    "sks", "skv", "saoid", "suoid", "scid", "rscc", "rscd", "rsce", "rscl", "rsct",
+})
+# fmt: on
+_WITH_SIGNATURE = frozenset({"expires", "policy", "hash-algorithm"})
+
+_PIN = re.compile(r"[0-9a-f]{64}")
+_UNSAFE_IN_NAME = re.compile(r"[^A-Za-z0-9._+=-]+")
+_NAME_CHARACTERS = 100
+
+
+# ── the guard ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What a run may reach beside public addresses.
+
+    `cidrs` (--allow-cidr) opens exactly what it names, loopback included. `private` (--allow-private-urls) opens
+    loopback and private ranges. Link-local and metadata addresses are opened by neither.
+    """
+
+    cidrs: tuple[AddressRange, ...] = ()
+    private: bool = False
+
+    @classmethod
+    def of(cls, cidrs: Sequence[str], private: bool) -> "Allowed":
+        """Parse --allow-cidr; ConfigError for what is no range, or one that is never opened."""
+        return cls(tuple(_parse_cidr(cidr) for cidr in cidrs), private)
+
+    def opens(self, address: Address) -> bool:
+        return any(address in cidr for cidr in self.cidrs if cidr.version == address.version)
+
+    def opens_some_loopback(self) -> bool:
+        return self.private or any(
+            loopback.version == cidr.version and loopback.overlaps(cidr)
+            for cidr in self.cidrs
+            for loopback in _LOOPBACK
+        )
+
+
+def _parse_cidr(text: str) -> AddressRange:
+    try:
+        cidr = ip_network(text.strip(), strict=False)
+    except ValueError as error:
+        raise ConfigError(
+            f"--allow-cidr {text}: not a range of IP addresses", hint="write it as 10.1.0.0/16 or fd12:3456::/32"
+        ) from error
+    for never, what in _NEVER:
+        if cidr.version == never.version and cidr.subnet_of(never):  # type: ignore[arg-type]  # same version
+            raise ConfigError(f"--allow-cidr {text}: {what}; it is never opened")
+    return cidr
+
+
+def url_problem(url: str, allowed: Allowed) -> str | None:
+    """One sentence on why this URL is not fetched, or None. The sentence holds neither query nor userinfo.
+
+    A name that passes is not yet safe: where it resolves to is for `address_problem`.
+    """
+    if url != url.strip() or any(ord(character) <= 32 or character in "\\\x7f" for character in url):
+        return "invalid data source URL: it has a space, a control character or a backslash"
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port  # .port raises for a bad one
+    except ValueError:
+        return "invalid data source URL"
+    if parts.scheme not in ("http", "https"):
+        return "a data source URL must use HTTP or HTTPS"
+    if not host:
+        return "invalid data source URL: it has no host"
+    if "@" in parts.netloc:
+        return "a data source URL must not hold a user name or password"
+    return _host_problem(host, allowed)
+
+
+def address_problem(address: str, allowed: Allowed, *, by_name: bool) -> str | None:
+    """One sentence on why no connection is made to this address, or None.
+
+    `by_name`: a host name resolved to it. Private ranges are then open (Private Link, MinIO); loopback is not.
+    """
+    try:
+        written = ip_address(address)
+    except ValueError:
+        return f"{address} is not an IP address that we read"  # a zone id, say
+    real = _unwrapped(written)
+    shown = str(written) if real == written else f"{written} ({real})"
+    for never, what in _NEVER:
+        if real in never:
+            return f"{shown} is {what}; it is never fetched from"
+    if allowed.opens(real) or allowed.opens(written):
+        return None
+    opening = f"--allow-cidr {real}/{real.max_prefixlen} opens it"
+    if any(real in loopback for loopback in _LOOPBACK):
+        return None if allowed.private else f"{shown} is a loopback address; {opening}"
+    if real.is_global or by_name or allowed.private:
+        return None
+    return f"{shown} is a private or reserved address; {opening}"
+
+
+def _host_problem(host: str, allowed: Allowed) -> str | None:
+    # Browsers and resolvers read 127。0。0。1 and full-width digits as plain ones, so we do too.
+    name = unicodedata.normalize("NFKC", host).replace("。", ".").lower().rstrip(".")
+    if ":" in name:
+        return address_problem(name, allowed, by_name=False)
+    if not name or "%" in name or ".." in name:
+        return f"invalid data source URL: {host} is not a host name"
+    if name in _METADATA_HOSTS:
+        return f"{name} is a metadata endpoint; it is never fetched from"
+    if name in _LOCAL_HOSTS or name.endswith(".localhost"):
+        if allowed.opens_some_loopback():
+            return None
+        return f"{name} is this machine; --allow-cidr 127.0.0.1/32 opens it"
+    if _is_number(name.rsplit(".", 1)[-1]):
+        literal = _ipv4_literal(name)
+        if literal is None:
+            return f"invalid data source URL: {name} is not an IP address"
+        return address_problem(str(literal), allowed, by_name=False)
+    return None
+
+
+def _is_number(label: str) -> bool:
+    return label.isdecimal() or re.fullmatch(r"0x[0-9a-f]*", label) is not None
+
+
+def _ipv4_literal(host: str) -> IPv4Address | None:
+    """127.0.0.1 from any form that inet_aton reads: 2130706433, 0x7f.1, 0177.0.0.1; None when it is none."""
+    labels = host.split(".")
+    if len(labels) > 4 or not all(_is_number(label) for label in labels):
+        return None
+    try:
+        *heads, last = (_number(label) for label in labels)
+    except ValueError:  # 08 is no octal number
+        return None
+    if any(head > 255 for head in heads) or last >= 256 ** (4 - len(heads)):
+        return None
+    return IPv4Address(sum(head << 8 * (3 - place) for place, head in enumerate(heads)) + last)
+
+
+def _number(label: str) -> int:
+    if label.startswith("0x"):
+        return int(label[2:] or "0", 16)
+    return int(label, 8 if label.startswith("0") else 10)
+
+
+def _unwrapped(address: Address) -> Address:
+    """The IPv4 address that an IPv6 one stands for (mapped, compatible, 6to4, NAT64, Teredo), else itself."""
+    if isinstance(address, IPv4Address):
+        return address
+    if address.sixtofour:
+        return address.sixtofour
+    if address.teredo:
+        return address.teredo[1]
+    if int(address) > 1 and any(address in network for network in _IPV4_AT_END):
+        return IPv4Address(int(address) & 0xFFFFFFFF)
+    return address
+
+
+# ── what of a URL may be shown and kept ──────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class SplitUrl:
+    """A URL taken apart by who may see what. Only `url`, `sha256` and `name` may be shown.
+
+    `query` is secret. `public_query` lacks the parameters of a signature and decides, as a digest, what is fetched.
+    """
+
+    url: str
+    query: str = field(repr=False)
+    public_query: str = field(repr=False)
+    sha256: str | None
+    name: str
+
+    @property
+    def query_sha256(self) -> str:
+        """What UrlSource.query_sha256 holds: "" for a URL whose query only signs."""
+        return hashlib.sha256(self.public_query.encode()).hexdigest() if self.public_query else ""
+
+
+def split_url(text: str) -> SplitUrl:
+    """A URL in its parts; ConfigError for one that does not parse or whose `#sha256=` is malformed."""
+    try:
+        parts = urlsplit(text)
+        _ = parts.port
+    except ValueError as error:
+        raise ConfigError(f"{redacted(text)}: invalid data source URL") from error
+    return SplitUrl(
+        url=redacted(text),
+        query=parts.query,
+        public_query=_without_signature(parts.query),
+        sha256=_pin(parts.fragment, redacted(text)),
+        name=unquote(parts.path.rstrip("/").rsplit("/", 1)[-1]),
+    )
+
+
+def redacted(url: str) -> str:
+    """The URL without userinfo, query and fragment: fit for a message."""
+    bare = url.split("#", 1)[0].split("?", 1)[0]
+    scheme, separator, rest = bare.partition("://")
+    if not separator:
+        return bare
+    authority, slash, path = rest.partition("/")
+    return f"{scheme}://{authority.rsplit('@', 1)[-1]}{slash}{path}"
+
+
+def source_name(index: int, url: str) -> str:
+    """`0003-train.parquet`: the file name of the index-th source (from 0), so that equal basenames do not meet."""
+    name = _UNSAFE_IN_NAME.sub("_", unquote(redacted(url).partition("://")[2].partition("/")[2].rsplit("/", 1)[-1]))
+    if len(name) > _NAME_CHARACTERS:
+        endings = re.search(r"(\.[A-Za-z0-9]{1,8}){1,2}$", name)
+        ending = endings.group() if endings else ""
+        name = name[: _NAME_CHARACTERS - len(ending)] + ending
+    return f"{index:04d}-{name.lstrip('.') or 'data'}"
+
+
+def _without_signature(query: str) -> str:
+    """The query less what signs or authorises it, in its order: a renewed SAS names the same data.
+
+    `key` stays: it is as often the name of an object as it is a secret.
+    """
+    pairs = parse_qsl(query, keep_blank_values=True)
+    names = {name.lower() for name, _ in pairs}
+    dropped = set(_SECRETS)
+    if "sig" in names:
+        dropped |= _WITH_SIG
+    if "signature" in names:
+        dropped |= _WITH_SIGNATURE
+    return urlencode(
+        [
+            (name, value)
+            for name, value in pairs
+            if name.lower() not in dropped and not name.lower().startswith(_SIGNATURE_PREFIXES)
+        ]
+    )
+
+
+def _pin(fragment: str, shown_url: str) -> str | None:
+    for part in fragment.split("&"):
+        name, _, value = part.partition("=")
+        if name.lower() == "sha256":
+            if not _PIN.fullmatch(value.lower()):
+                raise ConfigError(
+                    f"{shown_url}: #sha256= wants 64 hexadecimal digits, not {value!r}",
+                    hint="`sha256sum FILE` prints them",
+                )
+            return value.lower()
+    return None
