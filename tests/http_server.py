@@ -10,6 +10,7 @@ with HttpServer() as server:
 import hashlib
 import re
 import socket
+import ssl
 import threading
 from collections import defaultdict, deque
 from collections.abc import Mapping
@@ -59,9 +60,9 @@ class Request:
 
 
 class HttpServer:
-    """`url` is its base, without a slash at the end."""
+    """`url` is its base, without a slash at the end; https with `tls`."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self.requests: list[Request] = []
         self.closing = threading.Event()
         self._answers: dict[str, deque[Answer]] = {}
@@ -70,7 +71,9 @@ class HttpServer:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
         self.port: int = self._server.server_address[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
+        if tls:  # the handshake is a handler's work: one bad client must not stop the others
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True, do_handshake_on_connect=False)
 
     def serve(self, path: str, *answers: Answer | bytes | Path) -> str:
         """Set what `path` answers, in this order, the last one for ever; gives the path's URL."""
@@ -130,7 +133,7 @@ class HttpServer:
                     super().finish()
 
             def handle(self) -> None:
-                with suppress(ConnectionError):  # the client went away: its business
+                with suppress(OSError):  # the client went away, or did not like our certificate: its business
                     super().handle()
 
             def do_GET(self) -> None:

@@ -71,8 +71,8 @@ def running_registry(
 ) -> Iterator[RunningRegistry]:
     """A registry of its own on a free port; it answers when this yields."""
     program = require("docker-registry")
-    with tempfile.TemporaryDirectory(prefix="tuner-registry-") as name, _free_port() as port:
-        directory = Path(name)
+    with tempfile.TemporaryDirectory(prefix="tuner-registry-") as name:
+        directory, port = Path(name), _free_port()
         storage = directory / "storage"
         config: dict[str, Any] = {
             "version": "0.1",
@@ -110,12 +110,10 @@ def running_registry(
             process.wait(timeout=10)
 
 
-@contextlib.contextmanager
-def _free_port() -> Iterator[int]:
+def _free_port() -> int:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
-    yield int(port)
+        return int(taken.getsockname()[1])
 
 
 def _wait_until_up(port: int, tls: "Tls | None", process: "subprocess.Popen[bytes]", log: Path) -> None:
@@ -149,12 +147,9 @@ class Tls:
 
 def make_certificate(directory: Path) -> Tls:
     pair = Tls(directory / "key.pem", directory / "certificate.pem")
-    subprocess.run(
-        [require("openssl"), "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=tests"]
-        + ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(pair.key), "-out", str(pair.certificate)],
-        check=True,
-        capture_output=True,
-    )
+    request = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=tests -addext subjectAltName=IP:127.0.0.1".split()
+    files = ["-keyout", str(pair.key), "-out", str(pair.certificate)]
+    subprocess.run([require("openssl"), *request, *files], check=True, capture_output=True)
     return pair
 
 
@@ -195,7 +190,7 @@ def running_token_server(
             refresh_tokens=dict(refresh_tokens or {}),
         )
 
-        class Handler(_QuietHandler):
+        class Handler(QuietHandler):
             def do_GET(self) -> None:
                 self._answer(parse_qs(urlsplit(self.path).query), None)
 
@@ -265,7 +260,8 @@ def _sign(claims: Mapping[str, object], state: TokenServer, pair: Tls) -> str:
 class Fault:
     """What happens instead, `times` times, to requests whose method and path match.
 
-    Without a status the connection breaks: before the request is passed on, or `after` the registry has done it.
+    Without a status the connection breaks: before the request is passed on, or `after` the registry has done it,
+    and not before `hang_s` have passed.
     """
 
     method: str
@@ -275,6 +271,7 @@ class Fault:
     body: bytes = b""
     times: int = 1
     after: bool = False
+    hang_s: float = 0
 
 
 @dataclass
@@ -292,7 +289,7 @@ def faulty(registry: RunningRegistry) -> Iterator[FaultyRegistry]:
     """Requests to it go to `registry`, but for the faults."""
     state = FaultyRegistry(host="")
 
-    class Handler(_QuietHandler):
+    class Handler(QuietHandler):
         def _pass_on(self) -> None:
             state.log.append((self.command, self.path, dict(self.headers)))
             fault = self._take_fault()
@@ -330,6 +327,7 @@ def faulty(registry: RunningRegistry) -> Iterator[FaultyRegistry]:
 
         def _fail(self, fault: Fault) -> None:
             self.close_connection = True
+            time.sleep(fault.hang_s)
             if fault.status is None:
                 # a reset, not a polite end
                 linger = (1).to_bytes(4, "little") + (0).to_bytes(4, "little")
@@ -345,7 +343,7 @@ def faulty(registry: RunningRegistry) -> Iterator[FaultyRegistry]:
         yield state
 
 
-class _QuietHandler(BaseHTTPRequestHandler):
+class QuietHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: object) -> None:

@@ -3,6 +3,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import textwrap
@@ -18,6 +19,7 @@ import pytest
 
 from tests.data_files import message_rows, write_data
 from tests.http_server import Answer, HttpServer
+from tuner.content import model_digest
 from tuner.errors import (
     ConfigError,
     DataError,
@@ -29,16 +31,25 @@ from tuner.errors import (
 )
 from tuner.pipeline import download
 from tuner.pipeline.download import Transfer, expired_at, format_bytes
-from tuner.pipeline.fetch import fetch, fetch_sources
+from tuner.pipeline.fetch import fetch, fetch_base_model, fetch_sources
 from tuner.presets import Preset
+from tuner.reference import LayoutReference
+from tuner.registry.image import build_image
+from tuner.registry.push import push_layout
 from tuner.runspec import (
     BaseModelSource,
     FetchedFile,
+    FetchedModel,
     FileSource,
+    HubModel,
+    ImageModel,
+    ImageSource,
+    LocalModel,
     Network,
     Progress,
     RunSpec,
     Secrets,
+    Silent,
     SmokeModel,
     Source,
     UrlSource,
@@ -548,7 +559,7 @@ def test_no_disk_space_is_said_before_the_bytes_come(
 ) -> None:
     usage = download.shutil.disk_usage("/")._replace(free=10)
     monkeypatch.setattr(download.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(ConfigError, match="no disk space at .*: need 32 B, have 10 B"):
+    with pytest.raises(ConfigError, match=r"no disk space at .*: need 32 B, have 10 B"):
         fetching(server.serve("/t.jsonl", JSON_LINES))
 
 
@@ -639,7 +650,7 @@ def test_an_unknown_name_is_a_service_error(fetching: Fetching) -> None:
     def resolve(host: str) -> Sequence[str]:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    with pytest.raises(ServiceError, match="the name data.example is not known"):
+    with pytest.raises(ServiceError, match=r"the name data\.example is not known"):
         fetching("http://data.example/t.jsonl", transfer=replace(QUICK, resolve=resolve))
 
 
@@ -713,6 +724,64 @@ def test_a_token_in_a_query_is_in_no_output_and_on_no_disk(
 # ── TLS ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A key and a certificate for data.example that only whoever is told of it trusts."""
+    path = tmp_path_factory.mktemp("tls") / "server.pem"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"),
+            *("-days", "2", "-subj", "/CN=data.example", "-addext", "subjectAltName=DNS:data.example"),
+            *("-keyout", str(path), "-out", str(path.with_suffix(".crt"))),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    path.write_text(path.read_text() + path.with_suffix(".crt").read_text())
+    return path
+
+
+@pytest.fixture
+def tls_server(certificate: Path) -> Iterator[HttpServer]:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    with HttpServer(context) as server:
+        server.serve("/t.jsonl", JSON_LINES)
+        yield server
+
+
+def trusting(certificate: Path) -> Network:
+    return Network(allow_cidrs=("127.0.0.0/8",), ca_file=str(certificate))
+
+
+def test_tls_verifies_the_name_though_the_address_is_connected_to(
+    tls_server: HttpServer, fetching: Fetching, certificate: Path
+) -> None:
+    url = f"https://data.example:{tls_server.port}/t.jsonl"
+    assert fetching(url, network=trusting(certificate), transfer=resolving_to("127.0.0.1"))
+
+
+def test_a_certificate_for_another_name_is_refused(
+    tls_server: HttpServer, fetching: Fetching, certificate: Path
+) -> None:
+    transfer = replace(QUICK, resolve=lambda host: ["127.0.0.1"], attempts=1)
+    with pytest.raises(ServiceError, match="CERTIFICATE_VERIFY_FAILED"):
+        fetching(f"https://other.example:{tls_server.port}/t.jsonl", network=trusting(certificate), transfer=transfer)
+    assert tls_server.requests == []
+
+
+def test_a_redirect_from_https_to_http_is_refused(
+    tls_server: HttpServer, server: HttpServer, fetching: Fetching, certificate: Path
+) -> None:
+    tls_server.serve("/t.jsonl", Answer.redirect(server.serve("/t.jsonl", JSON_LINES)))
+    with pytest.raises(ConfigError, match="from https to http"):
+        fetching(
+            f"https://data.example:{tls_server.port}/t.jsonl",
+            network=trusting(certificate),
+            transfer=resolving_to("127.0.0.1"),
+        )
+
+
 # ── files and volumes ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -774,3 +843,316 @@ def test_an_empty_or_missing_volume_is_a_missing_input(tmp_path: Path, reporter:
             tmp_path / "work",
             reporter,
         )
+
+
+# ── images ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def a_layout(tmp_path: Path, files: dict[str, bytes]) -> str:
+    """`oci:DIR:v1` with these files under /data."""
+    paths = {name: tmp_path / "image-files" / name for name in files}
+    for name, content in files.items():
+        paths[name].parent.mkdir(parents=True, exist_ok=True)
+        paths[name].write_bytes(content)
+    reference = LayoutReference(tmp_path / "layout", "v1", None)
+    push_layout(build_image(paths), reference, reporter=Silent())
+    return str(reference)
+
+
+def test_the_data_files_of_an_image_arrive(tmp_path: Path, reporter: Recording) -> None:
+    reference = a_layout(tmp_path, {"b.jsonl": JSON_LINES, "a.jsonl": b"{}\n", "README.md": b"hello"})
+    files = fetch_sources(a_spec(ImageSource(reference=reference)), Secrets(), tmp_path / "work", reporter)
+    assert [file.path for file in files] == ["data/0000-image/a.jsonl", "data/0000-image/b.jsonl"]
+    assert {file.source for file in files} == {reference}
+    assert (tmp_path / "work" / files[1].path).read_bytes() == JSON_LINES
+
+
+def test_an_image_that_is_there_is_pulled_again_only_when_its_tag_moved(tmp_path: Path, reporter: Recording) -> None:
+    spec = a_spec(ImageSource(reference=a_layout(tmp_path, {"a.jsonl": JSON_LINES})))
+    first = fetch_sources(spec, Secrets(), tmp_path / "work", reporter)
+    assert fetch_sources(spec, Secrets(), tmp_path / "work", reporter) == first
+    assert len([note for note in reporter.notes if "already there" in note]) == 1
+    a_layout(tmp_path, {"a.jsonl": b"{}\n"})
+    (moved,) = fetch_sources(spec, Secrets(), tmp_path / "work", reporter)
+    assert moved.size_bytes == 3
+
+
+# ── base models ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+COMMIT = "c" * 40
+
+
+def safetensors(size: int = 64) -> bytes:
+    """One tensor of `size` bytes."""
+    header = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(size)
+
+
+def model_content() -> dict[str, bytes]:
+    return {
+        "config.json": b'{"model_type": "phi3", "auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3"}}',
+        "model.safetensors": safetensors(),
+        "tokenizer.json": b"{}",
+        "chat_template.jinja": b"{{ messages }}",
+    }
+
+
+def write_model(directory: Path, content: dict[str, bytes]) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, data in content.items():
+        (directory / name).write_bytes(data)
+    return directory
+
+
+@pytest.fixture
+def hub(server: HttpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HttpServer:
+    """A Hugging Face Hub on loopback with an empty cache here."""
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)  # what HF_ENDPOINT sets before the first import
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return server
+
+
+def publish(hub: HttpServer, content: dict[str, bytes], *, model_id: str = "org/tiny") -> None:
+    """Put a model on the Hub, its weights as LFS objects."""
+    siblings, tree = [], []
+    for name, data in content.items():
+        digest = hashlib.sha256(data).hexdigest()
+        is_lfs = name.endswith((".safetensors", ".bin"))
+        siblings.append({"rfilename": name, "size": len(data), "blobId": digest[:40]})
+        lfs = {"lfs": {"oid": digest, "size": len(data), "pointerSize": 130}} if is_lfs else {}
+        tree.append({"type": "file", "path": name, "size": len(data), "oid": digest[:40], **lfs})
+        etag = f'"{digest}"' if is_lfs else f'"{digest[:40]}"'
+        hub.serve(
+            f"/{model_id}/resolve/{COMMIT}/{name}", Answer(body=data, headers={"X-Repo-Commit": COMMIT, "ETag": etag})
+        )
+    info = {"id": model_id, "modelId": model_id, "sha": COMMIT, "siblings": siblings}
+    answer = Answer(body=json.dumps(info).encode(), headers={"Content-Type": "application/json"})
+    for revision in ("main", COMMIT):
+        hub.serve(f"/api/models/{model_id}/revision/{revision}", answer)
+    hub.serve(
+        f"/api/models/{model_id}/tree/{COMMIT}",
+        Answer(body=json.dumps(tree).encode(), headers={"Content-Type": "application/json"}),
+    )
+
+
+def fetch_hub_model(
+    tmp_path: Path, reporter: Recording, *, token: str | None = None, revision: str = "main"
+) -> FetchedModel:
+    spec = a_spec(base_model=HubModel(id="org/tiny", revision=revision))
+    fetched = fetch_base_model(spec, Secrets(hf_token=token), tmp_path / "work", reporter, transfer=QUICK)
+    assert fetched is not None
+    return fetched
+
+
+def test_a_hub_model_arrives_at_its_commit_without_pickles_and_code(
+    hub: HttpServer, tmp_path: Path, reporter: Recording
+) -> None:
+    left_out = {
+        "pytorch_model.bin": b"x",
+        "modeling_phi3.py": b"x",
+        "consolidated.safetensors": safetensors(),
+        "onnx/model.json": b"{}",
+        "README.md": b"x",
+    }
+    publish(hub, model_content() | left_out)
+    model = fetch_hub_model(tmp_path, reporter)
+    assert (model.id, model.revision) == ("org/tiny", COMMIT)
+    assert sorted(path.name for path in Path(model.path).iterdir()) == sorted(model_content())
+    assert model.digest == model_digest(write_model(tmp_path / "copy", model_content()))
+    assert reporter.progresses[-1].done == reporter.progresses[-1].total
+
+
+def test_a_fetched_hub_model_is_not_fetched_again(hub: HttpServer, tmp_path: Path, reporter: Recording) -> None:
+    publish(hub, model_content())
+    first = fetch_hub_model(tmp_path, reporter)
+    weights = f"/org/tiny/resolve/{COMMIT}/model.safetensors"
+    before = sum(request.path == weights and request.method == "GET" for request in hub.requests)
+    assert fetch_hub_model(tmp_path, reporter) == first
+    assert sum(request.path == weights and request.method == "GET" for request in hub.requests) == before == 1
+
+
+def test_weights_that_broke_off_are_gone_on_with(
+    hub: HttpServer, tmp_path: Path, reporter: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = model_content() | {"model.safetensors": safetensors(200_000)}
+    publish(hub, content)
+    whole = hub._answers[f"/org/tiny/resolve/{COMMIT}/model.safetensors"][0]
+    hub.serve(f"/org/tiny/resolve/{COMMIT}/model.safetensors", whole, replace(whole, truncate_to=100_000), whole)
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 10_000)
+    model = fetch_hub_model(tmp_path, reporter)
+    assert (Path(model.path) / "model.safetensors").read_bytes() == content["model.safetensors"]
+    assert any(request.headers.get("range", "").startswith("bytes=100000-") for request in hub.requests)
+
+
+def test_only_the_runs_own_token_is_sent(
+    hub: HttpServer, tmp_path: Path, reporter: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_of_somebody_else")
+    publish(hub, model_content())
+    fetch_hub_model(tmp_path, reporter)
+    assert {request.headers.get("authorization") for request in hub.requests} == {None}
+    fetch_hub_model(tmp_path, reporter, token="hf_mine")
+    assert "Bearer hf_mine" in {request.headers.get("authorization") for request in hub.requests}
+
+
+HUB_REFUSALS: list[tuple[Answer, type[TunerError], str]] = [
+    (Answer(status=404, headers={"X-Error-Code": "RepoNotFound"}), InputMissingError, "not found on the Hub"),
+    (Answer(status=401, headers={"X-Error-Code": "RepoNotFound"}), InputMissingError, "not found on the Hub"),
+    (Answer(status=404, headers={"X-Error-Code": "RevisionNotFound"}), InputMissingError, "no revision main"),
+    (Answer(status=403, headers={"X-Error-Code": "GatedRepo"}), DeniedError, "gated"),
+    (Answer(status=401, headers={"X-Error-Code": "GatedRepo"}), DeniedError, "gated"),
+    (Answer(status=403), DeniedError, "403"),
+    (Answer(status=503), ServiceError, "503"),
+]
+
+
+@pytest.mark.parametrize(("answer", "kind", "words"), HUB_REFUSALS)
+def test_what_the_hub_refuses_is_said_with_its_exit_code(
+    hub: HttpServer, tmp_path: Path, reporter: Recording, answer: Answer, kind: type[TunerError], words: str
+) -> None:
+    hub.serve("/api/models/org/tiny/revision/main", answer)
+    with pytest.raises(kind, match=words) as caught:
+        fetch_hub_model(tmp_path, reporter, token="hf_secret")
+    assert "hf_secret" not in f"{caught.value.message} {caught.value.hint}"
+
+
+def test_a_gated_model_says_where_to_accept_its_licence(hub: HttpServer, tmp_path: Path, reporter: Recording) -> None:
+    hub.serve("/api/models/org/tiny/revision/main", Answer(status=403, headers={"X-Error-Code": "GatedRepo"}))
+    with pytest.raises(DeniedError) as caught:
+        fetch_hub_model(tmp_path, reporter)
+    assert "https://huggingface.co/org/tiny" in (caught.value.hint or "")
+    assert "HF_TOKEN" in (caught.value.hint or "")
+
+
+def test_a_busy_hub_is_asked_again(hub: HttpServer, tmp_path: Path, reporter: Recording) -> None:
+    publish(hub, model_content())
+    path = "/api/models/org/tiny/revision/main"
+    hub.serve(path, Answer(status=503), hub._answers[path][0])
+    assert fetch_hub_model(tmp_path, reporter)
+
+
+def test_a_repository_of_pickles_is_refused_before_any_download(
+    hub: HttpServer, tmp_path: Path, reporter: Recording
+) -> None:
+    publish(hub, {"config.json": b"{}", "pytorch_model.bin": b"x", "tokenizer.json": b"{}"})
+    with pytest.raises(ConfigError, match="pickled"):
+        fetch_hub_model(tmp_path, reporter)
+    assert [request.path for request in hub.requests] == ["/api/models/org/tiny/revision/main"]
+
+
+def test_weights_that_do_not_fit_the_disk_are_refused_before_any_download(
+    hub: HttpServer, tmp_path: Path, reporter: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(hub, model_content())
+    usage = download.shutil.disk_usage("/")._replace(free=10)
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ConfigError, match="no disk space"):
+        fetch_hub_model(tmp_path, reporter)
+    assert len(hub.requests) == 1
+
+
+def test_offline_the_cache_is_used_or_the_model_is_missing(
+    hub: HttpServer, tmp_path: Path, reporter: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(hub, model_content())
+    with monkeypatch.context() as offline:
+        offline.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        with pytest.raises(InputMissingError, match="HF_HUB_OFFLINE is set"):
+            fetch_hub_model(tmp_path, reporter)
+    online = fetch_hub_model(tmp_path, reporter)
+    asked = len(hub.requests)
+    with monkeypatch.context() as offline:
+        offline.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        assert fetch_hub_model(tmp_path, reporter) == online
+    assert len(hub.requests) == asked
+
+
+def test_an_unreachable_hub_is_a_service_error(
+    hub: HttpServer, tmp_path: Path, reporter: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        with pytest.raises(ServiceError, match="cannot be reached"):
+            fetch_hub_model(tmp_path, reporter)
+
+
+def test_a_broken_hub_does_not_matter_when_the_cache_has_the_model(
+    hub: HttpServer, tmp_path: Path, reporter: Recording
+) -> None:
+    publish(hub, model_content())
+    online = fetch_hub_model(tmp_path, reporter)
+    hub.serve("/api/models/org/tiny/revision/main", Answer(status=503))
+    assert fetch_hub_model(tmp_path, reporter) == online
+    assert "the Hub answered 503" in reporter.warnings[0]
+
+
+def a_local_model(directory: Path) -> LocalModel:
+    return LocalModel(path=str(directory), sha256=model_digest(directory), id="org/tiny")
+
+
+def test_a_local_model_is_used_in_place(tmp_path: Path, reporter: Recording) -> None:
+    model = a_local_model(write_model(tmp_path / "model", model_content()))
+    fetched = fetch_base_model(a_spec(base_model=model), Secrets(), tmp_path / "work", reporter)
+    assert fetched == FetchedModel(path=model.path, id="org/tiny", revision=None, digest=model.sha256)
+
+
+def test_a_local_model_that_changed_since_the_plan_is_bad_data(tmp_path: Path, reporter: Recording) -> None:
+    model = a_local_model(write_model(tmp_path / "model", model_content()))
+    (tmp_path / "model" / "tokenizer.json").write_bytes(b"[]")
+    with pytest.raises(DataError, match="changed"):
+        fetch_base_model(a_spec(base_model=model), Secrets(), tmp_path / "work", reporter)
+
+
+def without(name: str) -> dict[str, bytes]:
+    return {other: data for other, data in model_content().items() if other != name}
+
+
+INDEX = json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}).encode()
+BAD_MODELS: list[tuple[dict[str, bytes], type[TunerError], str]] = [
+    (without("config.json"), InputMissingError, "no config.json"),
+    (without("tokenizer.json"), InputMissingError, "no tokenizer"),
+    (without("model.safetensors"), ConfigError, "no weights"),
+    (without("model.safetensors") | {"pytorch_model.bin": b"x"}, ConfigError, "pickled"),
+    (model_content() | {"config.json": b"{"}, DataError, "not JSON"),
+    (model_content() | {"model.safetensors": safetensors()[:-1]}, DataError, "cut short"),
+    (model_content() | {"model.safetensors": b"12345678"}, DataError, "not a whole safetensors file"),
+    (model_content() | {"model.safetensors.index.json": INDEX}, InputMissingError, "1 of 2 weight files"),
+    (model_content() | {"config.json": b'{"model_type": "own", "auto_map": {}}'}, ConfigError, "not trusted"),
+]
+
+
+@pytest.mark.parametrize(("content", "kind", "words"), BAD_MODELS)
+def test_a_directory_that_is_no_whole_safe_model_is_refused(
+    tmp_path: Path, reporter: Recording, content: dict[str, bytes], kind: type[TunerError], words: str
+) -> None:
+    model = a_local_model(write_model(tmp_path / "model", content))
+    with pytest.raises(kind, match=words):
+        fetch_base_model(a_spec(base_model=model), Secrets(), tmp_path / "work", reporter)
+
+
+def test_code_of_a_models_own_is_accepted_when_asked_for(tmp_path: Path, reporter: Recording) -> None:
+    content = model_content() | {"config.json": b'{"model_type": "own", "auto_map": {}}'}
+    spec = a_spec(base_model=a_local_model(write_model(tmp_path / "model", content)), trust_remote_code=True)
+    assert fetch_base_model(spec, Secrets(), tmp_path / "work", reporter)
+
+
+def test_a_model_in_an_image_is_found_in_it(tmp_path: Path, reporter: Recording) -> None:
+    reference = a_layout(tmp_path, {f"phi/{name}": data for name, data in model_content().items()})
+    spec = a_spec(base_model=ImageModel(reference=reference, id="org/tiny", revision=COMMIT))
+    model = fetch_base_model(spec, Secrets(), tmp_path / "work", reporter)
+    assert model is not None
+    assert (model.id, model.revision) == ("org/tiny", COMMIT)
+    assert model.path == "weights/data/phi"
+    assert model.digest == model_digest(write_model(tmp_path / "copy", model_content()))
+
+
+def test_an_image_without_a_model_is_a_missing_input(tmp_path: Path, reporter: Recording) -> None:
+    spec = a_spec(base_model=ImageModel(reference=a_layout(tmp_path, {"a.txt": b"x"})))
+    with pytest.raises(InputMissingError, match=r"config\.json"):
+        fetch_base_model(spec, Secrets(), tmp_path / "work", reporter)

@@ -185,6 +185,9 @@ def check(
     no_overwrite: NoOverwrite = False,
     no_preflight: NoPreflight = False,
     trust_remote_code: TrustRemoteCode = False,
+    spec_file: Annotated[
+        Path | None, typer.Option("--write-spec", metavar="FILE", hidden=True, help="RunSpec; FILE.secrets beside it")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Find out now what would go wrong later: Workspace, config, secret, push permission; with --data every row."""
@@ -192,6 +195,9 @@ def check(
 
     request = _request(**_typed(locals()))
     built, directory = _build(workspace, None, None, output, "qlora", request, work_dir)
+    if spec_file:
+        built.spec.save(spec_file)
+        built.secrets.save(spec_file.with_name(spec_file.name + ".secrets"))
     with _talk() as talk:
         _introduce(built, talk)
         talk.stage("preflight")
@@ -305,9 +311,18 @@ def _talk() -> "Talk":
 
 
 def _introduce(built: "Run", talk: "Talk") -> None:
+    from tuner.runspec import HubModel, ImageModel, LocalModel, SmokeModel
+
     spec = built.spec
-    revision = f" at {spec.preset.revision[:12]}" if spec.preset.revision else ""
-    what = "a tiny random model of its architecture" if spec.smoke else f"{spec.preset.model_id}{revision}"
+    match spec.base_model:
+        case SmokeModel():
+            what = "a tiny random model of its architecture"
+        case HubModel(id=name, revision=revision):
+            what = f"{name} at {revision[:12]}"
+        case LocalModel(path=path):
+            what = path
+        case ImageModel(reference=reference):
+            what = reference
     talk.note(f"{spec.name}: {spec.method} on {spec.preset.name} ({what}), run {spec.digest[7:19]}")
     for line in built.notes:
         talk.note(line)
@@ -405,6 +420,36 @@ def data_preview(
     from tuner.pipeline.preview import preview
 
     preview(files, preset, base_model, config, rows, sys.stdout)
+
+
+# ── one stage, as a pod runs it ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@app.command(hidden=True, epilog="Example: tuner stage fetch --spec run.json --secrets secrets.json --work-dir work")
+def stage(
+    name: Annotated[str, typer.Argument(metavar="STAGE", help="preflight, fetch, prepare, train or push")],
+    spec_file: Annotated[Path, typer.Option("--spec", metavar="FILE", help="the RunSpec")],
+    secrets_file: Annotated[Path | None, typer.Option("--secrets", metavar="FILE", help="its secrets")] = None,
+    work_dir: Annotated[Path, typer.Option("--work-dir", metavar="D")] = Path("tuner-work"),
+) -> None:
+    """Run one stage of a RunSpec in this process; its StageResult is the last line of stdout."""
+    from tuner.pipeline.run import run_stage
+    from tuner.runspec import STAGES, RunSpec, Secrets, StageResult
+
+    known = next((known for known in STAGES if known == name), None)
+    if known is None:
+        raise UsageError(f"{name!r} is no stage", hint=f"one of {', '.join(STAGES)}")
+    try:
+        spec = RunSpec.load(spec_file)
+        secrets = Secrets.load(secrets_file) if secrets_file else Secrets()
+        work_dir.mkdir(parents=True, exist_ok=True)
+        with _talk() as talk:
+            values = run_stage(known, spec, secrets, work_dir, talk)
+    except TunerError as error:
+        failed = StageResult(stage=known, exit_code=error.exit_code, reason=type(error).__name__, message=error.message)
+        print(failed.to_message(), flush=True)
+        raise
+    print(StageResult(stage=known, values=values).to_message())
 
 
 # ── push and pull ────────────────────────────────────────────────────────────────────────────────────────────────────

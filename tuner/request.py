@@ -3,13 +3,13 @@
 Everything that a file on this machine can tell is decided here; only `hash_*` and `load_*` read the disk.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import unquote, urlsplit
 
+from tuner.content import hash_file, model_digest
 from tuner.errors import ConfigError, InputMissingError, Problem, TunerError
 from tuner.presets import Preset, find_preset, preset_from_directory
 from tuner.reference import LayoutReference, names_registry, parse_destination
@@ -250,15 +250,12 @@ def _url_sources(urls: Sequence[str]) -> tuple[tuple[Source, ...], dict[str, str
 
 
 def _base_model(tuning: Tuning, preset: Preset, training: TrainingConfig, request: Request) -> BaseModelSource:
-    known = preset.revision is not None or "/" in preset.model_id
     if request.base_model:
         directory = request.base_model.expanduser().absolute()
-        return LocalModel(
-            path=str(directory),
-            sha256=hash_model(directory),
-            id=preset.model_id if known and not tuning.preset.name.startswith((".", "/", "~")) else None,
-            revision=preset.revision,
-        )
+        model = LocalModel(path=str(directory), sha256=model_digest(directory))
+        if is_weights_of(preset, directory):
+            return model.model_copy(update={"id": preset.model_id, "revision": preset.revision})
+        return model
     if request.smoke:
         if not preset.config:
             raise ConfigError(
@@ -268,7 +265,7 @@ def _base_model(tuning: Tuning, preset: Preset, training: TrainingConfig, reques
         return SmokeModel()
     if tuning.preset.name.startswith((".", "/", "~")):
         directory = Path(tuning.preset.name).expanduser().absolute()
-        return LocalModel(path=str(directory), sha256=hash_model(directory))
+        return LocalModel(path=str(directory), sha256=model_digest(directory))
     image = tuning.preset.preset_options.image
     if image:
         return ImageModel(reference=str(parse_destination(image)), id=preset.model_id, revision=preset.revision)
@@ -377,26 +374,10 @@ def _read_docker_config(path: Path) -> str:
         raise InputMissingError(f"docker config {path}: cannot be read: {reason}") from error
 
 
-def hash_file(path: Path) -> str:
-    """sha256 of a file's content, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
-MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
-
-
-def hash_model(directory: Path) -> str:
-    """`sha256:…` over the names and contents of a model directory's files.
-
-    Raises InputMissingError when it is no model: neither config.json nor safetensors.
-    """
-    if not (directory / "config.json").is_file():
-        raise InputMissingError(f"{directory}: no model, there is no config.json in it")
-    if not list(directory.glob("*.safetensors")):
-        raise InputMissingError(
-            f"{directory}: no *.safetensors in it", hint="pickled weights (*.bin) are not loaded: convert them"
-        )
-    paths = sorted({path for pattern in MODEL_FILES for path in directory.glob(pattern)})
-    lines = "".join(f"{path.name} {hash_file(path)}\n" for path in paths)
-    return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
+def is_weights_of(preset: Preset, directory: Path) -> bool:
+    """Whether a model directory has the preset's sizes: then the adapter's base is the preset's hub id, not a path."""
+    sizes = preset_from_directory(directory).config
+    return bool(preset.config) and all(sizes.get(name) == preset.config.get(name) for name in _SIZES)

@@ -8,11 +8,12 @@ RunSpec, Fetched, Prepared and Trained are JSON files that another process reads
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+import os
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, Self, TypeVar
+from typing import Annotated, Any, Literal, Protocol, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from tuner.errors import ConfigError, InputMissingError
 from tuner.presets import Preset
@@ -210,6 +211,23 @@ class Secrets:
     pull_docker_configs: tuple[str, ...] = field(default=(), repr=False)
     hf_token: str | None = field(default=None, repr=False)
 
+    def save(self, path: Path) -> None:
+        """Write them to a file that only its owner can read."""
+        path.unlink(missing_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            json.dump(asdict(self), file)
+
+    @classmethod
+    def load(cls, path: Path) -> "Secrets":
+        """Raises InputMissingError and ConfigError, neither with a word of what is in the file."""
+        try:
+            written = TypeAdapter(cls).validate_json(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputMissingError(f"{path}: cannot be read: {error.strerror}") from error
+        except ValidationError:
+            raise ConfigError(f"{path}: not the secrets of a run") from None
+        return written
+
 
 # ── between the stages ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -373,6 +391,3 @@ class Silent:
     def note(self, line: str) -> None: ...
     def warn(self, line: str) -> None: ...
     def progress(self, progress: Progress) -> None: ...
-
-
-ContractT = TypeVar("ContractT", bound=Contract)

@@ -79,10 +79,10 @@ class Talk:
         now = time.monotonic()
         began, first, last = self._said.get(key, (now, progress.done, float("-inf")))
         finished = progress.total is not None and progress.done >= progress.total
-        if now - last < _LINE_INTERVAL_S and not finished:
+        if (now - last < _LINE_INTERVAL_S and not finished) or last == float("inf"):
             self._said.setdefault(key, (began, first, last))
             return
-        self._said[key] = (began, first, now)
+        self._said[key] = (began, first, float("inf") if finished else now)
         line: dict[str, Any] = {"stage": progress.stage, "task": progress.task, "done": progress.done}
         line |= {"total": progress.total, "unit": progress.unit}
         line |= {name: float(f"{value:.6g}") for name, value in progress.values.items()}

@@ -8,13 +8,15 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from tuner import __version__
-from tuner.errors import TunerError
-from tuner.runspec import Fetched, FetchedModel, Prepared, RunSpec
+from tuner.errors import DataError, GateError
+from tuner.runspec import Fetched, FetchedFile, FetchedModel, Prepared, RunSpec
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -70,47 +72,77 @@ def adapter_config(
 
 
 def check_weights(path: Path) -> None:
-    """Raises TunerError when the safetensors file is damaged, a value is NaN or Inf, or no lora_B was ever updated."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        if not 2 <= header_bytes <= min(size - 8, _MAX_SAFETENSORS_HEADER_BYTES):
-            raise TunerError(f"{path.name} is not a safetensors file")
-        header = json.loads(file.read(header_bytes))
-    header.pop("__metadata__", None)
-    data = np.memmap(path, dtype=np.uint8, mode="r", offset=8 + header_bytes)
-    if not header or max(tensor["data_offsets"][1] for tensor in header.values()) != len(data):
-        raise TunerError(f"{path.name} is cut short: its tensors do not cover the file")
+    """Raises DataError for a file that is damaged, GateError for NaN, Inf or a lora_B that was nowhere updated."""
+    content = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
+    tensors = _safetensors_header(content, path.name)
     updated = False
-    for name, tensor in header.items():
-        begin, end = tensor["data_offsets"]
-        raw = data[begin:end]
-        if not _finite(raw, tensor["dtype"]):
-            raise TunerError(
+    for name, tensor in tensors.items():
+        raw = content[tensor.begin : tensor.end]
+        if not _is_finite(raw, tensor.dtype):
+            raise GateError(
                 f"{path.name}: {name} has NaN or infinite values", hint="lower TrainingArguments.learning_rate"
             )
-        updated = updated or ("lora_B" in name and bool(raw.any()))
+        # The sign bit alone is a negative zero.
+        updated = updated or ("lora_B" in name and bool((_words(raw, tensor.dtype) << 1).any()))
     if not updated:
-        raise TunerError(f"{path.name}: every lora_B is zero, so the adapter changes nothing")
+        raise GateError(
+            f"{path.name}: every lora_B is zero, so the adapter changes nothing",
+            hint="raise TrainingArguments.learning_rate, or train for more steps",
+        )
 
 
-def _finite(raw: np.ndarray[Any, np.dtype[np.uint8]], dtype: str) -> bool:
-    """Whether no value has all exponent bits set (IEEE 754: that is NaN and infinity)."""
-    exponents: dict[str, tuple[Any, int]] = {
-        "BF16": (np.uint16, 0x7F80),
-        "F16": (np.uint16, 0x7C00),
-        "F32": (np.uint32, 0x7F800000),
-    }
-    if dtype not in exponents:
-        raise TunerError(f"adapter weights in {dtype} cannot be checked")
-    word, mask = exponents[dtype]
-    values = np.ascontiguousarray(raw).view(word)
-    return not bool(np.any((values & word(mask)) == word(mask)))
+class _Tensor(NamedTuple):
+    dtype: str
+    begin: int  # in the file
+    end: int
 
 
-def source_label(source: str) -> str:
-    """How a data file is named in the image: URLs as they are (they have no query), of a local path the name."""
-    return source if "://" in source else Path(source).name
+def _safetensors_header(content: npt.NDArray[np.uint8], name: str) -> dict[str, _Tensor]:
+    """Where each tensor stands. https://github.com/huggingface/safetensors#format"""
+    header_bytes = int.from_bytes(content[:8].tobytes(), "little")
+    if not 2 <= header_bytes <= min(len(content) - 8, _MAX_SAFETENSORS_HEADER_BYTES):
+        raise DataError(f"{name} is not a safetensors file, or it is cut short")
+    first = 8 + header_bytes
+    try:
+        header = json.loads(content[8:first].tobytes())
+        tensors = {
+            key: _Tensor(value["dtype"], first + value["data_offsets"][0], first + value["data_offsets"][1])
+            for key, value in header.items()
+            if key != "__metadata__"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise DataError(f"{name} has no safetensors header") from error
+    end = first
+    for tensor in sorted(tensors.values(), key=lambda tensor: tensor.begin):
+        if tensor.begin != end or tensor.end < end:
+            raise DataError(f"{name}: its tensors overlap or leave gaps")
+        end = tensor.end
+    if end != len(content):
+        raise DataError(f"{name} is cut short or too long: its tensors do not cover the file")
+    unknown = sorted({tensor.dtype for tensor in tensors.values()} - set(_EXPONENTS))
+    if unknown:
+        raise DataError(f"{name}: adapter weights in {', '.join(unknown)} cannot be checked")
+    return tensors
+
+
+# The word of a value and its exponent bits (IEEE 754: all set is NaN or infinity).
+_EXPONENTS: Mapping[str, tuple[type[np.unsignedinteger[Any]], int]] = MappingProxyType(
+    {"BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000)}
+)
+
+
+def _words(raw: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[Any]:
+    return np.ascontiguousarray(raw).view(_EXPONENTS[dtype][0])
+
+
+def _is_finite(raw: npt.NDArray[np.uint8], dtype: str) -> bool:
+    word, mask = _EXPONENTS[dtype]
+    return not bool(np.any((_words(raw, dtype) & word(mask)) == word(mask)))
+
+
+def source_label(file: FetchedFile) -> str:
+    """How a data file is named in the image: by its URL (without query) or image reference; a local one by its name."""
+    return Path(file.path).name if Path(file.source).is_absolute() else file.source
 
 
 def run_lock(spec: RunSpec, fetched: Fetched, prepared: Prepared, versions: Mapping[str, str]) -> dict[str, Any]:
@@ -124,7 +156,7 @@ def run_lock(spec: RunSpec, fetched: Fetched, prepared: Prepared, versions: Mapp
         "preset": spec.preset_as_written,
         "base_model": base and {"id": base.id, "revision": base.revision, "digest": base.digest},
         "datasets": [
-            {"source": source_label(file.source), "sha256": file.sha256, "size_bytes": file.size_bytes}
+            {"source": source_label(file), "sha256": file.sha256, "size_bytes": file.size_bytes}
             for file in fetched.files
         ],
         "rows": {
@@ -182,7 +214,7 @@ def model_card(
         "",
         "## Data",
         "",
-        *(f"- `{source_label(file.source)}` sha256 `{file.sha256}`" for file in fetched.files),
+        *(f"- `{source_label(file)}` sha256 `{file.sha256}`" for file in fetched.files),
         "",
         "Every value of the configuration is in `run.lock.json`, every logged step in `metrics.jsonl`.",
         "",

@@ -32,6 +32,7 @@ import httpcore2
 import httpx2
 from pydantic import ValidationError
 
+from tuner.content import WEB_PAGE_HINT, check_readable, hash_file
 from tuner.errors import (
     ConfigError,
     DataError,
@@ -41,7 +42,6 @@ from tuner.errors import (
     ServiceError,
     TunerError,
 )
-from tuner.pipeline.content import WEB_PAGE_HINT, check_readable, hash_file
 from tuner.runspec import Contract, FetchedFile, Progress, Reporter, UrlSource
 from tuner.urls import Allowed, address_problem, redacted, url_problem
 
@@ -94,6 +94,20 @@ def no_space(directory: Path, needed_bytes: int, free_bytes: int) -> ConfigError
         f"no disk space at {directory}: need {format_bytes(needed_bytes)}, have {format_bytes(free_bytes)}",
         hint="free some, or choose another --work-dir; what has arrived is kept",
     )
+
+
+@contextmanager
+def disk_errors(directory: Path) -> Iterator[None]:
+    """A full disk or quota in our words."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ConfigError(
+            f"no disk space at {directory}: {format_bytes(shutil.disk_usage(directory).free)} left",
+            hint="free some, or choose another --work-dir; what has arrived is kept",
+        ) from error
 
 
 # ── all at once ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -398,7 +412,7 @@ class _Download:
         self._partial_path.unlink(missing_ok=True)
 
     def _save_partial(self) -> None:
-        with self._lock, _disk_errors(self._path.parent):
+        with self._lock, disk_errors(self._path.parent):
             _Partial(
                 url=self._source.url,
                 query_sha256=self._source.query_sha256,
@@ -511,7 +525,7 @@ class _Download:
                     raise _StoppedError
                 room = len(chunk) if part.end is None else part.end - part.at
                 wanted = chunk[:room]
-                with _disk_errors(self._path.parent):
+                with disk_errors(self._path.parent):
                     while wanted:
                         written = os.pwrite(descriptor, wanted, part.at)
                         wanted = wanted[written:]
@@ -587,20 +601,6 @@ class _Download:
         ).save(self._record_path)
         self._partial_path.unlink(missing_ok=True)
         return FetchedFile(source=url, path=str(self._path), sha256=digest, size_bytes=size)
-
-
-@contextmanager
-def _disk_errors(directory: Path) -> Iterator[None]:
-    """A full disk or quota in our words."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise ConfigError(
-            f"no disk space at {directory}: {format_bytes(shutil.disk_usage(directory).free)} left",
-            hint="free some, or choose another --work-dir; what has arrived is kept",
-        ) from error
 
 
 def _sync(path: Path) -> None:

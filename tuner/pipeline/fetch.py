@@ -4,7 +4,6 @@ fetch ─┬─ fetch_sources ──── URLs (in parallel, resumable), files,
        └─ fetch_base_model ─ Hugging Face Hub, a directory or an image ──────────────► FetchedModel
 """
 
-import errno
 import shutil
 import threading
 import time
@@ -17,8 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 import httpx2
 from pydantic import ValidationError
 
-from tuner.errors import DataError, DeniedError, InputMissingError, ServiceError, TunerError
-from tuner.pipeline.content import (
+from tuner.content import (
     DUPLICATE_WEIGHTS,
     MODEL_FILES,
     check_has_safetensors,
@@ -28,7 +26,8 @@ from tuner.pipeline.content import (
     model_digest,
     plain_name,
 )
-from tuner.pipeline.download import DEFAULT_TRANSFER, Transfer, download_all, format_bytes, no_space
+from tuner.errors import DataError, DeniedError, InputMissingError, ServiceError, TunerError
+from tuner.pipeline.download import DEFAULT_TRANSFER, Transfer, disk_errors, download_all, format_bytes, no_space
 from tuner.reference import ImageReference, LayoutReference, parse_destination
 from tuner.registry import client_for
 from tuner.registry.image import TOP_DIRECTORY, sha256_digest
@@ -149,7 +148,10 @@ def fetch_base_model(
         case SmokeModel():
             return None
         case HubModel():
-            directory, revision = _fetch_from_hub(model, secrets.hf_token, spec, reporter, transfer)
+            repository = _HubRepository(
+                model, secrets.hf_token, trust_remote_code=spec.trust_remote_code, reporter=reporter
+            )
+            directory, revision = repository.fetch(transfer)
             model_id = model.id
         case LocalModel():
             directory, model_id, revision = Path(model.path), model.id, model.revision
@@ -277,121 +279,138 @@ def _model_root(directory: Path, reference: str) -> Path:
     return configs[0].parent
 
 
-def _fetch_from_hub(
-    model: HubModel, token: str | None, spec: RunSpec, reporter: Reporter, transfer: Transfer
-) -> tuple[Path, str]:
-    """The model's directory in the Hugging Face cache and its commit.
+class _HubRepository:
+    """A model on the Hugging Face Hub, or what an earlier run left of it in the cache.
 
     HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE mean what they always mean. A partly fetched file is gone on with.
     """
-    from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-    from huggingface_hub.utils import logging as hub_logging
 
-    hub_logging.set_verbosity_error()  # its warnings name signed addresses
-    patterns = [*MODEL_FILES, "*.tiktoken", *(("*.py",) if spec.trust_remote_code else ())]
+    def __init__(self, model: HubModel, token: str | None, *, trust_remote_code: bool, reporter: Reporter) -> None:
+        from huggingface_hub import constants
+        from huggingface_hub.utils import logging as hub_logging
 
-    def is_wanted(name: str) -> bool:
-        return (
-            "/" not in name
-            and not fnmatch(name, DUPLICATE_WEIGHTS)
-            and any(fnmatch(name, pattern) for pattern in patterns)
-        )
+        hub_logging.set_verbosity_error()  # its warnings name signed addresses
+        self._model = model
+        self._token = token or False  # False: never the token of whoever once logged in here
+        self._patterns = (*MODEL_FILES, "*.tiktoken", *(("*.py",) if trust_remote_code else ()))
+        self._reporter = reporter
+        self._cache = Path(constants.HF_HUB_CACHE)
 
-    def download(revision: str, total: int | None) -> Path:
-        return Path(
-            snapshot_download(
-                model.id,
-                revision=revision,
-                token=token or False,  # False: never the token of whoever once logged in here
-                allow_patterns=patterns,
-                ignore_patterns=["*/*", DUPLICATE_WEIGHTS],
-                local_files_only=total is None,
-                tqdm_class=_reporting_bar(reporter, model.id, total),
-            )
-        )
+    def fetch(self, transfer: Transfer) -> tuple[Path, str]:
+        """The model's directory in the cache, complete, and its commit."""
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    def fetch_online() -> Path:
-        info = HfApi(token=token or False).model_info(model.id, revision=model.revision, files_metadata=True)
-        sizes = {file.rfilename: file.size or 0 for file in info.siblings or () if is_wanted(file.rfilename)}
-        check_has_safetensors([file.rfilename for file in info.siblings or ()], model.id)
+        try:
+            with disk_errors(self._cache):
+                directory = _patiently(self._fetch_online, transfer)
+        except OfflineModeIsEnabled:
+            directory = self._from_cache("HF_HUB_OFFLINE is set")
+        except (HfHubHTTPError, httpx2.TransportError, LocalEntryNotFoundError) as error:
+            if not _may_pass(error):
+                # None: the Hub's own text may name signed addresses
+                raise _hub_error(self._model, error.response.status_code, error, self._token) from None
+            reason = "the Hub cannot be reached"
+            if isinstance(error, HfHubHTTPError):
+                reason = f"the Hub answered {error.response.status_code}"
+            try:
+                directory = self._from_cache(reason)
+            except InputMissingError as missing:
+                raise ServiceError(missing.message, hint="run again: it goes on from here") from None
+            self._reporter.warn(f"{self._model.id}: {reason}; what the cache holds is used")
+        return directory, directory.name  # the cache names it by its commit
+
+    def _fetch_online(self) -> Path:
+        from huggingface_hub import HfApi, try_to_load_from_cache
+
+        name = self._model.id
+        info = HfApi(token=self._token).model_info(name, revision=self._model.revision, files_metadata=True)
+        siblings = info.siblings or ()
+        check_has_safetensors([file.rfilename for file in siblings], name)
+        sizes = {file.rfilename: file.size or 0 for file in siblings if self._is_wanted(file.rfilename)}
         missing = sum(
             size
-            for name, size in sizes.items()
-            if not isinstance(try_to_load_from_cache(model.id, name, revision=info.sha), str)
+            for file, size in sizes.items()
+            if not isinstance(try_to_load_from_cache(name, file, revision=info.sha), str)
         )
-        cache = Path(constants.HF_HUB_CACHE)
-        cache.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(cache).free
+        self._cache.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self._cache).free
         if missing > free:
-            raise no_space(cache, missing, free)
-        return download(str(info.sha), sum(sizes.values()))
+            raise no_space(self._cache, missing, free)
+        return self._snapshot(total=sum(sizes.values()))
 
-    def fetch_from_cache(reason: str) -> Path:
+    def _from_cache(self, reason: str) -> Path:
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
         try:
-            return download(model.revision, None)
+            return self._snapshot(local_files_only=True)
         except LocalEntryNotFoundError:
             raise InputMissingError(
-                f"{model.id}@{model.revision}: {reason}, and it is not whole in the cache at {constants.HF_HUB_CACHE}",
+                f"{self._model.id}@{self._model.revision}: {reason}, and the cache at {self._cache} has not all of it",
                 hint="fetch it where the Hub can be reached and set HF_HOME to that cache, or give --base-model DIR",
             ) from None
 
-    try:
-        directory = _patiently(fetch_online, transfer)
-    except OfflineModeIsEnabled:
-        directory = fetch_from_cache("HF_HUB_OFFLINE is set")
-    except HfHubHTTPError as error:
-        raise _hub_error(model, error, has_token=token is not None) from None  # its text may name signed addresses
-    except (httpx2.TransportError, LocalEntryNotFoundError):
-        try:
-            directory = fetch_from_cache("the Hub cannot be reached")
-        except InputMissingError as error:
-            raise ServiceError(error.message, hint=error.hint) from None
-        reporter.warn(f"{model.id}: the Hub cannot be reached; the cached files are used")
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        cache = Path(constants.HF_HUB_CACHE)
-        raise no_space(cache, int(spec.preset.weights_gib or 0) * 2**30, shutil.disk_usage(cache).free) from error
-    return directory, directory.name  # the Hub's cache names it by its commit
+    def _snapshot(self, *, total: int | None = None, local_files_only: bool = False) -> Path:
+        from huggingface_hub import snapshot_download
+
+        return Path(
+            snapshot_download(
+                self._model.id,
+                revision=self._model.revision,  # not the commit: by this name an offline run looks for it
+                token=self._token,
+                allow_patterns=list(self._patterns),
+                ignore_patterns=["*/*", DUPLICATE_WEIGHTS],
+                local_files_only=local_files_only,
+                tqdm_class=_reporting_bar(self._reporter, self._model.id, total),
+            )
+        )
+
+    def _is_wanted(self, name: str) -> bool:
+        return (
+            "/" not in name
+            and not fnmatch(name, DUPLICATE_WEIGHTS)
+            and any(fnmatch(name, pattern) for pattern in self._patterns)
+        )
 
 
 def _patiently(action: Callable[[], T], transfer: Transfer) -> T:
     """Again after failures of the wire, of a busy or of a broken Hub."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    for failures in range(1, transfer.attempts + 1):
+    for failures in range(1, transfer.attempts):
         try:
             return action()
         except (HfHubHTTPError, httpx2.TransportError, LocalEntryNotFoundError) as error:
-            status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-            may_pass = status is None or status == 429 or status >= 500
-            if not may_pass or failures == transfer.attempts:
+            if not _may_pass(error):
                 raise
         time.sleep(transfer.backoff_s * 2 ** (failures - 1))
-    raise AssertionError("unreachable: the last attempt returns or raises")
+    return action()
 
 
-def _hub_error(model: HubModel, error: httpx2.HTTPError, *, has_token: bool) -> TunerError:
+def _may_pass(error: Exception) -> bool:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if not isinstance(error, HfHubHTTPError):
+        return True
+    return bool(error.response.status_code == 429 or error.response.status_code >= 500)
+
+
+def _hub_error(model: HubModel, status: int, error: Exception, token: str | bool) -> TunerError:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-    status = error.response.status_code
     name = model.id
     if isinstance(error, GatedRepoError):
         return DeniedError(
-            f"{name}: this model is gated, and {'the token has no access' if has_token else 'there is no token'}",
+            f"{name}: this model is gated, and {'the token has no access' if token else 'there is no token'}",
             hint=f"accept the licence at https://huggingface.co/{name} and set HF_TOKEN",
         )
     if isinstance(error, RevisionNotFoundError):
         return InputMissingError(f"{name}: it has no revision {model.revision}")
     if isinstance(error, RepositoryNotFoundError):
-        hint = "is the id right?" if has_token else "is the id right? A private model needs HF_TOKEN"
+        hint = "is the id right?" if token else "is the id right? A private model needs HF_TOKEN"
         return InputMissingError(f"{name}: not found on the Hub", hint=hint)
     if status in (401, 403):
         return DeniedError(f"{name}: the Hub answered {status}", hint="is HF_TOKEN valid, and may it read this model?")
-    if status == 404:
-        return InputMissingError(f"{name}: the Hub answered 404")
-    return ServiceError(f"{name}: the Hub answered {status}", hint="run again: it goes on from here")
+    return InputMissingError(f"{name}: the Hub answered {status}")
 
 
 def _reporting_bar(reporter: Reporter, task: str, total: int | None) -> type:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
@@ -78,12 +79,29 @@ def quantization_config(training: TrainingConfig, device: Device) -> BitsAndByte
     section = {key: value for key, value in training.section("QuantizationConfig").items() if value is not None}
     if not (section.get("load_in_4bit") or section.get("load_in_8bit")):
         return None
-    if not training.is_written("QuantizationConfig", "bnb_4bit_compute_dtype"):
-        section["bnb_4bit_compute_dtype"] = device.dtype
     for key in ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage"):
         if isinstance(section.get(key), str):
             section[key] = _dtype(section[key])
-    return BitsAndBytesConfig(**section)
+    written = training.is_written("QuantizationConfig", "bnb_4bit_compute_dtype")
+    if not written or _lacks(device, section["bnb_4bit_compute_dtype"]):
+        section["bnb_4bit_compute_dtype"] = device.dtype
+    try:
+        return BitsAndBytesConfig(**section)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"QuantizationConfig: {error}") from error
+
+
+def _lacks(device: Device, dtype: torch.dtype) -> bool:
+    """Whether it is a GPU without bf16, asked for bf16."""
+    return device.is_cuda and dtype is torch.bfloat16 and device.dtype is not torch.bfloat16
+
+
+def base_dtype(training: TrainingConfig, device: Device) -> torch.dtype:
+    """ModelConfig.dtype where the user wrote one that the device has, else the device's own."""
+    written = training.value("ModelConfig", "dtype") if training.is_written("ModelConfig", "dtype") else "auto"
+    if written == "auto" or not device.is_cuda:  # half precision on a CPU is slow and, for some kernels, missing
+        return device.dtype
+    return device.dtype if _lacks(device, _dtype(written)) else _dtype(written)
 
 
 def load_base_model(
@@ -94,15 +112,10 @@ def load_base_model(
     peft's prepare_model_for_kbit_training is not called: it turns norms, embeddings and so the whole residual stream
     to fp32, which doubles the memory traffic of everything that is not a GEMM.
     """
-    dtype = _dtype(training.value("ModelConfig", "dtype")) if training.is_written("ModelConfig", "dtype") else None
-    if dtype is torch.bfloat16 and device.is_cuda and device.dtype is not torch.bfloat16:
-        dtype = None  # a GPU without bf16
-    if not device.is_cuda:
-        dtype = None  # half precision on a CPU is slow and, for some kernels, missing
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         directory,
         quantization_config=quantization_config(training, device),
-        dtype=dtype or device.dtype,
+        dtype=base_dtype(training, device),
         device_map={"": device.device},
         attn_implementation="sdpa",
         local_files_only=True,
@@ -147,6 +160,17 @@ def linear_layers(model: nn.Module) -> dict[str, int]:
     return dict(names)
 
 
+def _fused_experts(model: nn.Module) -> dict[str, int]:
+    """Name → count of the weights of many experts in one tensor, which are linear layers in all but their class."""
+    return dict(
+        Counter(
+            name.rpartition(".")[2]
+            for name, parameter in model.named_parameters()
+            if parameter.ndim == 3 and re.search(r"\.\d+\.", name)
+        )
+    )
+
+
 def attach_lora(model: PreTrainedModel, training: TrainingConfig) -> tuple[PeftModel, Coverage, dict[str, str]]:
     """The model with adapters in fp32, what they cover, and which requested names were mapped to fused ones.
 
@@ -162,17 +186,21 @@ def attach_lora(model: PreTrainedModel, training: TrainingConfig) -> tuple[PeftM
             f"its linear layers are {', '.join(layers)}",
             hint=hints[0] if hints else 'leave target_modules out, or write "all-linear"',
         )
-    section.setdefault("task_type", "CAUSAL_LM")
+    experts = _fused_experts(model)
     try:
-        config = LoraConfig(target_modules=sorted(targets.modules), **section)
+        config = LoraConfig(target_modules=sorted(targets.modules), task_type="CAUSAL_LM", **section)
         adapted: PeftModel = get_peft_model(model, config)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"LoraConfig: {error}") from error
+    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+        raise ConfigError(f"LoraConfig: {' '.join(str(error).split())}") from error
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    covered = {name: layers[name] for name in layers if name in targets.modules}
-    uncovered = {name: count for name, count in layers.items() if name not in targets.modules}
+    # Counted on the model itself: layers_to_transform and exclude_modules leave some out.
+    found = Counter(
+        name.rpartition(".")[2] for name, module in adapted.named_modules() if isinstance(module, LoraLayer)
+    )
+    covered = {name: found[name] for name in layers if found[name]}
+    uncovered = {name: count - found[name] for name, count in layers.items() if count > found[name]} | experts
     trainable = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     return adapted, Coverage(covered, uncovered, trainable, _parameter_count(adapted)), dict(targets.renamed)
 

@@ -1,6 +1,7 @@
 """Fetched files → token ids and labels on disk, with every row that is not trained on counted and listed."""
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from tuner.pipeline.dataset import (
     Completion,
     Conversation,
     DataFile,
+    Origin,
     PlainText,
     Row,
     gather_rows,
@@ -37,7 +39,8 @@ def prepare(spec: RunSpec, fetched: Fetched, work_dir: Path, reporter: Reporter)
     """
     settings = spec.training.dataset
     directory = work_dir / "prepared"
-    directory.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(directory, ignore_errors=True)  # an earlier run's template must not stay beside this one's tokenizer
+    directory.mkdir(parents=True)
     gathered = gather_rows([DataFile(work_dir / file.path, file.source) for file in fetched.files], settings)
     split = split_rows(gathered.rows, settings)
     train, evaluation = split.train, split.evaluation
@@ -49,7 +52,10 @@ def prepare(spec: RunSpec, fetched: Fetched, work_dir: Path, reporter: Reporter)
         reporter.warn("the chat template closes no turn with a special token: EOS is learnt after the last answer")
     if spec.smoke:
         train, evaluation = train[:SMOKE_TRAIN_ROWS], evaluation[:SMOKE_EVALUATION_ROWS]
-    limit = settings.max_length or min(LONGEST_DEFAULT, context_length(spec, work_dir / base_dir))
+    context = context_length(spec, work_dir / base_dir)
+    limit = settings.max_length or min(LONGEST_DEFAULT, context)
+    if limit > context:
+        reporter.warn(f"max_length {limit:,} is more than the {context:,} tokens that the model attends to")
     tallies = {
         name: _tokenize(rows, labeller, limit, settings.over_length, name, reporter)
         for name, rows in (("training", train), ("held-out", evaluation))
@@ -72,7 +78,7 @@ def prepare(spec: RunSpec, fetched: Fetched, work_dir: Path, reporter: Reporter)
             hint="raise TrainingArguments.max_length, or set DatasetConfig.over_length to truncate; " + listed,
         )
     rows = tallies["training"].rows
-    if not rows or not any(row.supervised[1:].any() for row in rows):
+    if not rows:
         raise DataError("no row has a token to learn", hint=f"`tuner data preview FILE` shows what is learnt; {listed}")
     straddles = sum(row.straddles for row in rows)
     if straddles:
@@ -102,7 +108,6 @@ def prepare(spec: RunSpec, fetched: Fetched, work_dir: Path, reporter: Reporter)
 def _base_model_dir(spec: RunSpec, fetched: Fetched, rows: Sequence[Row], work_dir: Path) -> str:
     if fetched.base_model:
         return fetched.base_model.path
-    quiet()
     from tuner.pipeline.tiny_model import make_tiny_model  # the only torch before training, for smoke runs
 
     seed = int(spec.training.value("TrainingArguments", "seed"))
@@ -125,6 +130,7 @@ def texts_of(rows: Iterable[Row]) -> Iterator[str]:
 
 def load_tokenizer(spec: RunSpec, directory: Path, *, conversations: bool) -> Any:
     """The base model's tokenizer with the template to train with: what the user wrote, its own, the preset's."""
+    quiet()
     from transformers import AutoTokenizer
 
     try:
@@ -150,6 +156,9 @@ def context_length(spec: RunSpec, base_dir: Path) -> int:
 
 @dataclass(frozen=True)
 class _Tally:
+    """What became of the rows of one split; `bad`, `over_length` and `unsupervised` count rows, however many examples
+    a template makes of one."""
+
     rows: list[TokenRow]
     problems: list[RowProblem]
     bad: int
@@ -162,42 +171,38 @@ def _tokenize(
 ) -> _Tally:
     kept: list[TokenRow] = []
     problems: list[RowProblem] = []
-    bad = over = unsupervised = 0
+    bad, over, unsupervised = set[Origin](), set[Origin](), set[Origin]()
+
+    def put_aside(into: set[Origin], origin: Origin, reason: str) -> None:
+        into.add(origin)
+        problems.append(RowProblem(file=origin.file, row=origin.row, reason=reason))
+
     for begin in range(0, len(rows), 1024):
         batch = rows[begin : begin + 1024]
         examples = []
         for row in batch:
             rendered = labeller.examples(row)
             if isinstance(rendered, BadRow):
-                bad += 1
-                problems.append(RowProblem(file=row.origin.file, row=row.origin.row, reason=rendered.reason))
+                put_aside(bad, row.origin, rendered.reason)
             else:
                 examples.extend(rendered)
         for tokens in labeller.tokenize(examples):
             length = len(tokens.input_ids)
             if length > limit:
-                over += 1
-                where = RowProblem(
-                    file=tokens.origin.file,
-                    row=tokens.origin.row,
-                    reason=f"{length:,} tokens, more than the {limit:,} of max_length",
-                )
+                reason = f"{length:,} tokens, more than the {limit:,} of max_length"
                 if over_length == "error":
-                    raise DataError(f"{where.file}:{where.row}: {where.reason}", hint="DatasetConfig.over_length: drop")
-                problems.append(where)
+                    raise DataError(f"{tokens.origin}: {reason}", hint="DatasetConfig.over_length: drop")
+                put_aside(over, tokens.origin, reason)
                 if over_length == "drop":
                     continue
                 tokens = tokens.truncated(limit)
             # The first token is never predicted, so a mask on it alone teaches nothing.
-            if not tokens.supervised[1:].any():
-                unsupervised += 1
-                problems.append(
-                    RowProblem(file=tokens.origin.file, row=tokens.origin.row, reason="no token of it is learnt")
-                )
-                continue
-            kept.append(tokens)
+            if tokens.supervised[1:].any():
+                kept.append(tokens)
+            else:
+                put_aside(unsupervised, tokens.origin, "no token of it is learnt")
         reporter.progress(Progress("prepare", f"tokenizing {task} rows", begin + len(batch), len(rows), "rows"))
-    return _Tally(kept, problems, bad, over, unsupervised)
+    return _Tally(kept, problems, len(bad), len(over), len(unsupervised))
 
 
 def _write_split(rows: Sequence[TokenRow], path: Path, work_dir: Path) -> Split:

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from tuner.errors import ConfigError, DeniedError, InputMissingError, NotPushedError, TunerError
 from tuner.pipeline.adapter import (
@@ -45,11 +46,13 @@ from tuner.runspec import (
     Reporter,
     RunResult,
     RunSpec,
+    Scalar,
     Secrets,
     StageName,
     Trained,
 )
 
+FETCHED, PREPARED, TRAINED = "fetched.json", "prepared.json", "trained.json"
 _SPARE_DISK_BYTES = 2 * 2**30  # tokens, checkpoints, adapter
 
 
@@ -62,12 +65,56 @@ def run(
     preflight(spec, secrets, work_dir, reporter)
     on_stage("fetch")
     fetched = fetch(spec, secrets, work_dir, reporter)
+    fetched.save(work_dir / FETCHED)
     on_stage("prepare")
     prepared = prepare(spec, fetched, work_dir, reporter)
     on_stage("train")
     trained = train(spec, fetched, prepared, work_dir, reporter)
     on_stage("push")
     return push(spec, secrets, trained, work_dir, reporter, started=started)
+
+
+def run_stage(
+    name: StageName, spec: RunSpec, secrets: Secrets, work_dir: Path, reporter: Reporter
+) -> dict[str, Scalar]:
+    """One stage in a process of its own, from and to the JSON files in the work directory; what it is worth saying.
+
+    Raises what the stage raises; InputMissingError when the stage before it has not run, ConfigError when that was of
+    another run.
+    """
+    match name:
+        case "preflight":
+            preflight(spec, secrets, work_dir, reporter, trains=False)
+            return {}
+        case "fetch":
+            fetched = fetch(spec, secrets, work_dir, reporter)
+            fetched.save(work_dir / FETCHED)
+            return {"files": len(fetched.files), "bytes": sum(file.size_bytes for file in fetched.files)}
+        case "prepare":
+            prepared = prepare(spec, _left(Fetched, work_dir / FETCHED, spec), work_dir, reporter)
+            return {"train_rows": prepared.train.rows, "bad_rows": prepared.bad_rows}
+        case "train":
+            fetched = _left(Fetched, work_dir / FETCHED, spec)
+            trained = train(spec, fetched, _left(Prepared, work_dir / PREPARED, spec), work_dir, reporter)
+            return {"steps": trained.steps, "loss": trained.last_train_loss, "eval_loss": trained.eval_loss_after}
+        case "push":
+            trained = _left(Trained, work_dir / TRAINED, spec)
+            result = push(spec, secrets, trained, work_dir, reporter, started=time.monotonic())
+            return {"image": result.image, "previous_digest": result.previous_digest}
+
+
+LeftT = TypeVar("LeftT", Fetched, Prepared, Trained)
+
+
+def _left(kind: type[LeftT], path: Path, spec: RunSpec) -> LeftT:
+    """What an earlier stage of this very run left."""
+    left = kind.load(path)
+    if left.run_digest != spec.digest:
+        raise ConfigError(
+            f"{path} is of run {left.run_digest[7:19]}, and this is run {spec.digest[7:19]}",
+            hint="run the stages before this one again, or use another --work-dir",
+        )
+    return left
 
 
 # ── preflight ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -224,7 +271,7 @@ def train(spec: RunSpec, fetched: Fetched, prepared: Prepared, work_dir: Path, r
         trainable_parameters=outcome.coverage.trainable_parameters,
         total_parameters=outcome.coverage.total_parameters,
     )
-    trained.save(work_dir / "trained.json")
+    trained.save(work_dir / TRAINED)
     return trained
 
 
@@ -238,7 +285,7 @@ def inputs_digest(fetched: Fetched) -> str:
 def finished_adapter(inputs: str, work_dir: Path) -> Trained | None:
     """What trained.json says, when it is of these inputs and every file is still as it was."""
     try:
-        trained = Trained.load(work_dir / "trained.json")
+        trained = Trained.load(work_dir / TRAINED)
     except (InputMissingError, ConfigError):
         return None
     adapter_dir = work_dir / trained.adapter_dir

@@ -57,23 +57,24 @@ def tiny_config(
 ) -> dict[str, Any]:
     """A model's config.json with small sizes: the ratio of query to key-value heads stays."""
     config = deepcopy(config)  # transformers writes into nested dicts that it is given
-    heads = HEADS
-    groups = max(1, config["num_attention_heads"] // config.get("num_key_value_heads", config["num_attention_heads"]))
+    groups = config["num_attention_heads"] // config.get("num_key_value_heads", config["num_attention_heads"])
+    key_value_heads = max(1, HEADS // groups)
     tiny = config | {
         "hidden_size": hidden_size,
         "intermediate_size": 2 * hidden_size,
         "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": max(1, heads // groups),
+        "num_attention_heads": groups * key_value_heads,
+        "num_key_value_heads": key_value_heads,
         "vocab_size": vocabulary,
     }
-    head_dim = hidden_size // heads
-    if "head_dim" in config:
+    head_dim = hidden_size // HEADS
+    if "head_dim" in config or groups * key_value_heads != HEADS:  # 7 heads do not divide the hidden size
         tiny["head_dim"] = head_dim
     if "query_pre_attn_scalar" in config:
         tiny["query_pre_attn_scalar"] = head_dim
     if "layer_types" in config:
-        tiny["layer_types"] = config["layer_types"][:layers]
+        kinds = list(dict.fromkeys(config["layer_types"]))  # Gemma 3's first five are alike
+        tiny["layer_types"] = (kinds + config["layer_types"])[:layers]
     for name in ("rope_parameters", "rope_scaling"):
         rope = config.get(name)
         if isinstance(rope, dict) and "long_factor" in rope:

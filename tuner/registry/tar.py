@@ -125,17 +125,22 @@ def _name_of(header: bytes) -> str:
 
 
 def _parse_pax(content: bytes) -> dict[str, str]:
-    """`LENGTH KEY=VALUE\\n`, again and again, where LENGTH counts the whole record."""
+    """`LENGTH KEY=VALUE\n`, again and again, where LENGTH counts the whole record.
+
+    Only the values that mean something here are kept: extended attributes are bytes of any kind.
+    """
     records: dict[str, str] = {}
-    while content.strip(b"\0"):
-        digits, space, _ = content.partition(b" ")
-        length = _decimal(_text(digits))
-        record = content[len(digits) + 1 : length]
+    position, end = 0, len(content.rstrip(b"\0"))
+    while position < end:
+        space = content.find(b" ", position, position + 8)
+        length = _decimal(_text(content[position:space])) if space > 0 else 0
+        record = content[space + 1 : position + length]
         key, equals, value = record.partition(b"=")
-        if not space or not equals or length > len(content) or not value.endswith(b"\n"):
+        if not equals or position + length > end or not value.endswith(b"\n"):
             raise DataError("a pax header of the tar is malformed")
-        records[_text(key)] = _text(value[:-1])
-        content = content[length:]
+        name = _text(key)
+        records[name] = _text(value[:-1]) if name in ("path", "linkpath", "size") else ""
+        position += length
     return records
 
 

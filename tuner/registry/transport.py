@@ -243,7 +243,7 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
     ) -> requests.Response:
         """The answer to one request, authorised and, where it failed by chance, repeated.
 
-        Everything goes through here, also what is inherited from oras.
+        All but the sending of blobs goes through here, also what is inherited from oras.
         """
         waiting = _Waiting(self._patience)
         while True:
@@ -501,8 +501,11 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
     def _unexpected(self, response: requests.Response) -> TunerError:
         body = _read_at_most(response, TOKEN_REPLY_BYTES)
         text = self._words(response, body)
-        if self.prefix == "http" and response.status_code == 400 and _HTTPS_ONLY.search(body):
-            return ConfigError(f"{self.host}: speaks https, not http", hint="leave out --plain-http")
+        # the answer to a HEAD has no body that would say so
+        if self.prefix == "http" and response.status_code == 400 and (not body or _HTTPS_ONLY.search(body)):
+            return ConfigError(
+                f"{self.host}: answers plain http with {text}", hint="if it speaks https, leave out --plain-http"
+            )
         if response.status_code == 404:
             return InputMissingError(
                 f"{self.host}/{self.repository}: {text}", hint="check the registry, the repository and the tag"

@@ -102,7 +102,9 @@ def _check_parquet(path: Path, tail: bytes, source: str) -> None:
 
 
 def model_files(directory: Path) -> list[Path]:
-    """The files that decide what the model is, sorted by name."""
+    """The files that decide what the model is, sorted by name. Raises InputMissingError for no directory."""
+    if not directory.is_dir():
+        raise InputMissingError(f"{directory}: there is no such model directory")
     return sorted(
         path
         for path in directory.iterdir()
@@ -113,7 +115,10 @@ def model_files(directory: Path) -> list[Path]:
 
 
 def model_digest(directory: Path) -> str:
-    """`sha256:…` over the names and contents of a model directory's weights, configuration and tokenizer."""
+    """`sha256:…` over the names and contents of a model directory's weights, configuration and tokenizer.
+
+    Raises InputMissingError for no directory.
+    """
     lines = "".join(f"{path.name} {_known_hash(path)}\n" for path in model_files(directory))
     return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
 

@@ -1,0 +1,44 @@
+"""What every test gets: no home directory, token or proxy of the person who runs it."""
+
+from pathlib import Path
+
+import pytest
+
+_LEAKS = (
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "HF_ENDPOINT",
+    "DOCKER_CONFIG",
+    "SOURCE_DATE_EPOCH",
+    "http_proxy",
+    "https_proxy",
+    "all_proxy",
+    "no_proxy",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "ALL_PROXY",
+    "NO_PROXY",
+    "NETRC",
+    "REQUESTS_CA_BUNDLE",
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run the tests that take minutes too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    skip_long = pytest.mark.skip(reason="takes minutes: --long")
+    skip_gpu = pytest.mark.skip(reason="no CUDA GPU here")
+    for item in items:
+        if "long" in item.keywords and not config.getoption("--long"):
+            item.add_marker(skip_long)
+        if "gpu" in item.keywords and not Path("/proc/driver/nvidia/version").exists():
+            item.add_marker(skip_gpu)
+
+
+@pytest.fixture(autouse=True)
+def _nobodys_environment(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path_factory.getbasetemp()))
+    for name in _LEAKS:
+        monkeypatch.delenv(name, raising=False)

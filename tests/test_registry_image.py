@@ -1,0 +1,224 @@
+"""tuner/registry/image.py"""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tuner.errors import DataError
+from tuner.registry.image import BlobStream, FilePart, Image, build_image, measure, sha256_digest
+
+ADAPTER = {
+    "adapter_config.json": b'{"r": 16}',
+    "README.md": b"# Card\n",
+    "metrics.jsonl": b"",
+    "tokenizer.json": b"{}" * 700,
+    "chat_template.jinja": "{{ 'ä' }}".encode(),
+    "adapter_model.safetensors": bytes(range(256)) * 5000,
+}
+
+
+def write(directory: Path, files: dict[str, bytes]) -> dict[str, Path]:
+    directory.mkdir(exist_ok=True)
+    for name, content in files.items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return {name: directory / name for name in files}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    return write(tmp_path / "adapter", ADAPTER)
+
+
+def contents(image: Image) -> list[dict[str, bytes]]:
+    """Of each layer, as tarfile reads it."""
+    layers = []
+    for layer in image.layers:
+        with layer.open() as stream, tarfile.open(fileobj=io.BytesIO(stream.read())) as tar:
+            layers.append({m.name: tar.extractfile(m).read() for m in tar if m.isfile()})  # type: ignore[union-attr]
+    return layers
+
+
+def test_the_layers_are_records_tokenizer_and_weights_under_data(files: dict[str, Path]) -> None:
+    assert contents(build_image(files)) == [
+        {
+            "data/README.md": ADAPTER["README.md"],
+            "data/adapter_config.json": ADAPTER["adapter_config.json"],
+            "data/metrics.jsonl": b"",
+        },
+        {
+            "data/chat_template.jinja": ADAPTER["chat_template.jinja"],
+            "data/tokenizer.json": ADAPTER["tokenizer.json"],
+        },
+        {"data/adapter_model.safetensors": ADAPTER["adapter_model.safetensors"]},
+    ]
+
+
+def test_a_layer_without_files_is_left_out(files: dict[str, Path]) -> None:
+    image = build_image({"adapter_config.json": files["adapter_config.json"]})
+    assert len(image.layers) == 1
+
+
+def test_every_entry_is_free_of_owner_time_and_umask(files: dict[str, Path]) -> None:
+    for layer in build_image(files).layers:
+        with layer.open() as stream, tarfile.open(fileobj=io.BytesIO(stream.read())) as tar:
+            members = tar.getmembers()
+        assert [member.name for member in members] == sorted(member.name for member in members)
+        assert {(m.uid, m.gid, m.uname, m.gname, m.mtime) for m in members} == {(0, 0, "", "", 0)}
+        assert {(m.isdir(), m.mode) for m in members} == {(True, 0o755), (False, 0o644)}
+
+
+def test_digests_and_sizes_are_those_of_the_bytes(files: dict[str, Path]) -> None:
+    image = build_image(files)
+    manifest = json.loads(image.manifest_bytes)
+    assert image.digest == sha256_digest(image.manifest_bytes)
+    assert manifest["config"]["digest"] == sha256_digest(image.config_bytes)
+    assert len(image.layers) == 3
+    for descriptor, layer in zip(manifest["layers"], image.layers, strict=True):
+        with layer.open() as stream:
+            content = stream.read()
+        assert descriptor == {
+            "mediaType": "application/vnd.oci.image.layer.v1.tar",
+            "digest": sha256_digest(content),
+            "size": len(content),
+        }
+
+
+def test_the_config_is_a_complete_image_config(files: dict[str, Path]) -> None:
+    image = build_image(files, annotations={"sh.kaito.model.name": "phi-3"})
+    config = json.loads(image.config_bytes)
+    assert config["architecture"] == "amd64"
+    assert config["os"] == "linux"
+    assert config["rootfs"] == {"type": "layers", "diff_ids": [layer.digest for layer in image.layers]}
+    assert len(config["history"]) == len(image.layers)
+    assert config["created"] == "1970-01-01T00:00:00Z"
+    assert config["config"]["Labels"] == {"sh.kaito.model.name": "phi-3"}
+
+
+def test_annotations_are_on_the_manifest(files: dict[str, Path]) -> None:
+    manifest = json.loads(build_image(files, annotations={"sh.kaito.model.name": "phi-3"}).manifest_bytes)
+    assert manifest["mediaType"] == "application/vnd.oci.image.manifest.v1+json"
+    assert manifest["annotations"] == {"sh.kaito.model.name": "phi-3"}
+
+
+def test_created_is_every_time_stamp(files: dict[str, Path]) -> None:
+    image = build_image(files, created=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC))
+    assert json.loads(image.config_bytes)["created"] == "2026-01-02T03:04:05Z"
+    with image.layers[0].open() as stream, tarfile.open(fileobj=io.BytesIO(stream.read())) as tar:
+        assert {member.mtime for member in tar} == {1767323045}
+
+
+_PRINT_DIGEST = """
+import os, sys, time
+from pathlib import Path
+os.umask(int(sys.argv[2], 8))
+time.tzset()
+from tuner.registry.image import build_image
+files = {p.name: p for p in Path(sys.argv[1]).iterdir()}
+print(build_image(files, annotations={"b": "ä", "a": "1"}).digest)
+"""
+
+
+def test_equal_files_give_equal_bytes_on_any_machine(tmp_path: Path) -> None:
+    digests = set()
+    for number, (umask, zone, seed) in enumerate([("022", "UTC", "1"), ("077", "Asia/Tokyo", "2")]):
+        files = write(tmp_path / str(number), dict(sorted(ADAPTER.items(), reverse=bool(number))))
+        for path in files.values():
+            path.chmod(0o600 if number else 0o755)
+            os.utime(path, (number, number))
+        digests.add(
+            subprocess.run(
+                [sys.executable, "-c", _PRINT_DIGEST, str(tmp_path / str(number)), umask],
+                env={**os.environ, "TZ": zone, "PYTHONHASHSEED": seed},
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        )
+    assert len(digests) == 1
+
+
+def test_another_card_changes_only_the_small_layer(files: dict[str, Path]) -> None:
+    before = build_image(files)
+    files["README.md"].write_text("# Another card\n")
+    after = build_image(files)
+    assert [a.digest == b.digest for a, b in zip(before.layers, after.layers, strict=True)] == [False, True, True]
+
+
+def test_long_names_and_directories_are_kept(tmp_path: Path) -> None:
+    name = "d" * 120 + "/ä/" + "f" * 120 + ".json"
+    image = build_image(write(tmp_path / "x", {name: b"1"}))
+    assert contents(image) == [{f"data/{name}": b"1"}]
+
+
+@pytest.mark.parametrize("change", ["content", "shorter", "gone"])
+def test_a_file_that_changes_after_hashing_is_noticed(files: dict[str, Path], change: str) -> None:
+    image = build_image(files)
+    path = files["adapter_model.safetensors"]
+    if change == "content":
+        path.write_bytes(path.read_bytes()[::-1])
+        os.utime(path, ns=(1, 1))
+    elif change == "shorter":
+        path.write_bytes(b"1")
+    else:
+        path.unlink()
+    with image.layers[2].open() as stream, pytest.raises(DataError, match=r"adapter_model\.safetensors"):
+        stream.read()
+
+
+def test_a_file_that_changes_while_it_is_read_is_noticed(files: dict[str, Path]) -> None:
+    image = build_image(files)
+    path = files["adapter_model.safetensors"]
+    with image.layers[2].open() as stream:
+        stream.read(4096)
+        with path.open("r+b") as file:
+            file.truncate(10_000)
+        with pytest.raises(DataError, match="changed"):
+            stream.read()
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../x", "a/../x", "a//b", ".", "", "a\nb", "a/"])
+def test_names_that_lead_elsewhere_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError):
+        build_image({name: tmp_path})
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere\.json: not there"):
+        build_image({"a.json": tmp_path / "nowhere.json"})
+
+
+@pytest.fixture(scope="module")
+def some_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("stream") / "file"
+    path.write_bytes(bytes(range(256)))
+    return path
+
+
+@given(data=st.data())
+def test_a_stream_can_be_read_from_anywhere_in_any_pieces(some_file: Path, data: st.DataObject) -> None:
+    status = some_file.stat()
+    fingerprint = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    file = FilePart(some_file, status.st_size, fingerprint)
+    parts = data.draw(st.lists(st.one_of(st.binary(max_size=300), st.just(file)), max_size=6))
+    whole = b"".join(part if isinstance(part, bytes) else some_file.read_bytes() for part in parts)
+    start = data.draw(st.integers(0, len(whole)))
+    with BlobStream(parts) as stream:
+        stream.seek(start)
+        read = b""
+        while chunk := stream.read(data.draw(st.integers(1, 400))):
+            read += chunk
+        assert read == whole[start:]
+        assert stream.tell() == len(whole)
+        stream.seek(0)
+        assert measure(stream) == (sha256_digest(whole), len(whole))
