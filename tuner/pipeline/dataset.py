@@ -135,7 +135,7 @@ def read_rows(files: Sequence[DataFile], settings: DatasetSettings) -> Iterator[
     there, ConfigError when `dataset_path` selects none, DataError when one cannot be read, is empty or has rows of no
     known shape.
     """
-    return (row for _, row in _read_shaped_rows(files, settings))
+    return (row for _, row in read_shaped_rows(files, settings))
 
 
 def gather_rows(files: Sequence[DataFile], settings: DatasetSettings) -> Gathered:
@@ -143,7 +143,7 @@ def gather_rows(files: Sequence[DataFile], settings: DatasetSettings) -> Gathere
     rows: list[Row] = []
     bad: list[BadRow] = []
     shapes: dict[str, int] = defaultdict(int)
-    for shape, row in _read_shaped_rows(files, settings):
+    for shape, row in read_shaped_rows(files, settings):
         if isinstance(row, BadRow):
             bad.append(row)
         else:
@@ -163,7 +163,7 @@ def gather_rows(files: Sequence[DataFile], settings: DatasetSettings) -> Gathere
     return Gathered(rows, bad, dict(shapes))
 
 
-def _read_shaped_rows(files: Sequence[DataFile], settings: DatasetSettings) -> Iterator[tuple[str, Row | BadRow]]:
+def read_shaped_rows(files: Sequence[DataFile], settings: DatasetSettings) -> Iterator[tuple[str, Row | BadRow]]:
     for file in _selected(files, settings):
         with _reading(file):
             table = _open_table(file, settings)
