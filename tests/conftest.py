@@ -1,8 +1,12 @@
 """What every test gets: no home directory, token or proxy of the person who runs it."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Tiny models gain nothing from threads, and two test processes that spin on the same cores lose a lot.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _LEAKS = (
     "HF_TOKEN",

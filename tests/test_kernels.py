@@ -1,0 +1,168 @@
+"""Packed attention and the head at learnt positions give what the plain model gives, document by document."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from tuner.pipeline.kernels import DOCUMENT_ATTENTION, document_attention, summed_nll
+from tuner.pipeline.tiny_model import tiny_config
+from tuner.presets import find_preset, load_presets
+
+pytestmark = pytest.mark.train
+
+IGNORED = -100
+
+
+def tiny_model(preset: str, attention: str, **changes: Any) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = tiny_config(find_preset(preset).config, vocabulary=320) | {"pad_token_id": 0} | changes
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**shape), dtype=torch.float32, attn_implementation=attention
+    ).eval()
+
+
+def documents(*lengths: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(ids, labels) of each; the first third of a document is not learnt."""
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for length in lengths:
+        ids = torch.randint(5, 320, (length,), generator=generator)
+        labels = ids.clone()
+        labels[: max(1, length // 3)] = IGNORED
+        rows.append((ids, labels))
+    return rows
+
+
+def packed(rows: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Any]:
+    lengths = [len(ids) for ids, _ in rows]
+    labels = torch.cat([torch.cat([row[1:], torch.tensor([IGNORED])]) for _, row in rows])
+    learnt = (labels != IGNORED).nonzero()[:, 0]
+    edges = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    return {
+        "input_ids": torch.cat([ids for ids, _ in rows])[None],
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "cu_seq_lens_q": edges,
+        "cu_seq_lens_k": edges,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+        "learnt": learnt,
+        "targets": labels[learnt],
+    }
+
+
+def one_by_one(model: Any, rows: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    total = torch.zeros(())
+    for ids, labels in rows:
+        logits = model(input_ids=ids[None]).logits[0]
+        total = total + cross_entropy(logits[:-1], labels[1:], ignore_index=IGNORED, reduction="sum")
+    return total
+
+
+def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    # the head is frozen in training, so summed_nll gives it no gradient
+    head = model.get_output_embeddings().weight
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and parameter is not head
+    }
+
+
+@pytest.mark.parametrize("preset", sorted({"gemma-3-1b-it", *(n for n in load_presets() if "32b" not in n)}))
+def test_packed_documents_have_the_loss_and_gradients_of_one_by_one(preset: str) -> None:
+    untied = {"tie_word_embeddings": False}
+    rows = documents(17, 5, 33, 2, 64)
+    plain = tiny_model(preset, "sdpa", **untied)
+    expected = one_by_one(plain, rows)
+    ours = tiny_model(preset, DOCUMENT_ATTENTION, **untied)
+    loss = summed_nll(ours, packed(rows))
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-5)
+    expected_gradients, our_gradients = gradients(plain, expected), gradients(ours, loss)
+    assert set(our_gradients) == set(expected_gradients)
+    assert our_gradients
+    for name, gradient in our_gradients.items():
+        scale = expected_gradients[name].abs().max().clamp(min=1.0)
+        torch.testing.assert_close(gradient / scale, expected_gradients[name] / scale, rtol=0, atol=1e-6)
+
+
+def test_a_sliding_window_cuts_within_documents_too() -> None:
+    rows = documents(40, 12)
+    plain = tiny_model("mistral-7b", "sdpa", sliding_window=8)
+    ours = tiny_model("mistral-7b", DOCUMENT_ATTENTION, sliding_window=8)
+    whole = tiny_model("mistral-7b", DOCUMENT_ATTENTION, sliding_window=None)
+    expected = one_by_one(plain, rows)
+    torch.testing.assert_close(summed_nll(ours, packed(rows)), expected, rtol=1e-6, atol=1e-5)
+    assert not torch.allclose(summed_nll(whole, packed(rows)), expected, rtol=1e-6)
+
+
+def test_the_logit_soft_cap_is_applied_and_differentiated() -> None:
+    rows = documents(9, 20)
+    plain = tiny_model("gemma-3-1b-it", "sdpa", final_logit_softcapping=0.5, tie_word_embeddings=False)
+    ours = tiny_model("gemma-3-1b-it", DOCUMENT_ATTENTION, final_logit_softcapping=0.5, tie_word_embeddings=False)
+    expected, loss = one_by_one(plain, rows), summed_nll(ours, packed(rows))
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-5)
+    expected_gradients = gradients(plain, expected)
+    for name, gradient in gradients(ours, loss).items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-4, atol=1e-6)
+
+
+def test_another_documents_tokens_change_nothing() -> None:
+    model = tiny_model("phi-3-mini-4k-instruct", DOCUMENT_ATTENTION)
+    first, second, other = documents(11, 23, 23)
+
+    def hidden_of_first(rows: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        batch = {key: value for key, value in packed(rows).items() if key not in ("learnt", "targets")}
+        return model.base_model(**batch, use_cache=False).last_hidden_state[0, :11]
+
+    torch.testing.assert_close(hidden_of_first([first, second]), hidden_of_first([first, other]), rtol=0, atol=0)
+
+
+def test_a_micro_batch_with_nothing_to_learn_has_no_loss_and_no_gradient() -> None:
+    model = tiny_model("phi-3-mini-4k-instruct", DOCUMENT_ATTENTION)
+    ids, labels = documents(6)[0]
+    loss = summed_nll(model, packed([(ids, torch.full_like(labels, IGNORED))]))
+    assert loss.item() == 0
+    loss.backward()
+
+
+def test_an_attention_mask_is_refused_and_not_ignored() -> None:
+    states = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(ValueError, match="attention mask"):
+        document_attention(torch.nn.Identity(), states, states, states, torch.ones(1, 1, 3, 3))
+
+
+def test_grouped_heads_are_shared_in_order() -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(1, 4, 7, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8)
+    grouped, _ = document_attention(torch.nn.Identity(), query, key, value, None)
+    repeated, _ = document_attention(
+        torch.nn.Identity(), query, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1), None
+    )
+    torch.testing.assert_close(grouped, repeated)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "window"), [(8, 8, 96, None), (8, 2, 128, None), (8, 8, 64, 16)])
+def test_the_gpu_kernel_agrees_with_the_loop(heads: int, kv_heads: int, dim: int, window: int | None) -> None:
+    torch.manual_seed(0)
+    lengths = [70, 3, 128, 41]
+    edges = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    states = [torch.randn(1, n, edges[-1], dim, dtype=torch.bfloat16) for n in (heads, kv_heads, kv_heads)]
+    results = []
+    for device in ("cpu", "cuda"):
+        inputs = [tensor.to(device).float() if device == "cpu" else tensor.to(device) for tensor in states]
+        inputs = [tensor.requires_grad_() for tensor in inputs]
+        cu = torch.tensor(edges, dtype=torch.int32, device=device)
+        output, _ = document_attention(
+            torch.nn.Identity(), *inputs, None, sliding_window=window, cu_seq_lens_q=cu, max_length_q=max(lengths)
+        )
+        output.float().square().sum().backward()
+        results.append([output.float().cpu(), *(tensor.grad.float().cpu() for tensor in inputs)])
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=3e-2, atol=3e-2)
