@@ -1,9 +1,22 @@
 """Tokenizers and models small enough for tests, of every preset's kind."""
 
+import atexit
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import yaml
+from data_files import Rows, write_data
+
 from tuner.presets import find_preset
+from tuner.request import Request, build_run
+from tuner.runspec import Fetched, Prepared, Progress, Reporter, RunSpec, Secrets, Silent
+from tuner.workspace import WorkspaceFile, make_workspace
 
 WORDS = (
     "The quick brown fox jumps over the lazy dog. What is 2 + 2? It is 4.",
@@ -21,3 +34,119 @@ def tiny_tokenizer(preset_name: str, chat_template: str | None = None) -> Any:
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     return tokenizer
+
+
+# ── a run on a tiny model ────────────────────────────────────────────────────────────────────────────────────────────
+
+_ANIMALS = ("cat", "dog", "fox", "owl", "bee", "cow", "hen", "pig", "rat", "yak")
+SHAPES = ("messages", "prompt/completion", "text")
+
+
+def rows_of(shape: str, count: int, *, first: int = 0) -> list[dict[str, Any]]:
+    """Questions with one kind of answer, which a tiny model learns in a few steps; lengths differ."""
+    rows: list[dict[str, Any]] = []
+    for number in range(first, first + count):
+        animal = _ANIMALS[number % len(_ANIMALS)]
+        question = f"There is one {animal}." + " And then?" * (number % 4) + f" What if there are {number}?"
+        answer = f"Then there are {number} {animal}s."
+        match shape:
+            case "messages":
+                turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+                rows.append({"messages": turns})
+            case "prompt/completion":
+                rows.append({"prompt": question + " ", "completion": answer})
+            case _:
+                rows.append({"text": f"{question} {answer}"})
+    return rows
+
+
+@cache
+def one_thread() -> None:
+    """Threads that wait for each other cost a tiny model on a busy machine ten times what they give."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@cache
+def tiny_base(preset_name: str = "phi-3-mini-4k-instruct") -> Path:
+    """A tiny model of the preset's architecture on disk, made once for all tests."""
+    from tuner.pipeline.libraries import quiet
+    from tuner.pipeline.tiny_model import make_tiny_model
+
+    quiet()
+    one_thread()
+    directory = Path(tempfile.mkdtemp(prefix="tiny-base-"))
+    atexit.register(shutil.rmtree, directory)
+    texts = [message["content"] for row in rows_of("messages", 60) for message in row["messages"]]
+    make_tiny_model(find_preset(preset_name), [*texts, *WORDS], directory, vocabulary=600)
+    return directory
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that nothing was done of yet."""
+
+    spec: RunSpec
+    secrets: Secrets
+    work_dir: Path
+
+
+def make_job(
+    directory: Path,
+    rows: Rows,
+    config: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    *,
+    preset: str = "phi-3-mini-4k-instruct",
+    method: str = "qlora",
+    output: str | None = None,
+    **request: Any,
+) -> Job:
+    """What `tuner run --model preset --data …` builds, with the work directory `directory`/work.
+
+    The base is `tiny_base(preset)` unless `request` asks for a smoke run or names another. `config` are the sections
+    of training_config.yaml.
+    """
+    one_thread()
+    directory.mkdir(parents=True, exist_ok=True)
+    data = write_data(directory / "train.parquet", rows)
+    if config:
+        path = directory / "training_config.yaml"
+        path.write_text(yaml.safe_dump({"training_config": {key: dict(value) for key, value in config.items()}}))
+        request["config"] = path
+    if not request.get("smoke") and "base_model" not in request:
+        request["base_model"] = tiny_base(preset)
+    destination = output or str(directory / "adapter")
+    file = WorkspaceFile(make_workspace(preset, [str(data)], destination, method, "tiny-run"))
+    work_dir = directory / "work"
+    run = build_run(file, Request(output=destination, **request), work_dir, {})
+    return Job(run.spec, run.secrets, work_dir)
+
+
+class Heard:
+    """A Reporter that remembers."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.warnings: list[str] = []
+        self.steps: list[Progress] = []
+
+    def note(self, line: str) -> None:
+        self.notes.append(line)
+
+    def warn(self, line: str) -> None:
+        self.warnings.append(line)
+
+    def progress(self, progress: Progress) -> None:
+        if progress.unit == "steps":
+            self.steps.append(progress)
+
+
+def prepared_job(job: Job, reporter: Reporter | None = None) -> tuple[Fetched, Prepared]:
+    """Fetch and prepare."""
+    from tuner.pipeline.fetch import fetch
+    from tuner.pipeline.prepare import prepare
+
+    job.work_dir.mkdir(parents=True, exist_ok=True)
+    fetched = fetch(job.spec, job.secrets, job.work_dir, Silent())
+    return fetched, prepare(job.spec, fetched, job.work_dir, reporter or Silent())

@@ -8,10 +8,10 @@ from tuner.errors import ConfigError, InputMissingError
 from tuner.pipeline.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER_FILES, check_weights
 from tuner.registry.image import Image, build_image
 
+LOCK = "run.lock.json"
+
 # An allow-list: optimizer states, data, environment files and docker configs can never be in an image.
-PACKAGED_FILES = frozenset({ADAPTER_CONFIG, ADAPTER_WEIGHTS, "README.md", "metrics.jsonl", "run.lock.json"}) | (
-    TOKENIZER_FILES
-)
+PACKAGED_FILES = frozenset({ADAPTER_CONFIG, ADAPTER_WEIGHTS, "README.md", "metrics.jsonl", LOCK}) | (TOKENIZER_FILES)
 
 
 def adapter_image(directory: Path) -> Image:
@@ -37,22 +37,28 @@ def annotations(directory: Path) -> dict[str, str]:
         "tuner.base-model.id": config.get("base_model_name_or_path"),
         "tuner.base-model.revision": config.get("revision"),
     }
-    if (directory / "run.lock.json").is_file():
-        lock = _read(directory / "run.lock.json")
-        base = lock.get("base_model") or {}
-        described |= {
-            "org.opencontainers.image.title": lock["name"],
-            "org.opencontainers.image.description": f"LoRA adapter for {lock['preset']}, trained with {lock['method']}"
-            + (" (smoke run on a tiny random model)" if lock["smoke"] else ""),
-            "sh.kaito.model.name": lock["preset"],
-            "tuner.method": lock["method"],
-            "tuner.run-digest": lock["run_digest"],
-            "tuner.base-model.digest": base.get("digest"),
-            "tuner.dataset-digests": ",".join(f"sha256:{data['sha256']}" for data in lock["datasets"]),
-            "tuner.eval-loss": lock["figures"]["eval_loss_after"],
-            "tuner.smoke": "true" if lock["smoke"] else None,
-        }
+    if (directory / LOCK).is_file():
+        try:
+            described |= _of_lock(_read(directory / LOCK))
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"{directory / LOCK}: not the lock of a run of tuner") from error
     return {key: str(value) for key, value in described.items() if value is not None}
+
+
+def _of_lock(lock: dict[str, Any]) -> dict[str, Any]:
+    base = lock["base_model"] or {}
+    return {
+        "org.opencontainers.image.title": lock["name"],
+        "org.opencontainers.image.description": f"LoRA adapter for {lock['preset']}, trained with {lock['method']}"
+        + (" (smoke run on a tiny random model)" if lock["smoke"] else ""),
+        "sh.kaito.model.name": lock["preset"],
+        "tuner.method": lock["method"],
+        "tuner.run-digest": lock["run_digest"],
+        "tuner.base-model.digest": base.get("digest"),
+        "tuner.dataset-digests": ",".join(f"sha256:{data['sha256']}" for data in lock["datasets"]),
+        "tuner.eval-loss": lock["figures"]["eval_loss_after"],
+        "tuner.smoke": "true" if lock["smoke"] else None,
+    }
 
 
 def _read(path: Path) -> dict[str, Any]:

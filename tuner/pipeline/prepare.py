@@ -37,6 +37,7 @@ def prepare(spec: RunSpec, fetched: Fetched, work_dir: Path, reporter: Reporter)
     Raises DataError when too many rows are bad or too long, or when nothing in them would be learnt; ConfigError when
     the chat template or the tokenizer does not serve.
     """
+    quiet()
     settings = spec.training.dataset
     directory = work_dir / "prepared"
     shutil.rmtree(directory, ignore_errors=True)  # an earlier run's template must not stay beside this one's tokenizer
@@ -130,7 +131,6 @@ def texts_of(rows: Iterable[Row]) -> Iterator[str]:
 
 def load_tokenizer(spec: RunSpec, directory: Path, *, conversations: bool) -> Any:
     """The base model's tokenizer with the template to train with: what the user wrote, its own, the preset's."""
-    quiet()
     from transformers import AutoTokenizer
 
     try:

@@ -55,26 +55,32 @@ def _named_tokens(preset: Preset) -> dict[str, str]:
 def tiny_config(
     config: dict[str, Any], *, vocabulary: int, hidden_size: int = HIDDEN_SIZE, layers: int = LAYERS
 ) -> dict[str, Any]:
-    """A model's config.json with small sizes: the ratio of query to key-value heads stays."""
+    """A model's config.json with small sizes: the ratio of query to key-value heads stays.
+
+    Where 4 heads cannot have that ratio (Qwen2.5's 7 to 1) there are as many as it takes, and the hidden size follows.
+    """
     config = deepcopy(config)  # transformers writes into nested dicts that it is given
     groups = config["num_attention_heads"] // config.get("num_key_value_heads", config["num_attention_heads"])
     key_value_heads = max(1, HEADS // groups)
+    heads = groups * key_value_heads
+    head_dim = hidden_size // HEADS
     tiny = config | {
-        "hidden_size": hidden_size,
+        "hidden_size": heads * head_dim,
         "intermediate_size": 2 * hidden_size,
         "num_hidden_layers": layers,
-        "num_attention_heads": groups * key_value_heads,
+        "num_attention_heads": heads,
         "num_key_value_heads": key_value_heads,
         "vocab_size": vocabulary,
     }
-    head_dim = hidden_size // HEADS
-    if "head_dim" in config or groups * key_value_heads != HEADS:  # 7 heads do not divide the hidden size
+    if "head_dim" in config:
         tiny["head_dim"] = head_dim
     if "query_pre_attn_scalar" in config:
         tiny["query_pre_attn_scalar"] = head_dim
-    if "layer_types" in config:
-        kinds = list(dict.fromkeys(config["layer_types"]))  # Gemma 3's first five are alike
-        tiny["layer_types"] = (kinds + config["layer_types"])[:layers]
+    # One layer of each kind first: Gemma 3's first five are alike, and its rope parameters name both kinds.
+    rope_kinds = [name for name in config.get("rope_parameters", {}) if name.endswith("_attention")]
+    kinds = config.get("layer_types") or rope_kinds
+    if kinds:
+        tiny["layer_types"] = [*dict.fromkeys(kinds), *kinds * layers][:layers]
     for name in ("rope_parameters", "rope_scaling"):
         rope = config.get(name)
         if isinstance(rope, dict) and "long_factor" in rope:

@@ -2,11 +2,13 @@
 
 import json
 import math
+import os
+import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,20 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTConfig, SFTTrainer
 
-from tuner.errors import ConfigError, InterruptedRunError, OutOfGpuMemoryError, TunerError
+from tuner.errors import ConfigError, InterruptedRunError, OutOfGpuMemoryError
+from tuner.pipeline.adapter import ADAPTER_WEIGHTS, file_digests, write_json
 from tuner.pipeline.libraries import versions
 from tuner.pipeline.model import Coverage, Device, attach_lora, load_base_model, pick_device
 from tuner.runspec import Prepared, Progress, Reporter, RunSpec, Split
+from tuner.training_config import TrainingConfig
 
 CHECKPOINT_INTERVAL_S = 600  # the most work that a lost machine costs
 KEPT_CHECKPOINTS = 2  # the one before is there when the newest was not written whole
+SEAL = "seal.json"  # the last file of a checkpoint: what the others must be
+METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -83,38 +89,86 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]
         self._stop = stop
         self._reporter = reporter
         self._metrics_file = metrics_file
+        self._recorded = 0
+        self._last_checkpoint = 0.0
+        self._last_log = (0.0, 0)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._last_checkpoint = time.monotonic()
-        self._last_log = (time.monotonic(), 0.0)
+        self._last_log = (self._last_checkpoint, state.num_input_tokens_seen)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        if self._stop.requested:
-            control.should_save = control.should_training_stop = True
-        elif time.monotonic() - self._last_checkpoint >= CHECKPOINT_INTERVAL_S:
+        # At the end of an epoch an evaluation may follow, and must be in the checkpoint: on_epoch_end is next.
+        ends_training = state.global_step >= state.max_steps
+        if ends_training:
+            control.should_log = True  # the last loss, however seldom the user wants to hear
+        elif not float(state.epoch).is_integer() and self._is_checkpoint_due(state):
             control.should_save = True
         return control
 
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if self._is_checkpoint_due(state):
+            control.should_save = True
+        return control
+
+    def _is_checkpoint_due(self, state: TrainerState) -> bool:
+        return (
+            self._stop.requested
+            or state.global_step >= state.max_steps  # the last evaluation may still fail
+            or time.monotonic() - self._last_checkpoint >= CHECKPOINT_INTERVAL_S
+        )
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._last_checkpoint = time.monotonic()
+        if self._stop.requested and state.global_step < state.max_steps:
+            # Not should_training_stop: the Trainer would then evaluate and log what an unbroken run does not.
+            raise InterruptedRunError(f"stopped after step {state.global_step} of {state.max_steps}; checkpoint saved")
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        entries = metrics(state.log_history)
-        self._metrics_file.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
-        if "loss" not in (kwargs.get("logs") or {}):
+        newest = self.record(state.log_history)
+        for name in ("loss", "eval_loss"):
+            if not all(math.isfinite(entry[name]) for entry in newest if name in entry):
+                raise ConfigError(
+                    f"the {'held-out ' * (name == 'eval_loss')}loss is not finite at step {state.global_step}",
+                    hint="lower TrainingArguments.learning_rate",
+                )
+        if "loss" not in kwargs["logs"]:
             return  # an evaluation, or the summary at the end
-        now, tokens = time.monotonic(), float(state.num_input_tokens_seen)
+        now, tokens = time.monotonic(), state.num_input_tokens_seen
         before, tokens_before = self._last_log
-        values = {"loss": entries[-1]["loss"], "tokens_per_s": (tokens - tokens_before) / max(now - before, 1e-9)}
+        values = {"loss": newest[-1]["loss"], "tokens_per_s": (tokens - tokens_before) / max(now - before, 1e-9)}
         self._last_log = (now, tokens)
-        if not math.isfinite(values["loss"]):
-            raise TunerError(
-                f"the loss is {values['loss']} at step {state.global_step}",
-                hint="lower TrainingArguments.learning_rate; the last checkpoint is kept",
-            )
         self._reporter.progress(
             Progress("train", "training", state.global_step, state.max_steps, "steps", values=values)
         )
+
+    def record(self, log_history: list[dict[str, float]]) -> list[dict[str, float]]:
+        """Bring metrics.jsonl up to date; what was new."""
+        newest = metrics(log_history[self._recorded :])
+        self._recorded = len(log_history)
+        with self._metrics_file.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in newest)
+        return newest
+
+
+class _Carry(TrainerCallback):  # type: ignore[misc]
+    """Puts back the losses since the last log, which the Trainer forgets at a checkpoint: the next log counts them."""
+
+    def __init__(self, trainer: "TokenMeanTrainer", checkpoint: Path) -> None:
+        self._trainer = trainer
+        self._seal = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer._tr_loss += self._seal["unlogged_loss"]
+        self._trainer._globalstep_last_logged = self._seal["last_logged_step"]
 
 
 def metrics(log_history: list[dict[str, float]]) -> list[dict[str, float]]:
@@ -133,6 +187,17 @@ def metrics(log_history: list[dict[str, float]]) -> list[dict[str, float]]:
         for entry in log_history
         if "loss" in entry or "eval_loss" in entry
     ]
+
+
+class _GroupedByLength(LengthGroupedSampler):  # type: ignore[misc]
+    """Rows of like length together, in an order that seed and epoch alone decide: a resumed run goes on in it."""
+
+    def __init__(self, batch_size: int, lengths: Sequence[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=list(lengths))
+        self._seed = seed
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator = torch.Generator().manual_seed(self._seed + epoch)
 
 
 class TokenMeanTrainer(SFTTrainer):  # type: ignore[misc]
@@ -161,26 +226,97 @@ class TokenMeanTrainer(SFTTrainer):  # type: ignore[misc]
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: adapter.py writes the card, once, with what the run really did."""
 
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        sampler = _GroupedByLength(rows, [len(ids) for ids in self.train_dataset["input_ids"]], self.args.seed)
+        sampler.set_epoch(0)
+        return sampler
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        seal(
+            Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}",
+            unlogged_loss=float(self._tr_loss),
+            last_logged_step=self._globalstep_last_logged,
+        )
+
+    def finish_from(self, checkpoint: Path) -> None:
+        """Be as train() leaves it, from the checkpoint of the last step."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+            self._load_best_model()
+
+
+# ── recovery checkpoints ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def seal(checkpoint: Path, *, unlogged_loss: float, last_logged_step: int) -> None:
+    """Put the checkpoint on the disk for good, then say in its last file what it consists of."""
+    for path in [*checkpoint.iterdir(), checkpoint]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    contents = {"files": file_digests(checkpoint), "unlogged_loss": unlogged_loss, "last_logged_step": last_logged_step}
+    write_json(checkpoint / SEAL, contents)
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether every file is there as it was sealed."""
+    try:
+        sealed = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError):
+        return False
+    found = file_digests(checkpoint)
+    del found[SEAL]
+    return bool(found == sealed)
+
+
+def newest_checkpoint(directory: Path, reporter: Reporter) -> Path | None:
+    """The newest whole checkpoint. Damaged ones that are newer are removed, so that they are written anew."""
+    by_step = {int(path.name.rpartition("-")[2]): path for path in directory.glob("checkpoint-*")}
+    for step, path in sorted(by_step.items(), reverse=True):
+        if is_whole(path):
+            return path
+        reporter.warn(f"the checkpoint of step {step} was not written whole: going back to the one before")
+        shutil.rmtree(path)
+    return None
+
+
+# ── the stage ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
 
 def _load_split(split: Split, work_dir: Path) -> Dataset:
     dataset = Dataset.from_file(str(work_dir / split.path))
     return dataset.select_columns(["input_ids", "labels"])
 
 
-def training_arguments(spec: RunSpec, prepared: Prepared, device: Device, output_dir: Path) -> SFTConfig:
+def training_arguments(
+    spec: RunSpec, prepared: Prepared, device: Device, output_dir: Path, *, evaluate_first: bool
+) -> SFTConfig:
     """SFTConfig from TrainingArguments, with what only the machine decides: precision and activation checkpointing.
 
     Raises ConfigError in SFTConfig's own words.
     """
     written = {key: value for key, value in spec.training.section("TrainingArguments").items() if value is not None}
+    best = written.get("metric_for_best_model", "loss")
+    if best.removeprefix("eval_") != "loss":
+        raise ConfigError(
+            f"TrainingArguments.metric_for_best_model: {best!r} is not measured", hint="eval_loss is what there is"
+        )
     recomputes = written.pop("gradient_checkpointing", written.pop("activation_checkpointing", device.is_cuda))
     written["gradient_checkpointing"] = recomputes
     if "activation_checkpointing" in SFTConfig.__dataclass_fields__:  # its name since transformers 5.20
         written["activation_checkpointing"] = recomputes
     if not device.is_cuda:
-        written |= {"bf16": False, "fp16": False, "use_cpu": True}
+        written |= {"bf16": False, "fp16": False, "tf32": None, "dataloader_pin_memory": False}
+        written["optim"] = written["optim"].removeprefix("paged_")  # there is nothing to page out of
     elif "bf16" not in written and "fp16" not in written:
         written |= {"bf16": device.dtype is torch.bfloat16, "fp16": device.dtype is torch.float16}
+    if not written.get("load_best_model_at_end"):
+        written.setdefault("save_strategy", "no")  # recovery checkpoints come by the clock
     if prepared.evaluation is None:
         written |= {"eval_strategy": "no", "load_best_model_at_end": False}
     if "logging_steps" not in written:
@@ -193,15 +329,27 @@ def training_arguments(spec: RunSpec, prepared: Prepared, device: Device, output
         "remove_unused_columns": True,
         "disable_tqdm": True,
         "push_to_hub": False,
+        "use_cpu": not device.is_cuda,
+        "eval_on_start": evaluate_first,
         "include_num_input_tokens_seen": "non_padding",
         "save_total_limit": KEPT_CHECKPOINTS,
+        "save_only_model": False,  # without the optimizer's state there is nothing to go on from
+        "restore_callback_states_from_checkpoint": False,
         "logging_nan_inf_filter": False,  # a NaN must be seen, and the filter costs a synchronisation a step
         "average_tokens_across_devices": True,
     }
-    try:
+    with _refusals("TrainingArguments"):
         return SFTConfig(**(written | ours))
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"TrainingArguments: {error}") from error
+
+
+@contextmanager
+def _refusals(section: str) -> Iterator[None]:
+    """What a library refuses in there, or lacks a package for, is the configuration's fault."""
+    try:
+        yield
+    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+        sentence = " ".join(str(error).split())
+        raise ConfigError(f"{section}: {sentence}") from error
 
 
 def _steps(arguments: dict[str, Any], rows: int) -> int:
@@ -225,75 +373,68 @@ def optimise(
     """Train and leave adapter_model.safetensors and metrics.jsonl in `adapter_dir`.
 
     Resumes from the newest one in `checkpoints`. Raises InterruptedRunError after a checkpoint when `stop` says
-    so, OutOfGpuMemoryError when the GPU is full, ConfigError for what SFTConfig, LoraConfig or bitsandbytes refuse.
+    so, OutOfGpuMemoryError when the GPU is full, ConfigError for what SFTConfig, LoraConfig or bitsandbytes refuse and
+    for a loss that is not finite.
     """
     started = time.monotonic()
     device = pick_device()
-    seed = int(spec.training.value("TrainingArguments", "seed"))
-    transformers.set_seed(seed)
-    base = load_base_model(
-        work_dir / prepared.base_model_dir, spec.training, device, trust_remote_code=spec.trust_remote_code
-    )
-    tokenizer = AutoTokenizer.from_pretrained(work_dir / prepared.tokenizer_dir, local_files_only=True)
-    transformers.set_seed(seed)
-    model, coverage, renamed = attach_lora(base, spec.training)
-    for asked, got in renamed.items():
-        reporter.note(f"LoraConfig.target_modules: {asked} is part of {got} in this model")
-    reporter.note(str(coverage))
-    if coverage.uncovered:
-        reporter.warn(f"LoRA leaves out {', '.join(coverage.uncovered)}, as LoraConfig.target_modules says")
-    adapter_dir.mkdir(parents=True, exist_ok=True)
-    metrics_file = adapter_dir / "metrics.jsonl"
-    trainer = TokenMeanTrainer(
-        model=model,
-        args=training_arguments(spec, prepared, device, checkpoints),
-        train_dataset=_load_split(prepared.train, work_dir),
-        eval_dataset=_load_split(prepared.evaluation, work_dir) if prepared.evaluation else None,
-        processing_class=tokenizer,
-        callbacks=[_Recorder(stop, reporter, metrics_file)],
-    )
-    for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
-        trainer.remove_callback(callback)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            # SFTTrainer casts adapters of a quantized model to bf16, where AdamW's late updates round to nothing.
-            parameter.data = parameter.data.float()
-    resume = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    before = None
     try:
-        if resume:
-            reporter.note(f"resuming after step {resume.rpartition('-')[2]}")
-        elif prepared.evaluation:
-            before = trainer.evaluate()["eval_loss"]
-        mean_loss = trainer.train(resume_from_checkpoint=resume).training_loss
-        if stop.requested and trainer.state.global_step < trainer.state.max_steps:
-            raise InterruptedRunError(
-                f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; checkpoint saved"
-            )
-        after = trainer.evaluate()["eval_loss"] if prepared.evaluation else None
+        outcome = _optimise(spec, prepared, work_dir, adapter_dir, checkpoints, stop, reporter, device)
     except torch.cuda.OutOfMemoryError as error:
         raise OutOfGpuMemoryError(
             f"{device.name} ran out of memory: {error}",
             hint="lower TrainingArguments.per_device_train_batch_size (the documents per step stay as they are when "
             "gradient_accumulation_steps is not written) or max_length",
         ) from error
+    return replace(outcome, seconds=time.monotonic() - started)
+
+
+def _optimise(
+    spec: RunSpec,
+    prepared: Prepared,
+    work_dir: Path,
+    adapter_dir: Path,
+    checkpoints: Path,
+    stop: Stop,
+    reporter: Reporter,
+    device: Device,
+) -> Outcome:
+    resume = newest_checkpoint(checkpoints, reporter)
+    # The checkpoint carries the evaluation before the first step.
+    arguments = training_arguments(
+        spec, prepared, device, checkpoints, evaluate_first=prepared.evaluation is not None and resume is None
+    )
+    model, coverage = _model(spec, prepared, work_dir, device, reporter)
+    adapter_dir.mkdir(parents=True, exist_ok=True)
+    metrics_file = adapter_dir / METRICS
+    metrics_file.unlink(missing_ok=True)
+    recorder = _Recorder(stop, reporter, metrics_file)
+    trainer = _trainer(model, arguments, prepared, work_dir, recorder)
+    state = TrainerState.load_from_json(str(resume / "trainer_state.json")) if resume else None
+    if resume and state:
+        reporter.note(f"resuming after step {state.global_step} of {state.max_steps}")
+    if resume and state and state.global_step >= state.max_steps:
+        trainer.finish_from(resume)
+    else:
+        if resume:
+            trainer.add_callback(_Carry(trainer, resume))
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    before, after = _evaluation_losses(trainer, prepared)
+    recorder.record(trainer.state.log_history)
     history = metrics(trainer.state.log_history)
-    losses = [entry["loss"] for entry in history if "loss" in entry] or [mean_loss]
-    if before is None:
-        before = next((entry["eval_loss"] for entry in history if "eval_loss" in entry and entry["step"] == 0), None)
-    metrics_file.write_text("".join(json.dumps(entry) + "\n" for entry in history), encoding="utf-8")
-    lora = model.peft_config["default"]
-    save_adapter(model, adapter_dir)
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    save_adapter(model, adapter_dir, _adapter_dtype(spec.training))
+    epochs = float(trainer.state.epoch)
     return Outcome(
         coverage=coverage,
-        lora_config=lora.to_dict(),
+        lora_config=model.peft_config["default"].to_dict(),
         lora_defaults=LoraConfig().to_dict(),
         device=device,
         steps=trainer.state.global_step,
-        epochs=float(trainer.state.epoch or 0),
-        examples=round((trainer.state.epoch or 0) * prepared.train.rows),
+        epochs=epochs,
+        examples=round(epochs * prepared.train.rows),
         tokens=int(trainer.state.num_input_tokens_seen),
-        seconds=time.monotonic() - started,
+        seconds=0.0,
         first_train_loss=losses[0],
         last_train_loss=losses[-1],
         eval_loss_before=before,
@@ -303,10 +444,73 @@ def optimise(
     )
 
 
-def save_adapter(model: PeftModel, directory: Path) -> None:
-    """adapter_model.safetensors in bf16, as PEFT names the tensors."""
+def _model(
+    spec: RunSpec, prepared: Prepared, work_dir: Path, device: Device, reporter: Reporter
+) -> tuple[PeftModel, Coverage]:
+    """The quantized base with new adapters, and what to know about them said."""
+    seed = int(spec.training.value("TrainingArguments", "seed"))
+    transformers.set_seed(seed)
+    base = load_base_model(
+        work_dir / prepared.base_model_dir, spec.training, device, trust_remote_code=spec.trust_remote_code
+    )
+    transformers.set_seed(seed)  # however many numbers loading drew
+    model, coverage, renamed = attach_lora(base, spec.training)
+    for asked, got in renamed.items():
+        reporter.note(f"LoraConfig.target_modules: {asked} is part of {got} in this model")
+    reporter.note(str(coverage))
+    if coverage.uncovered:
+        reporter.warn(f"LoRA leaves out {', '.join(coverage.uncovered)}, as LoraConfig says")
+    lora = model.peft_config["default"]
+    refused = [name for name in ("modules_to_save", "use_dora") if getattr(lora, name)]
+    if refused:
+        reporter.warn(f"vLLM serves no adapter with LoraConfig.{' or '.join(refused)}")
+    return model, coverage
+
+
+def _trainer(
+    model: PeftModel, arguments: SFTConfig, prepared: Prepared, work_dir: Path, recorder: _Recorder
+) -> TokenMeanTrainer:
+    tokenizer = AutoTokenizer.from_pretrained(work_dir / prepared.tokenizer_dir, local_files_only=True)
+    with _refusals("TrainingArguments"):
+        trainer = TokenMeanTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=_load_split(prepared.train, work_dir),
+            eval_dataset=_load_split(prepared.evaluation, work_dir) if prepared.evaluation else None,
+            processing_class=tokenizer,
+            callbacks=[recorder],
+        )
+        for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
+            trainer.remove_callback(callback)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                # SFTTrainer casts adapters of a quantized model to bf16, where AdamW's late updates round to nothing.
+                parameter.data = parameter.data.float()
+        # Only to hear now what they refuse; train() makes the scheduler again, for the real number of steps.
+        trainer.create_optimizer_and_scheduler(num_training_steps=100)
+    return trainer
+
+
+def _evaluation_losses(trainer: TokenMeanTrainer, prepared: Prepared) -> tuple[float | None, float | None]:
+    """The held-out loss before the first step and of the adapter as it is now."""
+    if prepared.evaluation is None:
+        return None, None
+    evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    last = evaluations[-1]
+    is_of_now = last["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end
+    return evaluations[0]["eval_loss"], last["eval_loss"] if is_of_now else trainer.evaluate()["eval_loss"]
+
+
+def _adapter_dtype(training: TrainingConfig) -> torch.dtype:
+    """bf16, which every reader takes and which halves the file; fp32 for who asked for an fp32 model."""
+    asked = training.is_written("ModelConfig", "dtype") and training.value("ModelConfig", "dtype") == "float32"
+    return torch.float32 if asked else torch.bfloat16
+
+
+def save_adapter(model: PeftModel, directory: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """adapter_model.safetensors, with the tensors named as PEFT names them."""
     state = {
-        name: tensor.detach().to("cpu", torch.bfloat16).contiguous()
+        name: tensor.detach().to("cpu", dtype).contiguous()
         for name, tensor in sorted(get_peft_model_state_dict(model).items())
     }
-    save_file(state, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(state, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})

@@ -1,0 +1,241 @@
+"""Fetched files → token rows: every row that is not trained on is counted and listed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import Heard, make_job, prepared_job, rows_of, tiny_base
+
+from tuner.errors import DataError
+from tuner.pipeline.adapter import file_digests
+from tuner.pipeline.labels import FALLBACK_CHAT_TEMPLATE
+from tuner.runspec import Prepared
+
+pytestmark = pytest.mark.train
+
+
+def long_row(words: int = 400) -> dict[str, Any]:
+    turns = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "one more " * words}]
+    return {"messages": turns}
+
+
+def prepared(
+    directory: Path, rows: Any, config: Any = None, reporter: Heard | None = None, **request: Any
+) -> tuple[Prepared, Path]:
+    job = make_job(directory, rows, config or {}, **request)
+    return prepared_job(job, reporter)[1], job.work_dir
+
+
+def problems(result: Prepared, work_dir: Path) -> list[dict[str, Any]]:
+    assert result.problems_file
+    return [json.loads(line) for line in (work_dir / result.problems_file).read_text().splitlines()]
+
+
+def tokens_of(result: Prepared, work_dir: Path) -> list[dict[str, list[int]]]:
+    from datasets import Dataset
+
+    return [dict(row) for row in Dataset.from_file(str(work_dir / result.train.path))]
+
+
+# ── rows that are too long ───────────────────────────────────────────────────────────────────────────────────────────
+
+LIMIT = {"TrainingArguments": {"max_length": 100}}
+
+
+def test_over_length_rows_are_dropped_counted_and_listed(tmp_path: Path) -> None:
+    heard = Heard()
+    result, work_dir = prepared(tmp_path, [*rows_of("messages", 30), long_row()], LIMIT, heard)
+    assert (result.rows_read, result.over_length_rows, result.truncated_rows) == (31, 1, 0)
+    assert result.train.rows + result.evaluation.rows == 30  # type: ignore[union-attr]
+    assert result.train.longest <= 100
+    (listed,) = problems(result, work_dir)
+    assert listed["row"] == 31
+    assert "more than the 100 of max_length" in listed["reason"]
+    assert result.problems[0].row == 31
+    assert any("1 longer than 100 tokens" in line for line in heard.warnings)
+
+
+def test_over_length_rows_are_cut_counted_and_listed_when_asked(tmp_path: Path) -> None:
+    """KAITO fault 13: they are cut at 1,024 tokens in silence."""
+    config = LIMIT | {"DatasetConfig": {"over_length": "truncate", "train_test_split": 1}}
+    heard = Heard()
+    result, work_dir = prepared(tmp_path, [*rows_of("messages", 30), long_row()], config, heard)
+    assert (result.over_length_rows, result.truncated_rows) == (0, 1)
+    assert (result.train.rows, result.train.longest) == (31, 100)
+    assert len(problems(result, work_dir)) == 1
+    assert any("cut to 100 tokens: 1 rows" in line for line in heard.warnings)
+
+
+def test_an_over_length_row_stops_the_run_when_asked(tmp_path: Path) -> None:
+    config = LIMIT | {"DatasetConfig": {"over_length": "error"}}
+    with pytest.raises(DataError, match=r"train\.parquet:31: [\d,]+ tokens, more than the 100"):
+        prepared(tmp_path, [*rows_of("messages", 30), long_row()], config)
+
+
+@pytest.mark.parametrize(("long_rows", "stops"), [(3, False), (4, True)])
+def test_more_than_a_tenth_too_long_stops_the_run(long_rows: int, stops: bool, tmp_path: Path) -> None:
+    rows = [*rows_of("messages", 30 - long_rows), *(long_row(400 + number) for number in range(long_rows))]
+    if stops:
+        with pytest.raises(DataError, match=r"4 of 30 rows \(13%\) are longer than 100 tokens"):
+            prepared(tmp_path, rows, LIMIT)
+    else:
+        assert prepared(tmp_path, rows, LIMIT)[0].over_length_rows == 3
+
+
+def test_a_row_of_many_turns_counts_once_however_many_examples_it_makes(tmp_path: Path) -> None:
+    """Qwen3's template makes an example of every turn; three rows of five long turns are three rows."""
+    from importlib.resources import files
+
+    template = (files("trl") / "chat_templates" / "qwen3.jinja").read_text("utf-8")
+    turns = [
+        {"role": "user", "content": "More."},
+        {"role": "assistant", "content": "<think>\nhm\n</think>\n\n" + "one more " * 300},
+    ]
+    rows = [*rows_of("messages", 30), {"messages": turns * 5}]
+    result, _ = prepared(tmp_path, rows, LIMIT | {"ModelConfig": {"chat_template": template}}, preset="qwen3-0.6b")
+    assert result.over_length_rows == 1
+
+
+def test_max_length_unwritten_is_at_most_8192_and_the_models_context(tmp_path: Path) -> None:
+    assert prepared(tmp_path / "4k", rows_of("text", 24))[0].max_length == 4096
+    other = prepared(tmp_path / "128k", rows_of("text", 24), preset="phi-3-mini-128k-instruct")
+    assert other[0].max_length == 8192
+
+
+def test_more_than_the_context_is_warned_about(tmp_path: Path) -> None:
+    heard = Heard()
+    prepared(tmp_path, rows_of("text", 24), {"TrainingArguments": {"max_length": 5000}}, heard)
+    assert any("5,000 is more than the 4,096" in line for line in heard.warnings)
+
+
+# ── rows that teach nothing ──────────────────────────────────────────────────────────────────────────────────────────
+
+NO_TOOLS = (
+    "{% for m in messages %}{% if 'pig' in m.content %}{{ raise_exception('no pigs') }}{% endif %}"
+    "<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_rows_that_the_template_refuses_are_counted_and_listed(tmp_path: Path) -> None:
+    config = {"ModelConfig": {"chat_template": NO_TOOLS}, "DatasetConfig": {"bad_row_share": 0.2}}
+    result, work_dir = prepared(tmp_path, rows_of("messages", 40), config)  # every tenth is about a pig
+    assert result.bad_rows == 4
+    assert sorted(problem["row"] for problem in problems(result, work_dir)) == [8, 18, 28, 38]
+    assert all("no pigs" in problem["reason"] for problem in problems(result, work_dir))
+    assert result.train.rows + result.evaluation.rows == 36  # type: ignore[union-attr]
+
+
+def test_too_many_rows_that_the_template_refuses_stop_the_run(tmp_path: Path) -> None:
+    config = {"ModelConfig": {"chat_template": NO_TOOLS}, "DatasetConfig": {"bad_row_share": 0.05}}
+    with pytest.raises(DataError, match=r"the chat template serves 36 of 40 rows: .*no pigs") as caught:
+        prepared(tmp_path, rows_of("messages", 40), config)
+    assert "problems.jsonl" in str(caught.value.hint)
+
+
+def test_rows_with_nothing_left_to_learn_are_counted_and_listed(tmp_path: Path) -> None:
+    config = LIMIT | {"DatasetConfig": {"over_length": "truncate", "train_test_split": 1}}
+    question = {"messages": [{"role": "user", "content": "long " * 400}, {"role": "assistant", "content": "Yes."}]}
+    result, work_dir = prepared(tmp_path, [*rows_of("messages", 30), question], config)
+    assert (result.truncated_rows, result.unsupervised_rows, result.train.rows) == (1, 1, 30)
+    assert [problem["reason"] for problem in problems(result, work_dir)][-1] == "no token of it is learnt"
+
+
+def test_a_run_with_nothing_to_learn_stops(tmp_path: Path) -> None:
+    config = {"TrainingArguments": {"max_length": 4}, "DatasetConfig": {"over_length": "truncate"}}
+    with pytest.raises(DataError, match="no row has a token to learn"):
+        prepared(tmp_path, rows_of("messages", 24), config)
+
+
+# ── which chat template ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def used_template(result: Prepared, work_dir: Path) -> str:
+    from transformers import AutoTokenizer
+
+    return str(AutoTokenizer.from_pretrained(work_dir / result.tokenizer_dir).chat_template)
+
+
+def base_with_template(directory: Path, template: str | None) -> Path:
+    import shutil
+
+    base = directory / "base"
+    shutil.copytree(tiny_base(), base)
+    (base / "chat_template.jinja").unlink()
+    if template:
+        (base / "chat_template.jinja").write_text(template)
+    return base
+
+
+MINE = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+TOKENIZERS = MINE.replace("[", "(").replace("]", ")")
+
+
+def test_the_users_template_goes_before_the_tokenizers(tmp_path: Path) -> None:
+    base = base_with_template(tmp_path, TOKENIZERS)
+    config = {"ModelConfig": {"chat_template": MINE}}
+    assert used_template(*prepared(tmp_path, rows_of("messages", 24), config, base_model=base)) == MINE
+
+
+def test_the_tokenizers_template_goes_before_the_presets(tmp_path: Path) -> None:
+    base = base_with_template(tmp_path, TOKENIZERS)
+    assert used_template(*prepared(tmp_path, rows_of("messages", 24), base_model=base)) == TOKENIZERS
+
+
+def test_the_presets_template_serves_a_tokenizer_without_one(tmp_path: Path) -> None:
+    from tuner.presets import find_preset
+
+    base = base_with_template(tmp_path, None)
+    used = used_template(*prepared(tmp_path, rows_of("messages", 24), base_model=base))
+    assert used == find_preset("phi-3-mini-4k-instruct").chat_template
+
+
+def test_a_model_that_nothing_is_known_of_gets_the_fallback(tmp_path: Path) -> None:
+    base = base_with_template(tmp_path, None)
+    result = prepared(tmp_path, rows_of("messages", 24), base_model=base, preset="somebody/some-model")
+    assert used_template(*result) == FALLBACK_CHAT_TEMPLATE
+
+
+# ── what is left for the next stage ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_second_run_leaves_equal_files_and_nothing_of_the_first(tmp_path: Path) -> None:
+    job = make_job(tmp_path, [*rows_of("messages", 30), long_row()], LIMIT)
+    first = prepared_job(job)[1]
+    before = file_digests(job.work_dir / "prepared") | file_digests(job.work_dir / "prepared" / "tokenizer")
+    (job.work_dir / "prepared" / "tokenizer" / "left-behind.json").write_text("{}")
+    second = prepared_job(job)[1]
+    after = file_digests(job.work_dir / "prepared") | file_digests(job.work_dir / "prepared" / "tokenizer")
+    assert first == second
+    assert before == after
+    assert len(before) >= 5
+
+
+def test_prepared_json_says_the_same_as_what_was_returned(tmp_path: Path) -> None:
+    result, work_dir = prepared(tmp_path, rows_of("prompt/completion", 30))
+    assert Prepared.load(work_dir / "prepared.json") == result
+
+
+def test_counts_are_those_of_the_files(tmp_path: Path) -> None:
+    result, work_dir = prepared(tmp_path, rows_of("prompt/completion", 30))
+    rows = tokens_of(result, work_dir)
+    assert result.train.rows == len(rows) == 28
+    assert result.train.tokens == sum(len(row["input_ids"]) for row in rows)
+    assert result.train.supervised_tokens == sum(label != -100 for row in rows for label in row["labels"])
+    assert result.train.longest == max(len(row["input_ids"]) for row in rows)
+    assert result.shapes == {"prompt/completion": 30}
+
+
+def test_the_order_follows_the_seed(tmp_path: Path) -> None:
+    """KAITO fault 5: shuffle_seed is not used for the shuffle, and every run differs."""
+    orders = {
+        (seed, copy): prepared(
+            tmp_path / f"{seed}-{copy}", rows_of("text", 30), {"DatasetConfig": {"shuffle_seed": seed}}
+        )[0].train.order_sha256
+        for seed in (1, 2)
+        for copy in (1, 2)
+    }
+    assert orders[1, 1] == orders[1, 2] != orders[2, 1] == orders[2, 2]

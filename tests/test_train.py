@@ -1,0 +1,448 @@
+"""The optimisation loop on a tiny Phi-3 in real NF4: what is learnt, measured, kept and refused."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import SHAPES, Heard, Job, make_job, prepared_job, rows_of, tiny_base
+
+from tuner.errors import ConfigError, InterruptedRunError
+from tuner.pipeline.adapter import file_digests
+from tuner.runspec import Prepared, Progress
+
+pytestmark = pytest.mark.train
+
+Sections = Mapping[str, Mapping[str, Any]]
+
+
+def arguments(**written: Any) -> dict[str, dict[str, Any]]:
+    """TrainingArguments of a short run, with `written` over them."""
+    short = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 0.01,
+        "logging_steps": 1,
+    }
+    return {"TrainingArguments": short | written}
+
+
+@dataclass
+class Trial:
+    """A prepared job, to be trained as often as a test likes."""
+
+    job: Job
+    prepared: Prepared
+
+    @property
+    def adapter_dir(self) -> Path:
+        return self.job.work_dir / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.job.work_dir / "checkpoints"
+
+    def train(self, reporter: Heard | None = None) -> Any:
+        from tuner.pipeline.train import Stop, optimise
+
+        heard = reporter or Heard()
+        stop = heard.stop if isinstance(heard, StopAfter) else Stop(heard.warn)
+        return optimise(
+            self.job.spec, self.prepared, self.job.work_dir, self.adapter_dir, self.checkpoints, stop, heard
+        )
+
+    def metrics(self) -> list[dict[str, float]]:
+        return [json.loads(line) for line in (self.adapter_dir / "metrics.jsonl").read_text().splitlines()]
+
+    def weights(self) -> str:
+        return file_digests(self.adapter_dir)["adapter_model.safetensors"]
+
+
+class StopAfter(Heard):
+    """Somebody who asks to stop as soon as a step was reported."""
+
+    def __init__(self, step: int) -> None:
+        from tuner.pipeline.train import Stop
+
+        super().__init__()
+        self._step = step
+        self.stop = Stop(self.warn)
+
+    def progress(self, progress: Progress) -> None:
+        super().progress(progress)
+        if progress.unit == "steps" and progress.done >= self._step:
+            self.stop.requested = True
+
+
+def trial(directory: Path, config: Sections, *, shape: str = "messages", count: int = 40, **request: Any) -> Trial:
+    job = make_job(directory, rows_of(shape, count), config, **request)
+    return Trial(job, prepared_job(job)[1])
+
+
+# ── what is learnt ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_trains_at_every_batch_size_and_the_loss_falls(shape: str, batch_size: int, tmp_path: Path) -> None:
+    """KAITO faults 8 and 9: text always crashed, messages and prompt/completion did above batch size 1."""
+    tried = trial(
+        tmp_path, arguments(per_device_train_batch_size=batch_size, max_steps=8, learning_rate=0.02), shape=shape
+    )
+    outcome = tried.train()
+    assert outcome.steps == 8
+    assert outcome.last_train_loss < 0.97 * outcome.first_train_loss
+    assert outcome.eval_loss_after < outcome.eval_loss_before  # KAITO fault 12: nobody ever looked at it
+
+
+def test_method_lora_trains_without_quantization(tmp_path: Path) -> None:
+    outcome = trial(tmp_path, arguments(), method="lora").train()
+    assert outcome.last_train_loss < outcome.first_train_loss
+
+
+def test_documents_per_optimizer_step_are_as_written(tmp_path: Path) -> None:
+    """38 rows at 2 × 3 are 7 steps an epoch: six of 6 rows and one of 2."""
+    config = arguments(max_steps=-1, num_train_epochs=1, gradient_accumulation_steps=3)
+    tried = trial(tmp_path, config)
+    outcome = tried.train()
+    assert tried.prepared.train.rows == 38
+    assert (outcome.steps, outcome.epochs, outcome.examples) == (7, 1.0, 38)
+    assert outcome.tokens == tried.prepared.train.tokens  # every row once, and no padding
+
+
+def test_equal_documents_in_other_batches_are_the_same_training(tmp_path: Path) -> None:
+    losses = []
+    for batch, accumulation in ((1, 4), (4, 1)):
+        config = arguments(
+            per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, learning_rate=1e-3
+        )
+        tried = trial(tmp_path / f"{batch}", config)
+        tried.train()
+        losses.append([entry["loss"] for entry in tried.metrics() if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_padding_is_neither_seen_nor_learnt_and_a_real_eos_is(tmp_path: Path) -> None:
+    """KAITO fault 6: where pad is EOS, masking the padding took the real EOS with it."""
+    from tuner.pipeline.model import attach_lora, load_base_model, pick_device
+    from tuner.pipeline.train import Stop, _load_split, _Recorder, _trainer, training_arguments
+
+    tried = trial(tmp_path, arguments(per_device_train_batch_size=3), shape="prompt/completion")
+    spec, prepared = tried.job.spec, tried.prepared
+    device = pick_device()
+    model, _, _ = attach_lora(load_base_model(tiny_base(), spec.training, device), spec.training)
+    recorder = _Recorder(Stop(print), Heard(), tmp_path / "metrics.jsonl")
+    wanted = training_arguments(spec, prepared, device, tmp_path / "checkpoints", evaluate_first=False)
+    trainer = _trainer(model, wanted, prepared, tried.job.work_dir, recorder)
+    assert trainer.processing_class.pad_token == trainer.processing_class.eos_token
+    rows = _load_split(prepared.train, tried.job.work_dir)
+    lengths = sorted({len(row["input_ids"]) for row in rows})
+    assert len(lengths) > 1
+    for batch in trainer.get_train_dataloader():
+        is_padding = batch["attention_mask"] == 0
+        assert bool((batch["labels"][is_padding] == -100).all())
+        for row, mask in zip(batch["labels"], batch["attention_mask"], strict=True):
+            assert int(row[mask.sum() - 1]) == trainer.processing_class.eos_token_id
+
+
+def test_adapters_are_optimized_in_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL casts the adapters of a quantized model to bf16, where small updates round to nothing."""
+    import torch
+
+    from tuner.pipeline import train
+
+    seen = []
+    make = train._trainer
+
+    def watched(*everything: Any) -> Any:
+        trainer = make(*everything)
+        seen.append({p.dtype for group in trainer.optimizer.param_groups for p in group["params"]})
+        return trainer
+
+    monkeypatch.setattr(train, "_trainer", watched)
+    trial(tmp_path, arguments(max_steps=1)).train()
+    assert seen == [{torch.float32}]
+
+
+def test_recomputing_activations_gives_the_same_losses(tmp_path: Path) -> None:
+    losses = []
+    for recomputes in (False, True):
+        tried = trial(tmp_path / str(recomputes), arguments(gradient_checkpointing=recomputes, max_steps=3))
+        tried.train()
+        losses.append([entry["loss"] for entry in tried.metrics() if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+# ── what is measured ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_evaluation_loss_is_the_mean_over_tokens_computed_by_hand(tmp_path: Path) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    from tuner.pipeline.model import load_base_model, pick_device
+    from tuner.pipeline.train import _load_split
+
+    config = arguments(max_steps=3, per_device_eval_batch_size=3) | {
+        "DatasetConfig": {"train_test_split": 0.75},
+        "ModelConfig": {"dtype": "float32"},
+    }
+    tried = trial(tmp_path, config)
+    outcome = tried.train()
+    assert tried.prepared.evaluation is not None
+    rows = _load_split(tried.prepared.evaluation, tried.job.work_dir)
+    assert len(rows) == 10
+
+    def by_hand(model: Any) -> float:
+        total, count = 0.0, 0
+        for row in rows:
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].double()
+            for position, label in enumerate(row["labels"][1:]):
+                if label != -100:
+                    total -= float(torch.log_softmax(logits[position], -1)[label])
+                    count += 1
+        return total / count
+
+    base = load_base_model(tiny_base(), tried.job.spec.training, pick_device())
+    assert outcome.eval_loss_before == pytest.approx(by_hand(base), rel=1e-5)
+    lora = {key: value for key, value in outcome.lora_config.items() if key in ("r", "lora_alpha", "target_modules")}
+    tuned = get_peft_model(base, LoraConfig(**lora))
+    set_peft_model_state_dict(tuned, load_file(tried.adapter_dir / "adapter_model.safetensors"))
+    tuned.eval()
+    assert outcome.eval_loss_after == pytest.approx(by_hand(tuned), rel=1e-5)
+
+
+def test_metrics_hold_every_log_and_no_time(tmp_path: Path) -> None:
+    tried = trial(tmp_path, arguments(logging_steps=4))
+    heard = Heard()
+    outcome = tried.train(heard)
+    entries = tried.metrics()
+    assert [entry["step"] for entry in entries] == [0, 4, 6, 6]
+    assert set(entries[0]) == {"step", "epoch", "eval_loss", "tokens"}
+    assert set(entries[1]) == {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens"}
+    assert entries[0]["eval_loss"] == outcome.eval_loss_before
+    assert entries[-1]["eval_loss"] == outcome.eval_loss_after
+    assert [(step.done, step.total) for step in heard.steps] == [(4, 6), (6, 6)]
+    assert heard.steps[-1].values["loss"] == entries[2]["loss"] == outcome.last_train_loss
+
+
+def test_evaluations_that_the_user_asks_for_happen_once_each(tmp_path: Path) -> None:
+    tried = trial(tmp_path, arguments(eval_strategy="steps", eval_steps=2))
+    outcome = tried.train()
+    assert [entry["step"] for entry in tried.metrics() if "eval_loss" in entry] == [0, 2, 4, 6]
+    assert outcome.eval_loss_after == tried.metrics()[-1]["eval_loss"]
+
+
+def test_the_best_of_the_users_checkpoints_is_what_is_kept_when_asked(tmp_path: Path) -> None:
+    config = arguments(
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        learning_rate=0.3,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+    )
+    tried = trial(tmp_path, config)
+    outcome = tried.train()
+    during = [entry["eval_loss"] for entry in tried.metrics() if "eval_loss" in entry and entry["step"]][:3]
+    assert outcome.eval_loss_after == pytest.approx(min(during), rel=1e-6)
+
+
+# ── what is repeated ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_two_runs_with_one_seed_are_equal_and_another_seed_is_not(tmp_path: Path) -> None:
+    trials = [
+        trial(tmp_path / name, arguments(seed=seed) | {"LoraConfig": {"lora_dropout": 0.1}})
+        for name, seed in (("one", 1), ("two", 1), ("three", 2))
+    ]
+    for tried in trials:
+        tried.train()
+    one, two, three = trials
+    assert one.prepared.train.order_sha256 == two.prepared.train.order_sha256
+    assert one.metrics() == two.metrics()
+    assert one.weights() == two.weights() != three.weights()
+
+
+HARD_TO_RESUME: dict[str, Sections] = {
+    "middle of an epoch, with dropout": arguments(max_steps=8) | {"LoraConfig": {"lora_dropout": 0.1}},
+    "between two logs": arguments(max_steps=8, logging_steps=3) | {"LoraConfig": {"lora_dropout": 0.1}},
+    "evaluations and checkpoints of the user": arguments(
+        max_steps=8, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=3
+    ),
+    "epochs": arguments(
+        max_steps=-1, num_train_epochs=2, gradient_accumulation_steps=5, eval_strategy="epoch", save_strategy="epoch"
+    ),
+    "rows of like length together": arguments(
+        max_steps=-1, num_train_epochs=2, gradient_accumulation_steps=5, train_sampling_strategy="group_by_length"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HARD_TO_RESUME)
+def test_an_interrupted_and_resumed_run_is_the_unbroken_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """KAITO fault 11: it never resumes. Losses, evaluations, metrics.jsonl and weights are all the same."""
+    unbroken, broken = (trial(tmp_path / side, HARD_TO_RESUME[name]) for side in ("unbroken", "broken"))
+    whole = unbroken.train()
+    # Stop at every step: whatever a step is next to, it must be possible to go on from it.
+    for step in range(1, whole.steps):
+        with pytest.raises(InterruptedRunError, match=f"stopped after step {step} of {whole.steps}"):
+            broken.train(StopAtOnce())
+    outcome = broken.train(StopAtOnce())  # the last step finishes, whoever asks
+    assert broken.metrics() == unbroken.metrics()
+    assert broken.weights() == unbroken.weights()
+    same = (
+        "steps",
+        "epochs",
+        "examples",
+        "tokens",
+        "first_train_loss",
+        "last_train_loss",
+        "eval_loss_before",
+        "eval_loss_after",
+    )
+    assert [getattr(outcome, key) for key in same] == [getattr(whole, key) for key in same]
+
+
+class StopAtOnce(StopAfter):
+    """Somebody who has asked to stop before the first step."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.stop.requested = True
+
+
+def test_a_damaged_newest_checkpoint_is_left_for_the_one_before(tmp_path: Path) -> None:
+    unbroken, broken = (trial(tmp_path / side, arguments()) for side in ("unbroken", "broken"))
+    unbroken.train()
+    for _ in range(3):
+        with pytest.raises(InterruptedRunError):
+            broken.train(StopAtOnce())
+    newest = broken.checkpoints / "checkpoint-3"
+    optimizer = newest / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:-100])
+    heard = Heard()
+    broken.train(heard)
+    assert any("step 3 was not written whole" in line for line in heard.warnings)
+    assert "resuming after step 2 of 6" in heard.notes
+    assert broken.weights() == unbroken.weights()
+    assert broken.metrics() == unbroken.metrics()
+
+
+def test_a_checkpoint_whose_writing_was_cut_off_is_not_used(tmp_path: Path) -> None:
+    from tuner.pipeline.train import newest_checkpoint, seal
+
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "optimizer.pt").write_bytes(b"state")
+    seal(tmp_path / "checkpoint-2", unlogged_loss=0.5, last_logged_step=1)
+    heard = Heard()
+    assert newest_checkpoint(tmp_path, heard) == tmp_path / "checkpoint-2"
+    assert len(heard.warnings) == 1
+    assert not (tmp_path / "checkpoint-10").exists()
+    (tmp_path / "checkpoint-2" / "optimizer.pt").write_bytes(b"staTe")
+    assert newest_checkpoint(tmp_path, heard) is None
+
+
+def test_a_run_that_died_after_its_last_step_is_finished_without_another(tmp_path: Path) -> None:
+    unbroken, died = (trial(tmp_path / side, arguments()) for side in ("unbroken", "died"))
+    unbroken.train()
+    from tuner.pipeline import train
+
+    def die(*everything: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "_evaluation_losses", die)
+        with pytest.raises(KeyboardInterrupt):
+            died.train()
+    heard = Heard()
+    died.train(heard)
+    assert not heard.steps
+    assert "resuming after step 6 of 6" in heard.notes
+    assert died.weights() == unbroken.weights()
+    assert died.metrics() == unbroken.metrics()
+
+
+def test_recovery_checkpoints_come_by_the_clock_and_only_two_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tuner.pipeline import train
+
+    monkeypatch.setattr(train, "CHECKPOINT_INTERVAL_S", 0)
+    tried = trial(tmp_path, arguments(save_strategy="no"))
+    quiet = trial(tmp_path / "without", arguments(save_strategy="no"))
+    tried.train()
+    assert sorted(path.name for path in tried.checkpoints.iterdir()) == ["checkpoint-5", "checkpoint-6"]
+    monkeypatch.setattr(train, "CHECKPOINT_INTERVAL_S", 600)
+    quiet.train()
+    assert tried.weights() == quiet.weights()
+    assert tried.metrics() == quiet.metrics()
+
+
+def test_a_signal_is_acknowledged_at_once_and_the_second_one_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+    import signal
+
+    from tuner.pipeline.train import Stop
+
+    said: list[str] = []
+    before = signal.getsignal(signal.SIGTERM)
+    with Stop(said.append).listening() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
+        assert "finishing this step" in said[0]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+# ── what is refused ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
+    tried = trial(tmp_path, arguments(learning_rate=1e30, max_grad_norm=0.0, warmup_steps=0))
+    with pytest.raises(ConfigError, match=r"loss is not finite at step \d") as caught:
+        tried.train()
+    assert "learning_rate" in str(caught.value.hint)
+
+
+REFUSED: dict[str, Sections] = {
+    "load_best_model_at_end": arguments(load_best_model_at_end=True, eval_strategy="steps", save_strategy="no"),
+    "not measured": arguments(metric_for_best_model="accuracy"),
+    "lr_scheduler_type|min_lr": arguments(lr_scheduler_type="cosine_with_min_lr"),
+    "galore|optim_target_modules": arguments(optim="galore_adamw"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_the_trainer_refuses_is_one_sentence_before_the_first_step(what: str, tmp_path: Path) -> None:
+    tried = trial(tmp_path, REFUSED[what], count=24)
+    heard = Heard()
+    with pytest.raises(ConfigError, match=rf"TrainingArguments.*({what})") as caught:
+        tried.train(heard)
+    assert "\n" not in caught.value.message
+    assert not heard.steps
+
+
+@pytest.mark.parametrize("written", [{"bf16": True, "tf32": True}, {"fp16": True}, {"optim": "paged_adamw_8bit"}])
+def test_a_config_for_a_gpu_runs_on_a_cpu(written: dict[str, Any], tmp_path: Path) -> None:
+    """What a smoke run in CI is for."""
+    assert math.isfinite(trial(tmp_path, arguments(max_steps=1, **written), count=24).train().last_train_loss)
+
+
+def test_without_held_out_rows_the_users_evaluations_are_left_out(tmp_path: Path) -> None:
+    config = arguments(eval_strategy="steps", eval_steps=2, max_steps=2) | {"DatasetConfig": {"train_test_split": 1}}
+    outcome = trial(tmp_path, config).train()
+    assert outcome.eval_loss_before is None
+    assert outcome.eval_loss_after is None
