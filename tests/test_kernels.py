@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import tiny_base
 from torch.nn.functional import cross_entropy
 
-from tuner.pipeline.kernels import DOCUMENT_ATTENTION, document_attention, summed_nll
+from tuner.pipeline.kernels import DOCUMENT_ATTENTION, document_attention, fuse_lora, summed_nll
 from tuner.pipeline.tiny_model import tiny_config
 from tuner.presets import find_preset, load_presets
 
@@ -166,3 +167,47 @@ def test_the_gpu_kernel_agrees_with_the_loop(heads: int, kv_heads: int, dim: int
         results.append([output.float().cpu(), *(tensor.grad.float().cpu() for tensor in inputs)])
     for expected, got in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=3e-2, atol=3e-2)
+
+
+@pytest.fixture(scope="module")
+def adapted() -> Any:
+    """A 4-bit model with LoRA on all its layers, B not zero."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_base(),
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        ),
+        dtype=torch.float32,
+        device_map="cpu",
+    )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=12, target_modules="all-linear", task_type="CAUSAL_LM"))
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.05, generator=generator)
+    return model
+
+
+def test_fused_lora_has_the_loss_and_gradients_of_pefts(adapted: Any) -> None:
+    batch = {"input_ids": torch.arange(5, 45)[None], "labels": torch.arange(5, 45)[None]}
+    losses, grads = [], []
+    for fused in (False, True):
+        if fused:
+            assert fuse_lora(adapted) == 8
+        adapted.zero_grad()
+        loss = adapted(**batch).loss
+        loss.backward()
+        losses.append(loss.detach())
+        grads.append({name: p.grad.clone() for name, p in adapted.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=1e-6)
+    assert grads[0]
+    for name, gradient in grads[1].items():
+        torch.testing.assert_close(gradient, grads[0][name], rtol=1e-4, atol=1e-6)
+    with adapted.disable_adapter(), torch.no_grad():
+        assert not torch.allclose(adapted(**batch).loss, losses[0])

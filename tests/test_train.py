@@ -78,6 +78,10 @@ class StopAfter(Heard):
             self.stop.requested = True
 
 
+def losses_of(tried: Trial) -> list[float]:
+    return [entry["loss"] for entry in tried.metrics() if "loss" in entry]
+
+
 def trial(directory: Path, config: Sections, *, shape: str = "messages", count: int = 40, **request: Any) -> Trial:
     job = make_job(directory, rows_of(shape, count), config, **request)
     return Trial(job, prepared_job(job)[1])
@@ -122,31 +126,71 @@ def test_equal_documents_in_other_batches_are_the_same_training(tmp_path: Path) 
         )
         tried = trial(tmp_path / f"{batch}", config)
         tried.train()
-        losses.append([entry["loss"] for entry in tried.metrics() if "loss" in entry])
+        losses.append(losses_of(tried))
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_padding_is_neither_seen_nor_learnt_and_a_real_eos_is(tmp_path: Path) -> None:
-    """KAITO fault 6: where pad is EOS, masking the padding took the real EOS with it."""
-    from tuner.pipeline.model import attach_lora, load_base_model, pick_device
-    from tuner.pipeline.train import Stop, _load_split, _Recorder, _trainer, training_arguments
+def test_a_batch_has_no_padding_and_learns_the_real_eos(tmp_path: Path) -> None:
+    """KAITO faults 6 and 9: where pad is EOS, masking the padding took the real EOS with it."""
+    import torch
+
+    from tuner.pipeline.train import _load_split
+    from tuner.pipeline.trainer import micro_batch
 
     tried = trial(tmp_path, arguments(per_device_train_batch_size=3), shape="prompt/completion")
-    spec, prepared = tried.job.spec, tried.prepared
-    device = pick_device()
-    model, _, _ = attach_lora(load_base_model(tiny_base(), spec.training, device), spec.training)
-    recorder = _Recorder(Stop(print), Heard(), tmp_path / "metrics.jsonl")
-    wanted = training_arguments(spec, prepared, device, tmp_path / "checkpoints", evaluate_first=False)
-    trainer = _trainer(model, wanted, prepared, tried.job.work_dir, recorder)
-    assert trainer.processing_class.pad_token == trainer.processing_class.eos_token
-    rows = _load_split(prepared.train, tried.job.work_dir)
-    lengths = sorted({len(row["input_ids"]) for row in rows})
-    assert len(lengths) > 1
-    for batch in trainer.get_train_dataloader():
-        is_padding = batch["attention_mask"] == 0
-        assert bool((batch["labels"][is_padding] == -100).all())
-        for row, mask in zip(batch["labels"], batch["attention_mask"], strict=True):
-            assert int(row[mask.sum() - 1]) == trainer.processing_class.eos_token_id
+    rows = list(_load_split(tried.prepared.train, tried.job.work_dir))[:3]
+    lengths = [len(row["input_ids"]) for row in rows]
+    batch = micro_batch(rows, torch.device("cpu"))
+    assert batch["input_ids"].shape == (1, sum(lengths))
+    assert batch["cu_seq_lens_q"].tolist() == [0, lengths[0], sum(lengths[:2]), sum(lengths)]
+    assert batch["position_ids"][0].tolist() == [*range(lengths[0]), *range(lengths[1]), *range(lengths[2])]
+    learnt = dict(zip(batch["learnt"].tolist(), batch["targets"].tolist(), strict=True))
+    eos = int(rows[0]["input_ids"][-1])
+    for end in batch["cu_seq_lens_q"].tolist()[1:]:
+        assert learnt[end - 2] == eos  # the last token but one predicts EOS
+        assert end - 1 not in learnt  # EOS does not predict the next document
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 2048])
+def test_however_a_step_is_divided_its_losses_are_the_same(
+    tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tuner.pipeline import train
+
+    losses = []
+    for size in (tokens, 400):
+        monkeypatch.setattr(train, "MICRO_BATCH_TOKENS", {"cpu": size})
+        tried = trial(tmp_path / str(size), arguments(gradient_accumulation_steps=8, max_steps=3))
+        tried.train()
+        losses.append(losses_of(tried))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_step_that_does_not_fit_the_memory_is_taken_in_smaller_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The optimizer step stays what it was: only the pieces shrink, then activations are recomputed."""
+    import torch
+
+    from tuner.pipeline import train, trainer
+
+    plain = trial(tmp_path / "plain", arguments(gradient_accumulation_steps=8, max_steps=2))
+    plain.train()
+    monkeypatch.setattr(train, "MICRO_BATCH_TOKENS", {"cpu": 400})
+    make = trainer.micro_batch
+
+    def of_a_small_gpu(documents: Any, device: Any, **options: Any) -> dict[str, Any]:
+        batch = make(documents, device, **options)
+        if batch["input_ids"].shape[1] > 120 and torch.is_grad_enabled():
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory (a test says so)")
+        return batch
+
+    monkeypatch.setattr(trainer, "micro_batch", of_a_small_gpu)
+    small = trial(tmp_path / "small", arguments(gradient_accumulation_steps=8, max_steps=2))
+    heard = Heard()
+    small.train(heard)
+    assert losses_of(small) == pytest.approx(losses_of(plain), rel=1e-5)
+    assert any("out of memory: going on with" in line for line in heard.warnings)
 
 
 def test_adapters_are_optimized_in_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +217,7 @@ def test_recomputing_activations_gives_the_same_losses(tmp_path: Path) -> None:
     for recomputes in (False, True):
         tried = trial(tmp_path / str(recomputes), arguments(gradient_checkpointing=recomputes, max_steps=3))
         tried.train()
-        losses.append([entry["loss"] for entry in tried.metrics() if "loss" in entry])
+        losses.append(losses_of(tried))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -202,7 +246,7 @@ def test_evaluation_loss_is_the_mean_over_tokens_computed_by_hand(tmp_path: Path
         total, count = 0.0, 0
         for row in rows:
             with torch.no_grad():
-                logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].double()
+                logits = model(input_ids=torch.from_numpy(row["input_ids"])[None]).logits[0].double()
             for position, label in enumerate(row["labels"][1:]):
                 if label != -100:
                     total -= float(torch.log_softmax(logits[position], -1)[label])

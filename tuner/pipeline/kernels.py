@@ -1,10 +1,16 @@
-"""What makes packed training exact and quick with stock torch: attention within documents, loss where it is learnt."""
+"""What makes packed training exact and quick with stock torch.
+
+Attention within documents, the output head where something is learnt, and LoRA computed along with its 4-bit layer.
+"""
 
 import inspect
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
@@ -139,6 +145,75 @@ class _SummedNll(torch.autograd.Function):  # type: ignore[misc]
         return gradient * upstream[0], None, None, None, None, None
 
 
+@dataclass(frozen=True)
+class Exact:
+    """Which short cuts give a model's own numbers. `packs`: documents in one row do not see each other; `learnt_head`:
+    the head at learnt positions, without what else the model may do to its logits, has the model's loss."""
+
+    packs: bool
+    learnt_head: bool
+
+    def __str__(self) -> str:
+        packs = "documents packed" if self.packs else "one document at a time (its layers do not keep them apart)"
+        head = "head at learnt tokens" if self.learnt_head else "whole logits (it changes them in its own way)"
+        return f"{packs}, {head}"
+
+
+def prove(model: Any) -> Exact:
+    """Try the short cuts on a few tokens of the model itself: architectures are many, and what a lever assumes of one
+    may be wrong of another. Changes the attention back to sdpa where packing does not hold."""
+    training = model.training
+    model.eval()
+    generator = torch.Generator().manual_seed(0)
+    words = model.config.get_text_config().vocab_size
+    first, second = (torch.randint(0, words, (length,), generator=generator) for length in (19, 23))
+    device = model.get_input_embeddings().weight.device
+    with torch.no_grad():
+        alone = _hidden(model, [second], device)
+        packs = is_packable(model) and _agree(_hidden(model, [first, second], device)[-len(second) :], alone)
+        if not packs:
+            model.set_attn_implementation("sdpa")
+        loss = float(model(input_ids=second[None].to(device), labels=second[None].to(device)).loss) * (len(second) - 1)
+        ours = summed_nll(
+            model,
+            {
+                "input_ids": second[None].to(device),
+                "learnt": torch.arange(len(second) - 1, device=device),
+                "targets": second[1:].to(device),
+            },
+        )
+    model.train(training)
+    return Exact(packs=packs, learnt_head=abs(float(ours) - loss) <= 0.02 * abs(loss))
+
+
+def is_packable(model: Any) -> bool:
+    """Whether its attention is ours: some models take no other, and attention dropout is left to sdpa."""
+    config = model.config.get_text_config()
+    return config._attn_implementation == DOCUMENT_ATTENTION and not getattr(config, "attention_dropout", 0.0)
+
+
+def _hidden(model: Any, documents: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """(T, d) in fp32: what the last layer says of each token of the packed documents."""
+    lengths = [len(document) for document in documents]
+    inputs: dict[str, Any] = {"input_ids": torch.cat(documents)[None].to(device)}
+    if is_packable(model):
+        edges = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+        inputs |= {
+            "position_ids": torch.cat([torch.arange(length) for length in lengths])[None].to(device),
+            "cu_seq_lens_q": edges,
+            "cu_seq_lens_k": edges,
+            "max_length_q": max(lengths),
+            "max_length_k": max(lengths),
+        }
+    hidden: torch.Tensor = model.base_model(**inputs, use_cache=False).last_hidden_state[0]
+    return hidden.float()
+
+
+def _agree(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal but for rounding: in bf16 another shape of product is a percent off, a leak is as large as the values."""
+    return bool((one - other).square().mean().sqrt() <= 0.05 * other.square().mean().sqrt())
+
+
 def summed_nll(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     """The sum of -log p over a micro-batch's learnt tokens, as a scalar in fp32 with a gradient.
 
@@ -161,3 +236,79 @@ def _logit_transform(config: Any) -> tuple[float, float | None]:
     if getattr(config, "logits_scaling", None):
         scale /= config.logits_scaling
     return scale, getattr(config, "final_logit_softcapping", None)
+
+
+class _FusedLora(torch.autograd.Function):  # type: ignore[misc]
+    """y = x Wᵀ + b + s (x Aᵀ) Bᵀ with W frozen: LoRA's products are added into the large ones, none is kept twice."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, layer: Any, lora_a: torch.Tensor, lora_b: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """x (…, in), A (r, in), B (out, r) → (…, out) in x's type. `layer` is bitsandbytes' Linear4bit."""
+        rows = x.reshape(-1, x.shape[-1])
+        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+        result = torch.nn.functional.linear(rows, _decoded(layer, x.dtype), layer.bias)
+        inner = rows @ a.t()
+        result.addmm_(inner, b.t(), alpha=scale)
+        ctx.save_for_backward(rows, inner, a, b)
+        ctx.layer, ctx.scale, ctx.adapter_dtype = layer, scale, lora_a.dtype
+        return result.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, inner, a, b = ctx.saved_tensors
+        grad = upstream[0].reshape(-1, upstream[0].shape[-1])
+        by_inner = grad @ b
+        by_x = None
+        if ctx.needs_input_grad[0]:
+            by_x = grad @ _decoded(ctx.layer, grad.dtype)
+            by_x.addmm_(by_inner, a, alpha=ctx.scale)
+            by_x = by_x.view(*upstream[0].shape[:-1], -1)
+        by_a = (by_inner.t() @ rows).mul_(ctx.scale).to(ctx.adapter_dtype)
+        by_b = (grad.t() @ inner).mul_(ctx.scale).to(ctx.adapter_dtype)
+        return by_x, None, by_a, by_b, None
+
+
+def _decoded(layer: Any, dtype: torch.dtype) -> torch.Tensor:
+    """(out, in): the 4-bit weights as numbers."""
+    return dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype)
+
+
+def fuse_lora(model: nn.Module) -> int:
+    """Let every 4-bit linear layer with one plain LoRA adapter compute both in one step; how many there were.
+
+    Left as they are: dropout, DoRA, adapters with a bias, 8-bit and 16-bit layers. The numbers differ from PEFT's by
+    rounding only.
+    """
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, LoraLinear4bit)
+        and isinstance(module.lora_dropout["default"], nn.Identity)
+        and not module.use_dora["default"]
+        and module.lora_A["default"].bias is None
+        and module.lora_B["default"].bias is None
+    ]
+    for layer in layers:
+        layer.forward = _FusedForward(layer)
+    return len(layers)
+
+
+class _FusedForward:
+    """The forward of one LoRA layer while it trains; with the adapter off, PEFT's own."""
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+        self._original = layer.forward
+
+    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        layer = self._layer
+        if layer.disable_adapters or layer.merged or layer.active_adapters != ["default"]:
+            return self._original(x, *args, **kwargs)
+        base = layer.get_base_layer()
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return _FusedLora.apply(
+            x, base, layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
+        )

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from tuner.errors import ConfigError, did_you_mean
+from tuner.pipeline.kernels import DOCUMENT_ATTENTION
 from tuner.training_config import TrainingConfig, resolve_target_modules
 
 
@@ -112,15 +113,22 @@ def load_base_model(
     peft's prepare_model_for_kbit_training is not called: it turns norms, embeddings and so the whole residual stream
     to fp32, which doubles the memory traffic of everything that is not a GEMM.
     """
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        directory,
-        quantization_config=quantization_config(training, device),
-        dtype=base_dtype(training, device),
-        device_map={"": device.device},
-        attn_implementation="sdpa",
-        local_files_only=True,
-        trust_remote_code=trust_remote_code,
-    )
+
+    def load(attention: str) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(
+            directory,
+            quantization_config=quantization_config(training, device),
+            dtype=base_dtype(training, device),
+            device_map={"": device.device},
+            attn_implementation=attention,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+        )
+
+    try:
+        model = load(DOCUMENT_ATTENTION)
+    except ValueError:  # an architecture that takes no attention but its own
+        model = load("sdpa")
     model.requires_grad_(False)
     model.config.use_cache = False
     for module in model.modules():

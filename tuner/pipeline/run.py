@@ -11,6 +11,7 @@ import hashlib
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,10 +32,13 @@ from tuner.pipeline.package import adapter_image
 from tuner.pipeline.prepare import prepare
 from tuner.reference import LayoutReference, parse_reference
 from tuner.registry import client_for
+from tuner.registry.credentials import parse_credentials
 from tuner.registry.layout import layout_digest
 from tuner.registry.probe import probe_push
 from tuner.registry.push import Pushed, push_image, push_layout
+from tuner.request import all_at_once
 from tuner.runspec import (
+    Destination,
     DirectoryDestination,
     Fetched,
     FetchedModel,
@@ -129,20 +133,38 @@ def preflight(spec: RunSpec, secrets: Secrets, work_dir: Path, reporter: Reporte
     if trains:
         check_packages()
         _check_gpu()
-    _check_disk(spec, work_dir)
-    _check_model_access(spec, secrets)
-    destinations = [spec.destination, *([spec.probe] if spec.probe else [])]
-    for destination in destinations:
-        match destination:
-            case ImageDestination() if spec.preflight:
+    checks: list[Callable[[], object]] = [
+        partial(_check_disk, spec, work_dir),
+        partial(_check_model_access, spec, secrets),
+        partial(parse_credentials, secrets.pull_docker_configs),
+        partial(_check_destination, spec.destination, spec, secrets, reporter),
+    ]
+    if spec.probe:
+        checks.append(partial(_check_destination, spec.probe, spec, secrets, reporter))
+    errors: list[TunerError] = []
+    for check in checks:
+        try:
+            check()
+        except TunerError as error:
+            errors.append(error)
+    if errors:
+        raise all_at_once(errors)
+
+
+def _check_destination(destination: Destination, spec: RunSpec, secrets: Secrets, reporter: Reporter) -> None:
+    """Whether it will take the adapter, and whether what is there may be replaced."""
+    match destination:
+        case ImageDestination():
+            parse_credentials(secrets.docker_configs)  # without a probe, too
+            if spec.preflight:
                 _probe(destination, spec, secrets, reporter)
-            case LayoutDestination(path=path, tag=tag, overwrite=overwrite):
-                existing = layout_digest(LayoutReference(Path(path), tag))
-                if existing and not overwrite:
-                    raise _exists(f"oci:{path}:{tag}", existing)
-                _check_writable(Path(path))
-            case DirectoryDestination(path=path):
-                _check_writable(Path(path))
+        case LayoutDestination(path=path, tag=tag, overwrite=overwrite):
+            existing = layout_digest(LayoutReference(Path(path), tag))
+            if existing and not overwrite:
+                raise _exists(f"oci:{path}:{tag}", existing)
+            _check_writable(Path(path))
+        case DirectoryDestination(path=path):
+            _check_writable(Path(path))
 
 
 def _check_gpu() -> None:
@@ -154,7 +176,7 @@ def _check_gpu() -> None:
 
 
 def _check_disk(spec: RunSpec, work_dir: Path) -> None:
-    work_dir.mkdir(parents=True, exist_ok=True)
+    _check_writable(work_dir)
     weights = spec.preset.weights_gib if isinstance(spec.base_model, HubModel) else None
     need = _SPARE_DISK_BYTES // (8 if spec.smoke else 1) + int((weights or 0) * 2**30)
     free = shutil.disk_usage(work_dir).free
@@ -189,6 +211,8 @@ def _check_writable(directory: Path) -> None:
         marker = directory / ".tuner-writable"
         marker.touch()
         marker.unlink()
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(f"{directory}: is a file, or below one; a directory is needed there") from error
     except OSError as error:
         raise ConfigError(f"{directory}: cannot be written: {error.strerror}") from error
 
@@ -201,7 +225,7 @@ def _exists(reference: str, digest: str) -> ConfigError:
 
 def _probe(destination: ImageDestination, spec: RunSpec, secrets: Secrets, reporter: Reporter) -> None:
     reference = parse_reference(destination.reference)
-    with client_for(reference, spec.network, secrets.docker_configs) as client:
+    with client_for(reference, spec.network, secrets.docker_configs, reporter=reporter) as client:
         found = probe_push(reference, client)
     if found.existing_digest and not destination.overwrite:
         raise _exists(str(reference), found.existing_digest)
@@ -272,6 +296,7 @@ def train(spec: RunSpec, fetched: Fetched, prepared: Prepared, work_dir: Path, r
         total_parameters=outcome.coverage.total_parameters,
     )
     trained.save(work_dir / TRAINED)
+    shutil.rmtree(checkpoints, ignore_errors=True)  # they were for getting here
     return trained
 
 
@@ -350,7 +375,7 @@ def deliver(
         case ImageDestination(reference=text, overwrite=overwrite):
             reference = parse_reference(text)
             try:
-                with client_for(reference, network, docker_configs) as client:
+                with client_for(reference, network, docker_configs, reporter=reporter) as client:
                     return push_image(image, reference, client, overwrite=overwrite, reporter=reporter)
             except TunerError as error:
                 raise NotPushedError(

@@ -1,4 +1,4 @@
-"""The optimisation loop: TRL's SFTTrainer over token rows whose labels are already decided."""
+"""The optimisation: model, trainer, checkpoints and signals, over token rows whose labels are already decided."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,16 +18,20 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_pt_utils import LengthGroupedSampler
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from tuner.errors import ConfigError, InterruptedRunError, OutOfGpuMemoryError
 from tuner.pipeline.adapter import ADAPTER_WEIGHTS, file_digests, write_json
+from tuner.pipeline.kernels import Exact, fuse_lora, prove
 from tuner.pipeline.libraries import versions
 from tuner.pipeline.model import Coverage, Device, attach_lora, load_base_model, pick_device
+from tuner.pipeline.trainer import PackedTrainer
 from tuner.runspec import Prepared, Progress, Reporter, RunSpec, Split
 from tuner.training_config import TrainingConfig
 
+# Tokens computed at once. On a GPU so many that decoding 4-bit weights is a twentieth of the work; a step that does not
+# fit the memory takes fewer. On a CPU more only costs memory.
+MICRO_BATCH_TOKENS = {"cuda": 8192, "cpu": 2048}
 CHECKPOINT_INTERVAL_S = 600  # the most work that a lost machine costs
 KEPT_CHECKPOINTS = 2  # the one before is there when the newest was not written whole
 SEAL = "seal.json"  # the last file of a checkpoint: what the others must be
@@ -160,7 +164,7 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]
 class _Carry(TrainerCallback):  # type: ignore[misc]
     """Puts back the losses since the last log, which the Trainer forgets at a checkpoint: the next log counts them."""
 
-    def __init__(self, trainer: "TokenMeanTrainer", checkpoint: Path) -> None:
+    def __init__(self, trainer: "_Trainer", checkpoint: Path) -> None:
         self._trainer = trainer
         self._seal = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
 
@@ -189,50 +193,8 @@ def metrics(log_history: list[dict[str, float]]) -> list[dict[str, float]]:
     ]
 
 
-class _GroupedByLength(LengthGroupedSampler):  # type: ignore[misc]
-    """Rows of like length together, in an order that seed and epoch alone decide: a resumed run goes on in it."""
-
-    def __init__(self, batch_size: int, lengths: Sequence[int], seed: int) -> None:
-        super().__init__(batch_size, lengths=list(lengths))
-        self._seed = seed
-
-    def set_epoch(self, epoch: int) -> None:
-        self.generator = torch.Generator().manual_seed(self._seed + epoch)
-
-
-class TokenMeanTrainer(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer whose evaluation loss is the mean over supervised tokens, not a mean of batch means."""
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        training = self.model.training
-        self.model.eval()
-        total = torch.zeros((), dtype=torch.float64)
-        count = 0
-        with torch.no_grad():
-            for batch in self.get_eval_dataloader(eval_dataset):
-                inputs = self._prepare_inputs(batch)
-                with self.compute_loss_context_manager():
-                    output = self.model(**inputs, use_cache=False, fused_lm_head=True)
-                total -= output.log_probs.double().sum().cpu()
-                count += int(output.label_mask.sum())
-        figures = {f"{metric_key_prefix}_loss": float(total) / max(count, 1)}
-        self.log(dict(figures))
-        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
-        self.model.train(training)
-        return figures
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: adapter.py writes the card, once, with what the run really did."""
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        sampler = _GroupedByLength(rows, [len(ids) for ids in self.train_dataset["input_ids"]], self.args.seed)
-        sampler.set_epoch(0)
-        return sampler
+class _Trainer(PackedTrainer):
+    """PackedTrainer whose checkpoints are sealed, and can be gone on from in every respect."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -290,7 +252,7 @@ def newest_checkpoint(directory: Path, reporter: Reporter) -> Path | None:
 
 def _load_split(split: Split, work_dir: Path) -> Dataset:
     dataset = Dataset.from_file(str(work_dir / split.path))
-    return dataset.select_columns(["input_ids", "labels"])
+    return dataset.select_columns(["input_ids", "labels"]).with_format("numpy")
 
 
 def training_arguments(
@@ -321,7 +283,13 @@ def training_arguments(
         written |= {"eval_strategy": "no", "load_best_model_at_end": False}
     if "logging_steps" not in written:
         written["logging_steps"] = max(1, min(10, _steps(written, prepared.train.rows) // 20))
+    documents = written["per_device_train_batch_size"] * written["gradient_accumulation_steps"]
+    written.pop("train_sampling_strategy", None)  # no padding, so nothing is won by like lengths
     ours = {
+        # A batch is an optimizer step: PackedTrainer divides it by tokens.
+        "per_device_train_batch_size": documents,
+        "gradient_accumulation_steps": 1,
+        "per_device_eval_batch_size": documents,
         "output_dir": str(output_dir),
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "max_length": None,  # prepare has cut
@@ -331,7 +299,7 @@ def training_arguments(
         "push_to_hub": False,
         "use_cpu": not device.is_cuda,
         "eval_on_start": evaluate_first,
-        "include_num_input_tokens_seen": "non_padding",
+        "include_num_input_tokens_seen": "no",  # PackedTrainer counts: there is no padding to leave out
         "save_total_limit": KEPT_CHECKPOINTS,
         "save_only_model": False,  # without the optimizer's state there is nothing to go on from
         "restore_callback_states_from_checkpoint": False,
@@ -404,12 +372,12 @@ def _optimise(
     arguments = training_arguments(
         spec, prepared, device, checkpoints, evaluate_first=prepared.evaluation is not None and resume is None
     )
-    model, coverage = _model(spec, prepared, work_dir, device, reporter)
+    model, coverage, exact = _model(spec, prepared, work_dir, device, reporter)
     adapter_dir.mkdir(parents=True, exist_ok=True)
     metrics_file = adapter_dir / METRICS
     metrics_file.unlink(missing_ok=True)
     recorder = _Recorder(stop, reporter, metrics_file)
-    trainer = _trainer(model, arguments, prepared, work_dir, recorder)
+    trainer = _trainer(model, exact, arguments, prepared, work_dir, recorder, reporter)
     state = TrainerState.load_from_json(str(resume / "trainer_state.json")) if resume else None
     if resume and state:
         reporter.note(f"resuming after step {state.global_step} of {state.max_steps}")
@@ -446,13 +414,14 @@ def _optimise(
 
 def _model(
     spec: RunSpec, prepared: Prepared, work_dir: Path, device: Device, reporter: Reporter
-) -> tuple[PeftModel, Coverage]:
+) -> tuple[PeftModel, Coverage, Exact]:
     """The quantized base with new adapters, and what to know about them said."""
     seed = int(spec.training.value("TrainingArguments", "seed"))
     transformers.set_seed(seed)
     base = load_base_model(
         work_dir / prepared.base_model_dir, spec.training, device, trust_remote_code=spec.trust_remote_code
     )
+    exact = prove(base)
     transformers.set_seed(seed)  # however many numbers loading drew
     model, coverage, renamed = attach_lora(base, spec.training)
     for asked, got in renamed.items():
@@ -464,15 +433,27 @@ def _model(
     refused = [name for name in ("modules_to_save", "use_dora") if getattr(lora, name)]
     if refused:
         reporter.warn(f"vLLM serves no adapter with LoraConfig.{' or '.join(refused)}")
-    return model, coverage
+    # On a GPU PEFT's own path stays until this one was measured there.
+    fused = 0 if device.is_cuda else fuse_lora(model)
+    reporter.note(f"{device.name}: {exact}" + (f", LoRA fused into {fused} layers" if fused else ""))
+    return model, coverage, exact
 
 
 def _trainer(
-    model: PeftModel, arguments: SFTConfig, prepared: Prepared, work_dir: Path, recorder: _Recorder
-) -> TokenMeanTrainer:
+    model: PeftModel,
+    exact: Exact,
+    arguments: SFTConfig,
+    prepared: Prepared,
+    work_dir: Path,
+    recorder: _Recorder,
+    reporter: Reporter,
+) -> _Trainer:
     tokenizer = AutoTokenizer.from_pretrained(work_dir / prepared.tokenizer_dir, local_files_only=True)
     with _refusals("TrainingArguments"):
-        trainer = TokenMeanTrainer(
+        trainer = _Trainer(
+            micro_batch_tokens=MICRO_BATCH_TOKENS["cuda" if not arguments.use_cpu else "cpu"],
+            exact=exact,
+            say=reporter.warn,
             model=model,
             args=arguments,
             train_dataset=_load_split(prepared.train, work_dir),
@@ -491,7 +472,7 @@ def _trainer(
     return trainer
 
 
-def _evaluation_losses(trainer: TokenMeanTrainer, prepared: Prepared) -> tuple[float | None, float | None]:
+def _evaluation_losses(trainer: _Trainer, prepared: Prepared) -> tuple[float | None, float | None]:
     """The held-out loss before the first step and of the adapter as it is now."""
     if prepared.evaluation is None:
         return None, None

@@ -1,0 +1,190 @@
+"""SFTTrainer whose optimizer step is a number of documents, in as many packed micro-batches as memory asks for.
+
+A batch is what the optimizer sees: `per_device_train_batch_size × gradient_accumulation_steps` documents, as the user
+wrote them. How they are computed is decided inside the step: packed into rows of at most `micro_batch_tokens` tokens,
+fewer when the GPU's memory does not hold them. The loss is the sum over learnt tokens divided by their number in the
+whole step, on all ranks, so that no way of splitting the documents changes a gradient.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, TrainerControl
+from trl import SFTTrainer
+
+from tuner.pipeline.kernels import Exact, summed_nll
+from tuner.pipeline.labels import IGNORED
+from tuner.pipeline.packing import pack
+
+Document = dict[str, npt.NDArray[np.int64]]  # input_ids and labels (n,)
+
+
+class PackedTrainer(SFTTrainer):  # type: ignore[misc]
+    """Trains on rows {input_ids, labels}. `exact` are the short cuts that were proved on this model; `say` hears when a
+    step had to be made smaller to fit the memory."""
+
+    def __init__(self, *, micro_batch_tokens: int, exact: Exact, say: Callable[[str], None], **arguments: Any) -> None:
+        super().__init__(data_collator=list, **arguments)
+        self.micro_batch_tokens = micro_batch_tokens if exact.packs else 1
+        self._packs = exact.packs
+        self._say = say
+        base = self._base_model()
+        self._boundary = longrope_boundary(base)
+        answer_targets(base, summed_nll if exact.learnt_head else whole_nll)
+
+    def _base_model(self) -> Any:
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    # ── one optimizer step ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """The documents of a step and how many of their tokens are learnt, on all ranks."""
+        batches = [next(epoch_iterator) for _ in range(num_batches)]
+        count = torch.tensor(sum(_learnt(document) for batch in batches for document in batch), device=device)
+        return batches, self.accelerator.reduce(count, "sum")
+
+    def training_step(self, model: Any, inputs: list[Document], num_items_in_batch: torch.Tensor) -> torch.Tensor:
+        """The mean loss of the step's documents; their gradients are accumulated."""
+        model.train()
+        while True:
+            try:
+                return self._accumulate(model, inputs, num_items_in_batch)
+            except torch.cuda.OutOfMemoryError:
+                if not self._give_way(inputs):
+                    raise
+            model.zero_grad()
+            torch.cuda.empty_cache()
+
+    def _accumulate(self, model: Any, documents: list[Document], count: torch.Tensor) -> torch.Tensor:
+        micro_batches = self._micro_batches(documents)
+        # Gradients are averaged over the ranks, and each rank divides by the tokens of all.
+        scale = self.accelerator.num_processes / count.clamp(min=1)
+        total = torch.zeros((), device=self.args.device)
+        for index, bin_ in enumerate(micro_batches):
+            last = index == len(micro_batches) - 1
+            with nullcontext() if last else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    loss = model(**micro_batch(bin_, self.args.device, packed=self._packs)) * scale
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def _micro_batches(self, documents: Sequence[Document]) -> list[list[Document]]:
+        lengths = [len(document["input_ids"]) for document in documents]
+        bins = pack(lengths, self.micro_batch_tokens, boundary=self._boundary)
+        return [[documents[index] for index in bin_] for bin_ in bins]
+
+    def _give_way(self, documents: Sequence[Document]) -> bool:
+        """Make the next try smaller: half the tokens at once, then recomputed activations. False: nothing is left."""
+        if self.accelerator.num_processes > 1:
+            return False  # the other ranks wait in a collective that this one will not reach
+        longest = max(len(document["input_ids"]) for document in documents)
+        if self.micro_batch_tokens > longest:
+            self.micro_batch_tokens = max(longest, self.micro_batch_tokens // 2)
+            self._say(f"out of memory: going on with {self.micro_batch_tokens:,} tokens at once, the same step")
+            return True
+        base = self._base_model()
+        if not any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
+            base.enable_input_require_grads()
+            base.gradient_checkpointing_enable()
+            self._say("out of memory: going on with recomputed activations, the same step")
+            return True
+        return False
+
+    # ── evaluation ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The mean loss over the held-out rows' learnt tokens: not a mean of batch means."""
+        training = self.model.training
+        self.model.eval()
+        sums = torch.zeros(2, dtype=torch.float64)
+        with torch.no_grad():
+            for documents in self.get_eval_dataloader(eval_dataset):
+                for bin_ in self._micro_batches(documents):
+                    with self.compute_loss_context_manager():
+                        nll = self.model(**micro_batch(bin_, self.args.device, packed=self._packs))
+                    sums += torch.tensor([nll.item(), sum(map(_learnt, bin_))], dtype=torch.float64)
+        total, count = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
+        figures = {f"{metric_key_prefix}_loss": total / max(count, 1)}
+        self.log(dict(figures))
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
+        self.model.train(training)
+        return figures
+
+    # ── what SFTTrainer and Trainer do about padded batches ──────────────────────────────────────────────────────────
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
+        super().log(logs, start_time)
+
+    def _track_num_input_tokens(self, inputs: list[Document]) -> None:
+        count = torch.tensor(sum(len(document["input_ids"]) for document in inputs), device=self.args.device)
+        self.state.num_input_tokens_seen += int(self.accelerator.reduce(count, "sum"))
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0  # counted from padded inputs; tokens per second say more
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: adapter.py writes the card, once, with what the run really did."""
+
+
+def _learnt(document: Document) -> int:
+    """Tokens of a document that are predicted and learnt; the first is never predicted."""
+    return int(np.count_nonzero(document["labels"][1:] != IGNORED))
+
+
+def micro_batch(documents: Sequence[Document], device: torch.device, *, packed: bool = True) -> dict[str, Any]:
+    """Documents in one row (1, T): ids, positions that restart, boundaries, and where what is learnt.
+
+    `learnt` (n,) are the positions whose next token is learnt and `targets` (n,) those tokens. Not `packed`: a single
+    document for a model that knows nothing of boundaries.
+    """
+    lengths = [len(document["input_ids"]) for document in documents]
+    # The last position of a document predicts nothing: the next token is another document's.
+    following = np.concatenate([np.append(document["labels"][1:], IGNORED) for document in documents])
+    learnt = np.flatnonzero(following != IGNORED)
+    arrays = {
+        "input_ids": np.concatenate([document["input_ids"] for document in documents])[None],
+        "learnt": learnt,
+        "targets": following[learnt],
+    }
+    if packed:
+        edges = np.cumsum([0, *lengths], dtype=np.int32)
+        arrays["position_ids"] = np.concatenate([np.arange(length) for length in lengths])[None]
+        arrays |= {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges}
+    batch: dict[str, Any] = {
+        name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()
+    }
+    return batch | ({"max_length_q": max(lengths), "max_length_k": max(lengths)} if packed else {})
+
+
+def longrope_boundary(model: PreTrainedModel) -> int | None:
+    """The length above which longrope takes its other frequencies, for the whole row; None without longrope."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    return rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
+
+
+def answer_targets(model: PreTrainedModel, nll: Callable[[Any, dict[str, Any]], torch.Tensor]) -> None:
+    """Let the model's forward answer `targets` with `nll`: DDP must see a forward of its own module."""
+    original = model.forward
+
+    def forward(*args: Any, targets: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        if targets is None:
+            return original(*args, **kwargs)
+        return nll(model, {**kwargs, "targets": targets})
+
+    model.forward = forward
+
+
+def whole_nll(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """summed_nll through the model's own logits, for a model whose head is more than a matrix."""
+    inputs = {key: value for key, value in batch.items() if key not in ("learnt", "targets")}
+    logits = model(**inputs, use_cache=False).logits[0, batch["learnt"]].float()
+    return torch.nn.functional.cross_entropy(logits, batch["targets"], reduction="sum")
