@@ -5,6 +5,8 @@ Attention within documents, the output head where something is learnt, and LoRA 
 
 import inspect
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
@@ -15,8 +17,9 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from tuner.memory import head_chunk_tokens
+
 DOCUMENT_ATTENTION = "tuner_documents"
-_HEAD_CHUNK_TOKENS = 2048  # of logits at a time: at a vocabulary of 200k in fp32 that is 1.6 GB
 
 
 def document_attention(
@@ -39,7 +42,7 @@ def document_attention(
     if attention_mask is not None or dropout:
         raise ValueError("packed documents take neither an attention mask nor attention dropout")
     cu_seq_lens: torch.Tensor | None = boundaries.get("cu_seq_lens_q")
-    if query.is_cuda and cu_seq_lens is not None:
+    if cu_seq_lens is not None and query.is_cuda and has_varlen_kernel(query.device.index):
         return _varlen(query, key, value, cu_seq_lens, boundaries["max_length_q"], scaling, sliding_window), None
     edges = [0, query.shape[2]] if cu_seq_lens is None else cu_seq_lens.tolist()
     grouped = query.shape[1] != key.shape[1]
@@ -59,6 +62,12 @@ def document_attention(
             )
         )
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+@cache
+def has_varlen_kernel(gpu: int) -> bool:
+    """Whether torch's flash attention over sequences of different length runs there: torch ≥ 2.10, capability ≥ 8.0."""
+    return find_spec("torch.nn.attention.varlen") is not None and torch.cuda.get_device_capability(gpu) >= (8, 0)
 
 
 def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
@@ -122,8 +131,9 @@ class _SummedNll(torch.autograd.Function):  # type: ignore[misc]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         needs_gradient = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if needs_gradient else None
-        for begin in range(0, hidden.shape[0], _HEAD_CHUNK_TOKENS):
-            chunk = slice(begin, begin + _HEAD_CHUNK_TOKENS)
+        size = head_chunk_tokens(weight.shape[0])
+        for begin in range(0, hidden.shape[0], size):
+            chunk = slice(begin, begin + size)
             logits = torch.nn.functional.linear(hidden[chunk].to(weight.dtype), weight, bias).float() * scale
             if softcap:
                 capped = torch.tanh(logits / softcap)
