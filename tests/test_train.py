@@ -159,7 +159,7 @@ def test_however_a_step_is_divided_its_losses_are_the_same(
 
     losses = []
     for size in (tokens, 400):
-        monkeypatch.setattr(train, "MICRO_BATCH_TOKENS", {"cpu": size})
+        monkeypatch.setattr(train, "CPU_MICRO_BATCH_TOKENS", size)
         tried = trial(tmp_path / str(size), arguments(gradient_accumulation_steps=8, max_steps=3))
         tried.train()
         losses.append(losses_of(tried))
@@ -176,7 +176,7 @@ def test_a_step_that_does_not_fit_the_memory_is_taken_in_smaller_pieces(
 
     plain = trial(tmp_path / "plain", arguments(gradient_accumulation_steps=8, max_steps=2))
     plain.train()
-    monkeypatch.setattr(train, "MICRO_BATCH_TOKENS", {"cpu": 400})
+    monkeypatch.setattr(train, "CPU_MICRO_BATCH_TOKENS", 400)
     make = trainer.micro_batch
 
     def of_a_small_gpu(documents: Any, device: Any, **options: Any) -> dict[str, Any]:

@@ -3,26 +3,38 @@
 stdout is data, stderr is talk. Everything but Typer is imported inside the commands: `tuner --help` is quick.
 """
 
+import errno
+import io
 import os
 import shlex
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tuner.errors import EXIT_INTERNAL, ConfigError, InterruptedRunError, TunerError, UsageError
+from tuner.errors import (
+    EXIT_INTERNAL,
+    ConfigError,
+    InputMissingError,
+    InterruptedRunError,
+    NotPushedError,
+    TunerError,
+    UsageError,
+)
 
 if TYPE_CHECKING:
     from tuner.request import Request, Run
+    from tuner.runspec import Destination, Network, Prepared, RunSpec, Source
     from tuner.talk import Talk
     from tuner.workspace import WorkspaceFile
 
-EXIT_USAGE = UsageError.exit_code
-EXIT_SIGINT = 130
-EXIT_SIGPIPE = 141
+EXIT_SIGINT, EXIT_SIGPIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 
 app = typer.Typer(
     name="tuner",
@@ -33,16 +45,24 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Look at data before it is trained on.", no_args_is_help=True, rich_markup_mode=None)
+data_app = typer.Typer(
+    help="Look at data before it is trained on.",
+    epilog="Example: tuner data preview train.parquet",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 app.add_typer(data_app, name="data")
 
 WorkspaceArgument = Annotated[Path | None, typer.Argument(metavar="WORKSPACE", help="a Workspace YAML file")]
 Model = Annotated[str | None, typer.Option("--model", help="preset, Hugging Face id or directory, instead of a file")]
-Data = Annotated[list[str] | None, typer.Option("--data", metavar="FILE", help="URL, file or directory; repeatable")]
+Data = Annotated[
+    list[str] | None,
+    typer.Option("--data", metavar="FILE", help="URL, file or directory instead of the file's; repeatable"),
+]
 Output = Annotated[
     str | None, typer.Option("--output", metavar="DIR|REF", help="directory, registry/name:tag or oci:DIR:TAG")
 ]
-Method = Annotated[str, typer.Option("--method", help="qlora or lora, with --model")]
+Method = Annotated[str | None, typer.Option("--method", help="qlora or lora, with --model [qlora]")]
 Smoke = Annotated[bool, typer.Option("--smoke", help="a tiny random model of the same architecture, a few steps")]
 BaseModel = Annotated[
     Path | None, typer.Option("--base-model", metavar="DIR", help="the base model's files, instead of a download")
@@ -53,10 +73,10 @@ WorkDir = Annotated[
     Path | None, typer.Option("--work-dir", metavar="D", help="data, checkpoints, adapter [tuner-work/NAME]")
 ]
 DockerConfig = Annotated[
-    Path | None, typer.Option("--docker-config", metavar="D", help="docker config.json with the push credential")
+    Path | None, typer.Option("--docker-config", metavar="F", help="docker config.json with the push credential")
 ]
 PlainHttp = Annotated[bool, typer.Option("--plain-http", help="speak http to the registry")]
-Ca = Annotated[Path | None, typer.Option("--ca", metavar="F", help="CA certificates of the registry, PEM")]
+Ca = Annotated[Path | None, typer.Option("--ca", metavar="F", help="CA certificates to trust, PEM")]
 AllowPrivate = Annotated[
     bool, typer.Option("--allow-private-urls", help="fetch from loopback and private addresses too")
 ]
@@ -74,38 +94,136 @@ AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON o
 
 def main(argv: Sequence[str]) -> int:
     """The exit code. Nothing below this function prints an error or exits."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without "→" is no reason to stop
     try:
-        app(args=list(argv), prog_name="tuner")
-    except SystemExit as stopped:  # Typer has said what is wrong: 2 is its code for usage, 1 for Ctrl-C
-        code = stopped.code if isinstance(stopped.code, int) else 0
-        return {1: EXIT_SIGINT, 2: EXIT_USAGE}.get(code, code)
+        with _signals():
+            code = app(args=list(argv), prog_name="tuner", standalone_mode=False)
+            print(end="", flush=True)  # a reader that is gone shows here, and not when Python ends
+    except TunerError as error:
+        return _explain(error, argv)
+    except _TyperError as error:
+        return _explain_usage(error)
+    except (KeyboardInterrupt, typer.Abort):  # the second Ctrl-C of a training, which has said so
+        return EXIT_SIGINT
+    except _Stopped as stopped:
+        return stopped.exit_code
+    except SystemExit:  # Typer's way with a reader of stdout that is gone
+        return EXIT_SIGPIPE
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_SIGPIPE
-    except TunerError as error:
-        return _explain(error, argv)
+    except OSError as error:
+        if error.errno not in _ENVIRONMENT:
+            return _bug()
+        where = f"{error.filename}: " if error.filename else ""
+        return _explain(ConfigError(f"{where}{error.strerror}", hint=_ENVIRONMENT[error.errno]), argv)
     except Exception:
-        traceback.print_exc()
-        _say("\nerror: this is a bug in tuner; the lines above say where")
-        return EXIT_INTERNAL
-    return 0
+        return _bug()
+    return int(code or 0)
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
+# Typer has a copy of click in newer releases: its errors are found through one that it exports.
+_TyperError: type[Exception] = typer.BadParameter.__mro__[2]
+
+# What is wrong with a machine and not with us, wherever it shows.
+_ENVIRONMENT = {
+    errno.ENOSPC: "free some space, or give another --work-dir; what is there already is used again",
+    errno.EDQUOT: "free some space, or give another --work-dir; what is there already is used again",
+    errno.EROFS: "give another --work-dir or --output",
+    errno.EACCES: "whose is it? give another --work-dir or --output",
+    errno.EPERM: "whose is it? give another --work-dir or --output",
+    errno.ENOTDIR: "a part of this path is a file",
+    errno.EISDIR: "name a file",
+    errno.ENAMETOOLONG: None,
+}
+
+
+_PATIENCE_S = 3.0  # for an orderly end: a connection that says nothing may hold it up
+
+
+class _Stopped(BaseException):
+    """SIGINT or SIGTERM came. A BaseException, so that nobody takes it for a fault."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__()
+        self.exit_code = exit_code
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """SIGINT and SIGTERM are acknowledged and end the block, with uploads taken back and files closed.
+
+    A second one, or some seconds, end the process. The train stage has handlers of its own. Without one for SIGTERM a
+    container's first process would not end at all.
+    """
+    stopping = False
+
+    def end(number: int, _frame: object) -> None:
+        nonlocal stopping
+        exit_code = 128 + number
+        if stopping:
+            _leave(exit_code)
+        stopping = True
+        _say(f"{signal.Signals(number).name}: stopping; what was downloaded and saved so far is kept")
+        patience = threading.Timer(_PATIENCE_S, _leave, (exit_code,))
+        patience.daemon = True
+        patience.start()
+        raise _Stopped(exit_code)
+
+    # What is ignored stays ignored: nohup, and jobs in the background of a script.
+    heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, end) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _leave(exit_code: int) -> None:
+    """End the process as it stands: all that is kept is on the disk already."""
+    if sys.stderr.isatty():
+        print(end="\x1b[?25h", file=sys.stderr, flush=True)  # the bars had hidden the cursor
+    os._exit(exit_code)
+
+
+def _say(text: str) -> None:
+    from tuner.talk import Lasting, without_queries
+
+    print(without_queries(text), file=Lasting(sys.stderr), flush=True)
 
 
 def _explain(error: TunerError, argv: Sequence[str]) -> int:
     _say(f"error: {error.message}")
     if isinstance(error, ConfigError) and len(error.problems) > 1:
         for problem in error.problems:
-            _say(f"  {problem}" + (f"\n      hint: {problem.hint}" if problem.hint else ""))
-    hint = error.hint
-    if isinstance(error, InterruptedRunError):
-        hint = f"go on with: {shlex.join(['tuner', *argv])}"
-    if hint:
-        _say(f"\nhint: {hint}")
+            hint = problem.hint if problem.hint and problem.hint not in problem.message else None
+            _say(f"  {problem}" + (f"\n      hint: {hint}" if hint else ""))
+    if error.hint and error.hint not in error.message:
+        _say(f"hint: {error.hint}")
+    if isinstance(error, InterruptedRunError | NotPushedError):
+        _say(f"go on with: {shlex.join(['tuner', *argv])}")
     return error.exit_code
+
+
+def _explain_usage(error: Exception) -> int:
+    """Typer's own words, in our form."""
+    context = getattr(error, "ctx", None)
+    message = error.format_message() if hasattr(error, "format_message") else str(error)
+    if message.startswith("Usage:"):  # no arguments at all
+        _say(message)
+        return UsageError.exit_code
+    _say(f"error: {message[0].lower()}{message[1:]}")
+    _say(f"hint: {context.command_path if context else 'tuner'} --help")
+    return UsageError.exit_code
+
+
+def _bug() -> int:
+    _say(traceback.format_exc())
+    _say("error: this is a bug in tuner; the lines above say where")
+    return EXIT_INTERNAL
 
 
 def _version(wanted: bool) -> None:
@@ -131,7 +249,7 @@ def run(
     model: Model = None,
     data: Data = None,
     output: Output = None,
-    method: Method = "qlora",
+    method: Method = None,
     smoke: Smoke = False,
     base_model: BaseModel = None,
     config: Config = None,
@@ -151,8 +269,10 @@ def run(
     """Download, train, package and push: the whole Workspace on this machine."""
     from tuner.pipeline.run import run as run_stages
 
-    request = _request(**_typed(locals()))
-    built, directory = _build(workspace, model, data, output, method, request, work_dir)
+    request = _request(locals())
+    file = _workspace_file(workspace, model, data, method, request)
+    built, directory = _build(file, request, work_dir)
+    _check_digest_file(digest_file, built.spec.destination)
     with _talk() as talk:
         _introduce(built, talk)
         result = run_stages(built.spec, built.secrets, directory, talk, on_stage=talk.stage)
@@ -169,7 +289,7 @@ def run(
 
 @app.command(epilog="Example: tuner check --data workspace.yaml")
 def check(
-    workspace: WorkspaceArgument = None,
+    workspace: Annotated[Path, typer.Argument(metavar="WORKSPACE", help="a Workspace YAML file")],
     with_data: Annotated[bool, typer.Option("--data", help="fetch and check every row too")] = False,
     output: Output = None,
     smoke: Smoke = False,
@@ -193,11 +313,12 @@ def check(
     """Find out now what would go wrong later: Workspace, config, secret, push permission; with --data every row."""
     from tuner.pipeline.run import preflight
 
-    request = _request(**_typed(locals()))
-    built, directory = _build(workspace, None, None, output, "qlora", request, work_dir)
+    request = _request(locals())
+    built, directory = _build(_workspace_file(workspace, None, None, None, request), request, work_dir)
     if spec_file:
         built.spec.save(spec_file)
         built.secrets.save(spec_file.with_name(spec_file.name + ".secrets"))
+    prepared = None
     with _talk() as talk:
         _introduce(built, talk)
         talk.stage("preflight")
@@ -209,99 +330,134 @@ def check(
             talk.stage("fetch")
             fetched = fetch(built.spec, built.secrets, directory, talk)
             talk.stage("prepare")
-            prepare(built.spec, fetched, directory, talk)
-    _print_settings(built, as_json)
+            prepared = prepare(built.spec, fetched, directory, talk)
+    _print_check(built, directory, prepared, as_json)
 
 
-def _typed(parameters: dict[str, Any]) -> dict[str, Any]:
-    """The flags that a Request is made of."""
-    names = (
-        "smoke base_model config set_ docker_config output plain_http ca allow_private_urls allow_cidr no_overwrite "
-        "no_preflight trust_remote_code"
-    )
-    return {name: parameters[name] for name in names.split()}
-
-
-def _request(
-    *,
-    smoke: bool,
-    base_model: Path | None,
-    config: Path | None,
-    set_: list[str] | None,
-    docker_config: Path | None,
-    output: str | None,
-    plain_http: bool,
-    ca: Path | None,
-    allow_private_urls: bool,
-    allow_cidr: list[str] | None,
-    no_overwrite: bool,
-    no_preflight: bool,
-    trust_remote_code: bool,
-) -> "Request":
-    from tuner.request import Request
-    from tuner.runspec import Network
-
-    return Request(
-        smoke=smoke,
-        base_model=base_model,
-        config=config,
-        overrides=tuple(set_ or ()),
-        output=output,
-        docker_config=docker_config,
-        network=Network(
-            allow_cidrs=tuple(allow_cidr or ()),
-            allow_private_urls=allow_private_urls,
-            plain_http=plain_http,
-            ca_file=str(ca) if ca else None,
-        ),
-        overwrite=not no_overwrite,
-        preflight=not no_preflight,
-        trust_remote_code=trust_remote_code,
-    )
-
-
-def _build(
-    workspace: Path | None,
-    model: str | None,
-    data: list[str] | None,
-    output: str | None,
-    method: str,
-    request: "Request",
-    work_dir: Path | None,
-) -> tuple["Run", Path]:
+@app.command(epilog="Example: tuner plan workspace.yaml --gpu 24GB")
+def plan(
+    workspace: Annotated[Path, typer.Argument(metavar="WORKSPACE", help="a Workspace YAML file")],
+    gpu: Annotated[str | None, typer.Option("--gpu", metavar="G", help="24GB, H100-80, A10, …")] = None,
+    instance_type: Annotated[
+        str | None, typer.Option("--instance-type", metavar="T", help="Standard_NC24ads_A100_v4 [the Workspace's]")
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option("--price", metavar="P", min=0, help="of the machine for an hour, in any currency")
+    ] = None,
+    prepared_file: Annotated[
+        Path | None, typer.Option("--prepared", metavar="FILE", help="prepared.json of a `tuner check --data`")
+    ] = None,
+    base_model: BaseModel = None,
+    config: Config = None,
+    set_: Set = None,
+    as_json: AsJson = False,
+) -> int:
+    """Estimate whether it fits a GPU, and how long it takes: no GPU and no download needed."""
+    import json
     from dataclasses import replace
 
-    from tuner.request import build_run
+    from tuner.plan import choose_machine, describe_plan, make_plan, plan_as_json
+    from tuner.request import Request
+    from tuner.runspec import Prepared
 
-    file = _workspace_file(workspace, model, data, output, method, request)
-    directory = work_dir or Path("tuner-work") / file.workspace.metadata.name
-    if workspace and data:
-        request = replace(request, data=tuple(data))
-    return build_run(file, request, directory, os.environ), directory
+    request = Request(base_model=base_model, config=config, overrides=tuple(set_ or ()), output=".", preflight=False)
+    file = _workspace_file(workspace, None, None, None, request)
+    machine = choose_machine(gpu, instance_type, file.workspace.resource.instance_type)
+    built, _ = _build(file, replace(request, world_size=machine.gpus), None)
+    prepared = Prepared.load(prepared_file) if prepared_file else None
+    made = make_plan(built.spec.preset, built.spec.training, machine, prepared=prepared, price_per_hour=price or None)
+    print(json.dumps(plan_as_json(made)) if as_json else describe_plan(made))
+    return made.exit_code
+
+
+def _request(typed: Mapping[str, Any]) -> "Request":
+    """The flags that run and check have in common, from their parameters."""
+    from tuner.request import Request
+
+    return Request(
+        smoke=typed["smoke"],
+        base_model=typed["base_model"],
+        config=typed["config"],
+        overrides=tuple(typed["set_"] or ()),
+        output=typed["output"],
+        docker_config=typed["docker_config"],
+        network=_network(
+            typed["plain_http"], typed["ca"], tuple(typed["allow_cidr"] or ()), typed["allow_private_urls"]
+        ),
+        overwrite=not typed["no_overwrite"],
+        preflight=not typed["no_preflight"],
+        trust_remote_code=typed["trust_remote_code"],
+    )
+
+
+def _network(
+    plain_http: bool, ca: Path | None, allow_cidrs: tuple[str, ...] = (), allow_private_urls: bool = False
+) -> "Network":
+    from tuner.runspec import Network
+
+    return Network(
+        allow_cidrs=allow_cidrs,
+        allow_private_urls=allow_private_urls,
+        plain_http=plain_http,
+        ca_file=str(ca.expanduser().absolute()) if ca else None,
+    )
 
 
 def _workspace_file(
-    workspace: Path | None,
-    model: str | None,
-    data: list[str] | None,
-    output: str | None,
-    method: str,
-    request: "Request",
+    workspace: Path | None, model: str | None, data: list[str] | None, method: str | None, request: "Request"
 ) -> "WorkspaceFile":
+    """The file that was named, or the one that --model and its fellows stand for."""
+    from tuner.request import all_at_once, flag_errors, with_data
     from tuner.urls import Allowed
     from tuner.workspace import WorkspaceFile, load_workspace_file, make_workspace
 
-    if workspace and model:
-        raise UsageError("a WORKSPACE file and --model are two ways to say the same", hint="give one of them")
-    if workspace:
-        allowed = Allowed.of(request.network.allow_cidrs, request.network.allow_private_urls)
-        return load_workspace_file(workspace, allowed=allowed, output_given=output is not None or request.smoke)
-    if not (model and data and (output or request.smoke)):
+    if workspace and str(workspace).lower().startswith(("http:/", "https:/")):
+        raise UsageError("a WORKSPACE is a file on this machine, not a URL", hint="download it first")
+    if workspace and (model or method):
+        flag = "--model" if model else "--method"
         raise UsageError(
-            "give a WORKSPACE file, or --model, --data and --output",
+            f"{flag} and a WORKSPACE are two ways to say the same", hint=f"leave out {flag}, or change the file"
+        )
+    output_given = bool(request.output) or request.smoke
+    if not workspace and not (model and data and output_given):
+        missing = [
+            flag for flag, given in (("--model", model), ("--data", data), ("--output", output_given)) if not given
+        ]
+        raise UsageError(
+            "give a WORKSPACE file, or --model, --data and --output"
+            + (f"; missing: {', '.join(missing)}" if len(missing) < 3 else ""),
             hint="tuner run --model phi-3-mini-4k-instruct --data train.jsonl --output ./adapter",
         )
-    return WorkspaceFile(workspace=make_workspace(model, data, output, method=method))
+    try:
+        allowed = Allowed.of(request.network.allow_cidrs, request.network.allow_private_urls)
+        if workspace:
+            file = load_workspace_file(workspace, allowed=allowed, output_given=output_given)
+            return with_data(file, data, allowed) if data else file
+        return WorkspaceFile(make_workspace(str(model), data or (), None, method or "qlora", allowed=allowed))
+    except (ConfigError, InputMissingError) as error:
+        raise all_at_once([error, *flag_errors(request)]) from error
+
+
+def _build(file: "WorkspaceFile", request: "Request", work_dir: Path | None) -> tuple["Run", Path]:
+    from tuner.request import build_run
+
+    directory = work_dir.expanduser() if work_dir else Path("tuner-work") / file.workspace.metadata.name
+    return build_run(file, request, directory, os.environ), directory
+
+
+def _check_digest_file(digest_file: Path | None, destination: "Destination") -> None:
+    """Before hours of training, not after them."""
+    if digest_file is None:
+        return
+    if destination.kind == "directory":
+        raise UsageError("--digest-file: a directory has no digest", hint="--output oci:DIR:TAG makes an image on disk")
+    was_there = digest_file.exists()
+    try:
+        digest_file.open("a").close()
+        if not was_there:
+            digest_file.unlink()  # who waits for it must not find an empty one
+    except OSError as error:
+        raise ConfigError(f"--digest-file {digest_file}: cannot be written: {error.strerror}") from error
 
 
 def _talk() -> "Talk":
@@ -311,47 +467,125 @@ def _talk() -> "Talk":
 
 
 def _introduce(built: "Run", talk: "Talk") -> None:
-    from tuner.runspec import HubModel, ImageModel, LocalModel, SmokeModel
-
     spec = built.spec
-    match spec.base_model:
-        case SmokeModel():
-            what = "a tiny random model of its architecture"
-        case HubModel(id=name, revision=revision):
-            what = f"{name} at {revision[:12]}"
-        case LocalModel(path=path):
-            what = path
-        case ImageModel(reference=reference):
-            what = reference
-    talk.note(f"{spec.name}: {spec.method} on {spec.preset.name} ({what}), run {spec.digest[7:19]}")
+    talk.note(f"{spec.name}: {spec.method} on {_base_model(spec)}, run {spec.digest[7:19]}")
     for line in built.notes:
         talk.note(line)
 
 
-def _print_settings(built: "Run", as_json: bool) -> None:
-    rows = [
-        {"setting": f"{section}.{key}", "value": setting.value, "origin": setting.origin}
-        for section, values in built.spec.training.settings.items()
-        for key, setting in values.items()
-    ]
+def _base_model(spec: "RunSpec") -> str:
+    from tuner.runspec import HubModel, ImageModel, LocalModel, SmokeModel
+
+    match spec.base_model:
+        case SmokeModel():
+            return f"a tiny random model like {spec.preset.name}"
+        case HubModel(id=name, revision=revision):
+            return f"{name} at {revision[:12]}"
+        case LocalModel(path=path, id=None):
+            return path
+        case LocalModel(path=path, id=name) | ImageModel(reference=path, id=name):
+            return f"{name} from {path}"
+
+
+def _source(source: "Source") -> str:
+    from tuner.runspec import FileSource, ImageSource, UrlSource, VolumeSource
+
+    match source:
+        case UrlSource(url=url):
+            return url
+        case FileSource(path=path):
+            return path
+        case ImageSource(reference=reference):
+            return f"image {reference}"
+        case VolumeSource(path=path):
+            return f"the files in {path}"
+
+
+def _destination(destination: "Destination") -> str:
+    from tuner.runspec import DirectoryDestination, ImageDestination, LayoutDestination
+
+    match destination:
+        case ImageDestination(reference=reference, overwrite=overwrite):
+            return reference if overwrite else f"{reference}, unless it is there already"
+        case LayoutDestination(path=path, tag=tag):
+            return f"oci:{path}:{tag}"
+        case DirectoryDestination(path=path):
+            return path
+
+
+def _plan(spec: "RunSpec") -> str:
+    """`3 epochs, 16 documents a step, 4-bit base model, LoRA rank 16`"""
+    arguments = spec.training.section("TrainingArguments")
+    steps = arguments.get("max_steps") or -1
+    length = f"{steps:,} steps" if steps > 0 else f"{arguments['num_train_epochs']:g} epochs"
+    documents = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
+    quantization = spec.training.section("QuantizationConfig")
+    bits = 4 if quantization["load_in_4bit"] else 8 if quantization["load_in_8bit"] else 16
+    rank = spec.training.value("LoraConfig", "r")
+    return f"{length}, {documents:,} documents a step, {bits}-bit base model, LoRA rank {rank}"
+
+
+def _print_check(built: "Run", work_dir: Path, prepared: "Prepared | None", as_json: bool) -> None:
+    spec = built.spec
     if as_json:
         import json
+        from dataclasses import asdict
 
-        print(json.dumps({"run_digest": built.spec.digest, "credential": built.credential_source, "settings": rows}))
+        about = spec.model_dump(
+            mode="json", include={"name", "method", "base_model", "sources", "destination", "probe", "smoke"}
+        )
+        settings = [
+            {"setting": name, "value": value, "origin": origin} for name, value, origin in spec.training.origins()
+        ]
+        found = {
+            "run_digest": spec.digest,
+            **about,
+            "preset": spec.preset.name,
+            "work_dir": str(work_dir.absolute()),
+            "credentials": asdict(built.credentials),
+            "notes": built.notes,
+            "data": prepared and prepared.model_dump(mode="json"),
+            "settings": settings,
+        }
+        print(json.dumps(found))
         return
-    width = max(len(row["setting"]) for row in rows)
-    for row in rows:
-        value = str(row["value"]).replace("\n", "\\n")
-        value = value if len(value) <= 60 else value[:57] + "…"
-        print(f"{row['setting']:<{width}}  {value:<24}  {row['origin']}")
+    facts = [
+        ("run", f"{spec.name}, {spec.digest[7:19]}"),
+        ("base model", _base_model(spec)),
+        *(("data", _source(source)) for source in spec.sources),
+        ("training", _plan(spec)),
+        ("destination", _destination(spec.destination)),
+        ("to push", built.credentials.push),
+        ("to pull", built.credentials.pull),
+        ("to download", built.credentials.hub),
+        ("work dir", str(work_dir.absolute())),
+    ]
+    said = ""
+    for name, value in facts:
+        print(f"{name if name != said else '':<12} {value}".rstrip())
+        said = name
+    rows = [(name, _shown(value), origin) for name, value, origin in spec.training.origins()]
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    print(f"\n{'SETTING':<{widths[0]}}  {'VALUE':<{widths[1]}}  ORIGIN")
+    for name, value, origin in rows:
+        print(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {origin}")
+
+
+def _shown(value: object) -> str:
+    """A setting's value on one line; – is what the run finds out for itself."""
+    if value is None:
+        return "–"
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    text = text.replace("\n", "\\n")
+    return text if len(text) <= 40 else text[:39] + "…"
 
 
 def _deliver(image: str, digest_file: Path | None, result: dict[str, Any] | None) -> None:
     import json
 
+    print(json.dumps(result) if result is not None else image)
     if digest_file:
         digest_file.write_text(image.rpartition("@")[2] + "\n", encoding="utf-8")
-    print(json.dumps(result) if result is not None else image)
 
 
 # ── presets, init, data ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -402,24 +636,35 @@ def init(
     from tuner.presets import find_preset
     from tuner.workspace import template_workspace
 
-    if path.exists():
-        raise UsageError(f"{path} is there already", hint="give another file name")
-    path.write_text(template_workspace(find_preset(preset).name), encoding="utf-8")
-    _say(f"wrote {path}; change what is in CAPITALS, then: tuner check {path}")
+    text = template_workspace(find_preset(preset).name)
+    if not path.absolute().parent.is_dir():
+        raise InputMissingError(f"{path.parent}: there is no such directory")
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise UsageError(f"{path} is there already", hint="give another file name") from None
+    _say(f"wrote {path}; replace what says example.com, then: tuner check {path}")
 
 
 @data_app.command("preview", epilog="Example: tuner data preview train.parquet --rows 3")
 def data_preview(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE…")],
-    preset: Annotated[str, typer.Option("--preset", help="whose chat template to use")] = "phi-3-mini-4k-instruct",
-    base_model: BaseModel = None,
+    files: Annotated[list[Path], typer.Argument(metavar="FILE…", help="data files of any format")],
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="whose chat template to use [the base model's]")
+    ] = None,
+    base_model: Annotated[
+        Path | None, typer.Option("--base-model", metavar="DIR", help="a model's files, whose tokenizer counts exactly")
+    ] = None,
     config: Config = None,
-    rows: Annotated[int, typer.Option("--rows", help="how many rows to show")] = 3,
+    rows: Annotated[int, typer.Option("--rows", min=0, help="how many rows to show")] = 3,
 ) -> None:
     """Show rows, token counts and, in colour, which tokens are learnt."""
-    from tuner.pipeline.preview import preview
+    from tuner.pipeline.preview import load_preview, print_preview
 
-    preview(files, preset, base_model, config, rows, sys.stdout)
+    with _talk() as talk:
+        preview = load_preview(files, preset, base_model, config, rows, talk)
+    print_preview(preview, sys.stdout)
 
 
 # ── one stage, as a pod runs it ──────────────────────────────────────────────────────────────────────────────────────
@@ -442,7 +687,6 @@ def stage(
     try:
         spec = RunSpec.load(spec_file)
         secrets = Secrets.load(secrets_file) if secrets_file else Secrets()
-        work_dir.mkdir(parents=True, exist_ok=True)
         with _talk() as talk:
             values = run_stage(known, spec, secrets, work_dir, talk)
     except TunerError as error:
@@ -468,14 +712,15 @@ def push(
     """Package an adapter directory and push it; equal files give the digest that the run would have pushed."""
     from tuner.pipeline.run import deliver
     from tuner.request import docker_configs_for, parse_output
-    from tuner.runspec import DirectoryDestination, Network
+    from tuner.runspec import DirectoryDestination
 
     destination = parse_output(image, overwrite=not no_overwrite)
     if isinstance(destination, DirectoryDestination):
         raise UsageError(f"{image} names no registry", hint="registry/name:tag, or oci:DIR:TAG for a layout on disk")
-    network = Network(plain_http=plain_http, ca_file=str(ca) if ca else None)
+    _check_digest_file(digest_file, destination)
     with _talk() as talk:
-        pushed = deliver(directory, destination, network, docker_configs_for(docker_config, os.environ), talk)
+        credentials = docker_configs_for(docker_config, os.environ)
+        pushed = deliver(directory, destination, _network(plain_http, ca), credentials, talk)
         talk.note(f"pushed {pushed.bytes_sent:,} bytes" + (", the rest was there" if pushed.blobs_skipped else ""))
     _deliver(pushed.reference, digest_file, None)
 
@@ -493,15 +738,14 @@ def pull(
     from tuner.registry import client_for
     from tuner.registry.pull import pull_image
     from tuner.request import docker_configs_for
-    from tuner.runspec import Network
 
     reference = parse_destination(image)
-    network = Network(plain_http=plain_http, ca_file=str(ca) if ca else None)
     with _talk() as talk:
         if isinstance(reference, LayoutReference):
             pulled = pull_image(reference, directory, reporter=talk)
         else:
-            with client_for(reference, network, docker_configs_for(docker_config, os.environ)) as client:
+            credentials = docker_configs_for(docker_config, os.environ)
+            with client_for(reference, _network(plain_http, ca), credentials, reporter=talk) as client:
                 pulled = pull_image(reference, directory, client, reporter=talk)
         talk.note(f"pulled {len(pulled.files)} files to {directory}")
     print(reference.with_digest(pulled.digest))

@@ -149,7 +149,7 @@ def make_plan(
     setup = read_setup(preset, training, shape, machine.gpus)
     workload = _workload(preset, training, prepared)
     ask = _Ask(setup, workload.longest, _written_checkpointing(training))
-    fitting = _fit(shape, ask, machine.gpu.memory_bytes)
+    fitting = _fits(shape, ask, machine.gpu.memory_bytes)
     verdict: Verdict = "cannot run" if machine.gpu.problem else "fits" if fitting else "does not fit"
     estimate = fitting or _smallest(shape, ask)
     trained = adapter_parameters(shape, setup)
@@ -248,19 +248,30 @@ def _workload(preset: Preset, training: TrainingConfig, prepared: Prepared | Non
 # ── does it fit ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _fit(shape: Shape, ask: _Ask, memory_bytes: int) -> Estimate | None:
-    """The micro-batch to use, without checkpointing where that leaves it large enough; None if nothing fits."""
-    longest = _rounded(ask.longest)
-    wanted = {None: (False, True), True: (True,), False: (False,)}[ask.checkpointing]
-    for checkpointing in wanted:
+def _fits(shape: Shape, ask: _Ask, memory_bytes: int) -> Estimate | None:
+    return choose_micro_batch(
+        shape, ask.setup, longest=ask.longest, checkpointing=ask.checkpointing, memory_bytes=memory_bytes
+    )
+
+
+def choose_micro_batch(
+    shape: Shape, setup: Setup, *, longest: int, checkpointing: bool | None, memory_bytes: int
+) -> Estimate | None:
+    """The micro-batch to use, without checkpointing where that leaves it large enough; None if nothing fits.
+
+    `longest` is the longest document's tokens, `checkpointing` what the user wrote (None: nothing).
+    """
+    longest = _rounded(longest)
+    wanted = {None: (False, True), True: (True,), False: (False,)}[checkpointing]
+    for checkpoints in wanted:
         found = largest_micro_batch(
             shape,
-            ask.setup,
-            checkpointing=checkpointing,
+            setup,
+            checkpointing=checkpoints,
             memory_bytes=memory_bytes,
             most=max(MICRO_BATCH_TOKENS, longest),
         )
-        enough = longest if len(wanted) == 1 or checkpointing else max(longest, FEWEST_TOKENS)
+        enough = longest if len(wanted) == 1 or checkpoints else max(longest, FEWEST_TOKENS)
         if found and found.tokens >= enough:
             return found
     return None
@@ -289,7 +300,7 @@ def _changes(shape: Shape, ask: _Ask, memory_bytes: int) -> Iterator[str]:
                 changed = ask
                 for _, change in together:
                     changed = change(changed)
-                if _fit(shape, changed, memory_bytes):
+                if _fits(shape, changed, memory_bytes):
                     answers.append(" and ".join(words for words, _ in together))
                     break
         if answers:
@@ -326,7 +337,7 @@ def _larger(shape: Shape, ask: _Ask) -> Iterator[Machine]:
     fits = {
         gpu.name
         for gpu in GPUS.values()
-        if gpu.problem is None and _fit(shape, _with_setup(ask, gpus=1), gpu.memory_bytes)
+        if gpu.problem is None and _fits(shape, _with_setup(ask, gpus=1), gpu.memory_bytes)
     }
     if not fits:
         return

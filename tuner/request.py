@@ -1,18 +1,20 @@
 """What was typed + the Workspace file → RunSpec and Secrets. The same for a box, a Job and a smoke run.
 
-Everything that a file on this machine can tell is decided here; only `hash_*` and `load_*` read the disk.
+Everything that a file on this machine can tell is decided here, before the network is asked for anything.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, ParamSpec, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from tuner.content import hash_file, model_digest
-from tuner.errors import ConfigError, InputMissingError, Problem, TunerError
+from tuner.errors import ConfigError, DataError, InputMissingError, Problem, TunerError
 from tuner.presets import Preset, find_preset, preset_from_directory
-from tuner.reference import LayoutReference, names_registry, parse_destination
+from tuner.reference import LayoutReference, names_registry, parse_destination, parse_reference
 from tuner.runspec import (
     BaseModelSource,
     Destination,
@@ -32,23 +34,27 @@ from tuner.runspec import (
     UrlSource,
     VolumeSource,
 )
-from tuner.training_config import ConfigSource, Setting, TrainingConfig, resolve_training_config
-from tuner.urls import source_name, split_url
+from tuner.training_config import TYPED, ConfigSource, Setting, TrainingConfig, resolve_training_config
+from tuner.urls import Allowed, redacted, source_name, split_url
 from tuner.workspace import (
     ImageInput,
     ImageOutput,
     Tuning,
     UrlInput,
     VolumeInput,
+    VolumeOutput,
     WorkspaceFile,
     is_local_file,
+    make_workspace,
     require_tuning,
 )
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 SMOKE_STEPS = 4
 SMOKE_OVERRIDES = (f"TrainingArguments.max_steps={SMOKE_STEPS}", "DatasetConfig.over_length=truncate")
+HF_TOKEN = "HF_TOKEN"  # the name of the variable, and KAITO's key in the Secret
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,6 @@ class Request:
     base_model: Path | None = None
     config: Path | None = None
     overrides: tuple[str, ...] = ()
-    data: tuple[str, ...] = ()
     output: str | None = None
     docker_config: Path | None = None
     network: Network = field(default_factory=Network)
@@ -70,38 +75,45 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Credentials:
+    """Where each credential comes from, in words without a secret."""
+
+    push: str = "none needed"
+    pull: str = "none needed"
+    hub: str = "none needed"
+
+
+@dataclass(frozen=True)
 class Run:
     """A request with nothing left to resolve. `notes` are the lines to print before it starts."""
 
     spec: RunSpec
     secrets: Secrets
     notes: tuple[str, ...]
-    credential_source: str
+    credentials: Credentials
 
 
 def build_run(file: WorkspaceFile, request: Request, work_dir: Path, env: Mapping[str, str]) -> Run:
     """The run that a Workspace file and flags stand for. `env`: HF_TOKEN, DOCKER_CONFIG and HOME are read.
 
-    Raises ConfigError with every problem of preset, config, sources, destination and secrets at once.
+    Raises ConfigError with every problem of preset, config, sources, destination and secrets at once; where there is
+    one only, in its own kind.
     """
     tuning = require_tuning(file)
-    problems: list[TunerError] = []
-    preset = _attempt(problems, lambda: _preset(tuning, request))
-    training = _attempt(problems, lambda: _training(file, tuning, preset or _ANY_PRESET, request, work_dir))
-    sources, queries = _attempt(problems, lambda: _sources(tuning, request)) or ((), {})
-    base_model = (
-        _attempt(problems, lambda: _base_model(tuning, preset, training, request)) if preset and training else None
-    )
-    destination = _attempt(problems, lambda: _destination(tuning, request, work_dir))
-    probe = _attempt(problems, lambda: _probe(tuning, request))
-    target = probe or (destination if isinstance(destination, ImageDestination) else None)
-    docker_configs, credential_source = _attempt(
-        problems, lambda: _push_credentials(file, tuning, request, target, env)
-    ) or ((), "")
-    pull_configs = _attempt(problems, lambda: _pull_credentials(file, tuning, request, env)) or ()
-    if problems or not (preset and training and base_model and destination):
-        raise _all_at_once(problems)
-    notes = list(file.notes) + list(training.notes)
+    errors: list[TunerError] = []
+    preset = _attempt(errors, _preset, tuning, request)
+    config = _attempt(errors, _config_source, file, tuning, request)
+    training = _attempt(errors, _training, tuning, preset or _ANY_PRESET, config, request, work_dir)
+    sources, queries = _attempt(errors, _sources, tuning) or ((), {})
+    base_model = _attempt(errors, _base_model, tuning, preset, training, request) if preset and training else None
+    destination = _attempt(errors, _destination, tuning, request, work_dir)
+    probe = _probe(tuning, request)
+    _attempt(errors, _check_ca, request.network)
+    push = _attempt(errors, _push_credentials, file, tuning, request, probe or destination, env)
+    pull = _attempt(errors, _pull_credentials, file, tuning, sources, base_model, request, env)
+    hub = _attempt(errors, _hub_token, file, tuning, base_model, env)
+    if errors or not (preset and training and base_model and destination and push and pull and hub):
+        raise all_at_once(errors)
     spec = RunSpec(
         name=file.workspace.metadata.name,
         method=tuning.method,
@@ -118,27 +130,29 @@ def build_run(file: WorkspaceFile, request: Request, work_dir: Path, env: Mappin
         trust_remote_code=request.trust_remote_code,
     )
     secrets = Secrets(
-        queries=queries,
-        docker_configs=docker_configs,
-        pull_docker_configs=pull_configs,
-        hf_token=env.get("HF_TOKEN") or None,
+        queries=queries, docker_configs=push.texts, pull_docker_configs=pull.texts, hf_token="".join(hub.texts) or None
     )
-    return Run(spec, secrets, tuple(notes), credential_source)
+    notes = (*file.notes, *training.notes, *_notes(tuning, training, request, work_dir))
+    return Run(spec, secrets, notes, Credentials(push=push.origin, pull=pull.origin, hub=hub.origin))
 
 
-_ANY_PRESET = Preset(name="unknown", model_id="unknown/unknown")  # so that the config is still checked
+def flag_errors(request: Request) -> list[TunerError]:
+    """What is wrong with the flags alone: to be said beside the problems of a Workspace that does not parse."""
+    errors: list[TunerError] = []
+    config = _attempt(errors, _read_config, request.config) if request.config else None
+    _attempt(errors, _check_settings, config, request.overrides)
+    if request.base_model:
+        _attempt(errors, preset_from_directory, request.base_model.expanduser())
+    if request.output:
+        _attempt(errors, parse_output, request.output)
+    if request.docker_config:
+        _attempt(errors, _read_docker_config, request.docker_config)
+    _attempt(errors, _check_ca, request.network)
+    return errors
 
 
-def _attempt(problems: list[TunerError], step: Callable[[], T]) -> T | None:
-    try:
-        return step()
-    except TunerError as error:
-        problems.append(error)
-        return None
-
-
-def _all_at_once(errors: Sequence[TunerError]) -> TunerError:
-    """One error as it is; several of one kind or mixed as one ConfigError that lists all."""
+def all_at_once(errors: Sequence[TunerError]) -> TunerError:
+    """One error as it is; several as one ConfigError that lists the problems of all, each once."""
     if len(errors) == 1:
         return errors[0]
     problems: list[Problem] = []
@@ -147,114 +161,221 @@ def _all_at_once(errors: Sequence[TunerError]) -> TunerError:
             problems += error.problems
         else:
             problems.append(Problem(error.message, hint=error.hint))
-    return ConfigError.of(problems)
+    return ConfigError.of(list(dict.fromkeys(problems)))
+
+
+_ANY_PRESET = Preset(name="unknown", model_id="unknown/unknown")  # so that the config is still checked
+
+
+def _attempt(errors: list[TunerError], step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+    try:
+        return step(*args, **kwargs)
+    except TunerError as error:
+        errors.append(error)
+        return None
+
+
+# ── preset and config ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _model_directory(tuning: Tuning) -> Path | None:
+    """The base model's directory, when the preset is written as a path."""
+    name = tuning.preset.name
+    return Path(name).expanduser().absolute() if name.startswith((".", "/", "~")) else None
 
 
 def _preset(tuning: Tuning, request: Request) -> Preset:
-    as_path = Path(tuning.preset.name)
-    if tuning.preset.name.startswith((".", "/", "~")):
-        return preset_from_directory(as_path.expanduser())
-    preset = find_preset(tuning.preset.name)
+    directory = _model_directory(tuning)
+    if directory:
+        return preset_from_directory(directory)
+    name = tuning.preset.name
+    try:
+        preset = find_preset(name)
+    except ConfigError as error:
+        hint = f"a directory is written as a path: ./{name}" if Path(name).is_dir() else error.hint
+        raise ConfigError.of([Problem(error.message, path="tuning.preset.name", hint=hint)]) from error
     if request.base_model and not preset.config:
         # A hub id we know nothing of, whose files are here: they tell.
-        return preset_from_directory(request.base_model).model_copy(
-            update={"name": preset.name, "model_id": preset.model_id}
-        )
+        facts = preset_from_directory(request.base_model.expanduser())
+        return facts.model_copy(update={"name": preset.name, "model_id": preset.model_id})
     return preset
 
 
-def _training(file: WorkspaceFile, tuning: Tuning, preset: Preset, request: Request, work_dir: Path) -> TrainingConfig:
-    if request.config:
-        try:
-            text = request.config.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputMissingError(f"--config {request.config}: cannot be read: {error}") from error
-        source: ConfigSource | None = ConfigSource(text, str(request.config))
-    elif tuning.config and tuning.config in file.config_maps:
-        source = ConfigSource(*file.config_maps[tuning.config].training_config())
-    elif tuning.config:
-        raise ConfigError(
-            f"tuning.config: ConfigMap {tuning.config!r} is not in the Workspace's file",
-            hint="put it there as another YAML document, or give --config FILE",
-        )
-    else:
-        source = None
-    overrides = (*request.overrides, *(SMOKE_OVERRIDES if request.smoke else ()))
+def _training(
+    tuning: Tuning, preset: Preset, source: ConfigSource | None, request: Request, work_dir: Path
+) -> TrainingConfig:
+    overrides = (*(SMOKE_OVERRIDES if request.smoke else ()), *request.overrides)  # what was typed wins
     training = resolve_training_config(
         method=tuning.method, preset=preset, config_map=source, overrides=overrides, world_size=request.world_size
     )
+    if request.smoke:
+        training = _with_smoke_origin(training, request.overrides)
+    if training.value("ModelConfig", "trust_remote_code") and not request.trust_remote_code:
+        raise ConfigError(
+            f"ModelConfig.trust_remote_code ({training.settings['ModelConfig']['trust_remote_code'].origin}): "
+            "code of a model's repository is not run because a file says so",
+            hint="read that code first, then give --trust-remote-code; most models need none",
+        )
     return _with_template_text(training, Path(source.file).parent if source else Path(), work_dir)
+
+
+def _with_smoke_origin(training: TrainingConfig, typed: Sequence[str]) -> TrainingConfig:
+    """The smoke run's own settings named as such: nobody typed them."""
+    settings = {section: dict(values) for section, values in training.settings.items()}
+    written = {override.partition("=")[0].strip() for override in typed}
+    for override in SMOKE_OVERRIDES:
+        name = override.partition("=")[0]
+        section, _, key = name.partition(".")
+        if name not in written:
+            settings[section][key] = Setting(value=settings[section][key].value, origin="--smoke")
+    return training.model_copy(update={"settings": settings})
+
+
+def _config_source(file: WorkspaceFile, tuning: Tuning, request: Request) -> ConfigSource | None:
+    """`--config`, or the ConfigMap in the Workspace's file; None where neither is named."""
+    if request.config:
+        return _read_config(request.config)
+    if tuning.config is None:
+        return None
+    if tuning.config not in file.config_maps:
+        there = f"; there is {', '.join(sorted(file.config_maps))}" if file.config_maps else ""
+        raise ConfigError(
+            f"tuning.config: ConfigMap {tuning.config!r} is not in the Workspace's file{there}",
+            hint="put it there as another YAML document, or give --config FILE",
+        )
+    return ConfigSource(*file.config_maps[tuning.config].training_config())
+
+
+def _read_config(path: Path) -> ConfigSource:
+    try:
+        return ConfigSource(path.read_text(encoding="utf-8-sig"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputMissingError(f"--config {path}: cannot be read: {_reason(error)}") from error
+
+
+def _check_settings(source: ConfigSource | None, overrides: Sequence[str]) -> None:
+    """What is wrong in --config and --set whatever the Workspace says: not what depends on its method."""
+    try:
+        resolve_training_config(method="qlora", preset=_ANY_PRESET, config_map=source, overrides=overrides)
+    except ConfigError as error:
+        problems = [problem for problem in error.problems if problem.path != "QuantizationConfig"]
+        if problems:
+            raise ConfigError.of(problems) from error
 
 
 def _with_template_text(training: TrainingConfig, beside: Path, work_dir: Path) -> TrainingConfig:
     """KAITO takes a path or a template in ModelConfig.chat_template; a run knows the text."""
-    written = training.section("ModelConfig").get("chat_template")
+    setting = training.settings["ModelConfig"]["chat_template"]
+    written = setting.value
     if not written or "{" in written:
         return training
-    path = work_dir / written.removeprefix("/mnt/") if written.startswith("/mnt/") else beside / written
+    if written.startswith("/mnt/"):
+        path = work_dir / written.removeprefix("/mnt/")
+    else:
+        path = (Path() if setting.origin == TYPED else beside) / Path(written).expanduser()
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputMissingError(
-            f"ModelConfig.chat_template: {written} is no Jinja template, and no file that can be read",
+            f"ModelConfig.chat_template ({setting.origin}): {written!r} is no Jinja template, "
+            f"and {path} cannot be read: {_reason(error)}",
             hint="write the template itself, or a path relative to the config file",
         ) from error
-    setting = Setting(value=text, origin=training.settings["ModelConfig"]["chat_template"].origin)
-    model = training.settings["ModelConfig"] | {"chat_template": setting}
+    model = training.settings["ModelConfig"] | {"chat_template": Setting(value=text, origin=setting.origin)}
     return training.model_copy(update={"settings": training.settings | {"ModelConfig": model}})
 
 
-def _sources(tuning: Tuning, request: Request) -> tuple[tuple[Source, ...], dict[str, str]]:
-    if request.data:
-        return _url_sources(request.data)
+# ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def with_data(file: WorkspaceFile, data: Sequence[str], allowed: Allowed) -> WorkspaceFile:
+    """The file with `--data` in the place of its input. Raises ConfigError as for a Workspace's urls."""
+    tuning = require_tuning(file)
+    typed = require_tuning(WorkspaceFile(make_workspace(tuning.preset.name, data, None, allowed=allowed)))
+    workspace = file.workspace.model_copy(update={"tuning": tuning.model_copy(update={"input": typed.input})})
+    return replace(file, workspace=workspace)
+
+
+def _sources(tuning: Tuning) -> tuple[tuple[Source, ...], dict[str, str]]:
+    """What to fetch, and the secret queries by the sources' names."""
     match tuning.input:
         case UrlInput(urls=urls):
             return _url_sources(urls)
         case ImageInput(image=image):
-            return (ImageSource(reference=str(parse_destination(image))),), {}
+            return (ImageSource(reference=str(parse_reference(image))),), {}
         case VolumeInput(volume_source=volume):
-            path = volume.get("hostPath", {}).get("path")
-            if not path:
-                kind = next(iter(volume))
-                raise ConfigError(
-                    f"tuning.input.volumeSource: a {kind} is there in a cluster only",
-                    hint="on a box say where its files are: --data DIR",
-                )
+            path = _host_path(volume, "tuning.input", "on a box say where its files are: --data DIR")
             return (VolumeSource(path=path, source=dict(volume)),), {}
-    raise AssertionError(tuning.input)
 
 
 def _url_sources(urls: Sequence[str]) -> tuple[tuple[Source, ...], dict[str, str]]:
     sources: list[Source] = []
     queries: dict[str, str] = {}
-    missing: list[Problem] = []
+    errors: list[TunerError] = []
     for index, url in enumerate(urls):
         if is_local_file(url):
-            path = Path(unquote(urlsplit(url).path) if url.startswith("file:") else url).expanduser().absolute()
-            if path.is_dir():
-                sources.append(VolumeSource(path=str(path)))
-            elif path.is_file():
-                name = source_name(index, f"file://{path}")
-                sources.append(FileSource(name=name, path=str(path), sha256=hash_file(path)))
-            else:
-                missing.append(Problem("there is no such file", path=url))
+            source = _attempt(errors, _local_source, index, url)
+            sources += [source] if source else []
             continue
         parts = split_url(url)
         name = source_name(index, url)
         sources.append(UrlSource(name=name, url=parts.url, query_sha256=parts.query_sha256, sha256=parts.sha256))
         if parts.query:
             queries[name] = parts.query
-    if missing:
-        raise InputMissingError("; ".join(str(problem) for problem in missing))
+    if errors:
+        raise _missing(errors)
     return tuple(sources), queries
 
 
+def _missing(errors: Sequence[TunerError]) -> TunerError:
+    """All the files that are not there, in one error of that kind."""
+    if len(errors) == 1 or not all(isinstance(error, InputMissingError) for error in errors):
+        return all_at_once(errors)
+    return InputMissingError("; ".join(error.message for error in errors))
+
+
+def _local_source(index: int, url: str) -> FileSource | VolumeSource:
+    """A path or file:// URL, known by its content; a directory stands for the files in it."""
+    path, pinned = Path(url), None
+    if url.lower().startswith("file:"):
+        parts = urlsplit(url)
+        if parts.netloc not in ("", "localhost"):
+            raise InputMissingError(f"{url}: names a file of the machine {parts.netloc}", hint="write file:///path")
+        path, pinned = Path(unquote(parts.path)), split_url(url).sha256
+    path = path.expanduser().absolute()
+    if path.is_dir():
+        return VolumeSource(path=str(path))
+    if not path.is_file():
+        where = "" if str(path) == url else f" at {path}"
+        raise InputMissingError(f"{redacted(url)}: there is no such file{where}")
+    try:
+        sha256 = hash_file(path)
+    except OSError as error:
+        raise InputMissingError(f"{path}: cannot be read: {error.strerror}") from error
+    if pinned and pinned != sha256:
+        raise DataError(f"{path}: its sha256 is {sha256}, not {pinned} as pinned")
+    return FileSource(name=source_name(index, f"file://{path}"), path=str(path), sha256=sha256)
+
+
+def _host_path(volume: Mapping[str, Any], field_path: str, hint: str) -> str:
+    """The directory that a volume is on this machine: only a hostPath is one."""
+    if "hostPath" not in volume:
+        raise ConfigError(f"{field_path}.volumeSource: a {next(iter(volume))} is there in a cluster only", hint=hint)
+    return str(Path(volume["hostPath"]["path"]).expanduser().absolute())
+
+
+# ── base model ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 def _base_model(tuning: Tuning, preset: Preset, training: TrainingConfig, request: Request) -> BaseModelSource:
+    is_written = training.is_written("ModelConfig", "revision")
+    revision = training.value("ModelConfig", "revision") if is_written else preset.revision
+    directory = _model_directory(tuning)
     if request.base_model:
-        directory = request.base_model.expanduser().absolute()
-        model = LocalModel(path=str(directory), sha256=model_digest(directory))
-        if is_weights_of(preset, directory):
-            return model.model_copy(update={"id": preset.model_id, "revision": preset.revision})
+        given = request.base_model.expanduser().absolute()
+        model = LocalModel(path=str(given), sha256=model_digest(given))
+        if directory is None and is_weights_of(preset, given):
+            return model.model_copy(update={"id": preset.model_id, "revision": revision})
         return model
     if request.smoke:
         if not preset.config:
@@ -263,15 +384,29 @@ def _base_model(tuning: Tuning, preset: Preset, training: TrainingConfig, reques
                 hint="use one of `tuner presets`, or give --base-model DIR",
             )
         return SmokeModel()
-    if tuning.preset.name.startswith((".", "/", "~")):
-        directory = Path(tuning.preset.name).expanduser().absolute()
+    if directory:
         return LocalModel(path=str(directory), sha256=model_digest(directory))
     image = tuning.preset.preset_options.image
     if image:
-        return ImageModel(reference=str(parse_destination(image)), id=preset.model_id, revision=preset.revision)
-    written = training.is_written("ModelConfig", "revision")
-    revision = training.value("ModelConfig", "revision") if written else preset.hub_revision
-    return HubModel(id=preset.model_id, revision=revision)
+        return ImageModel(reference=str(parse_reference(image)), id=preset.model_id, revision=revision)
+    return HubModel(id=preset.model_id, revision=revision or preset.hub_revision)
+
+
+_SIZES = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+
+
+def is_weights_of(preset: Preset, directory: Path) -> bool:
+    """Whether a model directory has the preset's sizes: then the adapter's base is the preset's hub id, not a path."""
+    there, known = _language_part(preset_from_directory(directory).config), _language_part(preset.config)
+    return bool(known) and all(there.get(name) == known.get(name) for name in _SIZES)
+
+
+def _language_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The numbers of a model that also sees are one level down."""
+    return {**config, **config.get("text_config", {})}
+
+
+# ── destination ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _destination(tuning: Tuning, request: Request, work_dir: Path) -> Destination:
@@ -281,75 +416,126 @@ def _destination(tuning: Tuning, request: Request, work_dir: Path) -> Destinatio
         return LayoutDestination(path=str((work_dir / "image").absolute()), tag="smoke")
     match tuning.output:
         case ImageOutput(image=image):
-            return ImageDestination(reference=str(parse_destination(image)), overwrite=request.overwrite)
+            return ImageDestination(reference=str(parse_reference(image)), overwrite=request.overwrite)
+        case VolumeOutput(volume_source=volume):
+            hint = "on a box say where the adapter goes: --output DIR"
+            return DirectoryDestination(path=_host_path(volume, "tuning.output", hint))
         case None:
             raise ConfigError("tuning.output: is missing", hint="say where the adapter goes: --output DIR or IMAGE")
-        case volume:
-            path = volume.volume_source.get("hostPath", {}).get("path")
-            if not path:
-                raise ConfigError(
-                    f"tuning.output.volumeSource: a {next(iter(volume.volume_source))} is there in a cluster only",
-                    hint="on a box say where the adapter goes: --output DIR",
-                )
-            return DirectoryDestination(path=path)
 
 
 def parse_output(text: str, *, overwrite: bool = True) -> Destination:
     """`oci:DIR:TAG`, an image reference that names its registry host, or else a directory."""
-    if text.startswith("oci:") or names_registry(text):
-        reference = parse_destination(text)
-        if isinstance(reference, LayoutReference):
-            path = str(reference.path.expanduser().absolute())
-            return LayoutDestination(path=path, tag=reference.tag, overwrite=overwrite)
-        return ImageDestination(reference=str(reference), overwrite=overwrite)
-    return DirectoryDestination(path=str(Path(text).expanduser().absolute()))
+    if not text.strip():
+        raise ConfigError("--output: is empty", hint="a directory, registry/name:tag or oci:DIR:TAG")
+    if not text.startswith("oci:") and not names_registry(text):
+        return DirectoryDestination(path=str(Path(text).expanduser().absolute()))
+    reference = parse_destination(text)
+    if reference.digest:
+        raise ConfigError(f"{text}: names a digest, which only a push can know", hint="leave out @sha256:…, give a tag")
+    if isinstance(reference, LayoutReference):
+        return LayoutDestination(path=str(reference.path.absolute()), tag=reference.tag, overwrite=overwrite)
+    return ImageDestination(reference=str(reference), overwrite=overwrite)
 
 
 def _probe(tuning: Tuning, request: Request) -> ImageDestination | None:
     """A smoke run pushes elsewhere, but asks whether the real destination would take it."""
     if request.smoke and not request.output and request.preflight and isinstance(tuning.output, ImageOutput):
-        return ImageDestination(reference=str(parse_destination(tuning.output.image)), overwrite=request.overwrite)
+        return ImageDestination(reference=str(parse_reference(tuning.output.image)), overwrite=request.overwrite)
     return None
 
 
+# ── credentials ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Secret texts, best first, and where they are from."""
+
+    texts: tuple[str, ...] = field(default=(), repr=False)
+    origin: str = "none needed"
+
+
 def _push_credentials(
-    file: WorkspaceFile, tuning: Tuning, request: Request, target: ImageDestination | None, env: Mapping[str, str]
-) -> tuple[tuple[str, ...], str]:
-    """The docker config to push with and where it came from."""
-    if target is None:
-        return (), "none needed"
+    file: WorkspaceFile, tuning: Tuning, request: Request, target: Destination | None, env: Mapping[str, str]
+) -> _Found:
+    """One docker config: --docker-config, the Secret in the file, or the docker CLI's own."""
     name = tuning.output.image_push_secret if isinstance(tuning.output, ImageOutput) else None
+    if not isinstance(target, ImageDestination):
+        return _Found()
     if request.docker_config:
-        return (_read_docker_config(request.docker_config),), str(request.docker_config)
+        return _Found((_read_docker_config(request.docker_config),), f"--docker-config {request.docker_config}")
     if name and name in file.secrets:
-        return (file.secrets[name].docker_config(),), f"Secret {name!r}"
+        return _Found((file.secrets[name].docker_config(),), f"Secret {name!r} in the Workspace's file")
     found = _users_docker_config(env)
     if found:
-        return (_read_docker_config(found),), str(found)
+        return _Found((_read_docker_config(found),), str(found))
     if name:
-        raise InputMissingError(
-            f"tuning.output.imagePushSecret: Secret {name!r} is not in the Workspace's file, "
-            "and there is no docker config to push with",
-            hint="put the Secret into the file, run docker login, or give --docker-config FILE",
-        )
-    return (), "anonymous"
+        raise _no_secret("tuning.output.imagePushSecret", name)
+    return _Found(origin="anonymous")
 
 
-def _pull_credentials(file: WorkspaceFile, tuning: Tuning, request: Request, env: Mapping[str, str]) -> tuple[str, ...]:
-    names = [*tuning.preset.preset_options.image_pull_secrets]
+def _pull_credentials(
+    file: WorkspaceFile,
+    tuning: Tuning,
+    sources: Sequence[Source],
+    base_model: BaseModelSource | None,
+    request: Request,
+    env: Mapping[str, str],
+) -> _Found:
+    """Every docker config that may help, in the same order: a registry takes the first that serves."""
+    names: list[str] = []
+    if isinstance(base_model, ImageModel):
+        names += tuning.preset.preset_options.image_pull_secrets
     if isinstance(tuning.input, ImageInput):
         names += tuning.input.image_pull_secrets
-    configs = [_read_docker_config(request.docker_config)] if request.docker_config else []
-    configs += [file.secrets[name].docker_config() for name in names if name in file.secrets]
-    found = _users_docker_config(env)
-    configs += [_read_docker_config(found)] if found else []
-    missing = [name for name in names if name not in file.secrets]
-    if missing and not configs:
+    if not isinstance(base_model, ImageModel) and not any(isinstance(source, ImageSource) for source in sources):
+        return _Found()
+    found: list[_Found] = []
+    if request.docker_config:
+        found.append(_Found((_read_docker_config(request.docker_config),), f"--docker-config {request.docker_config}"))
+    found += [
+        _Found((file.secrets[name].docker_config(),), f"Secret {name!r}") for name in names if name in file.secrets
+    ]
+    users = _users_docker_config(env)
+    if users:
+        found.append(_Found((_read_docker_config(users),), str(users)))
+    if names and not found:
+        raise _no_secret("imagePullSecrets", names[0])
+    texts = tuple(text for each in found for text in each.texts)
+    return _Found(texts, ", ".join(each.origin for each in found) or "anonymous")
+
+
+def _hub_token(
+    file: WorkspaceFile, tuning: Tuning, base_model: BaseModelSource | None, env: Mapping[str, str]
+) -> _Found:
+    """The token of the Secret that the Workspace names, else of the environment."""
+    if not isinstance(base_model, HubModel):
+        return _Found()
+    name = tuning.preset.preset_options.model_access_secret
+    if name and name in file.secrets:
+        token, origin = file.secrets[name].value(HF_TOKEN), f"Secret {name!r} in the Workspace's file"
+    elif env.get(HF_TOKEN):
+        token, origin = env[HF_TOKEN], f"${HF_TOKEN}"
+    elif name:
         raise InputMissingError(
-            f"imagePullSecrets: Secret {missing[0]!r} is not in the Workspace's file, and there is no docker config",
-            hint="put the Secret into the file, run docker login, or give --docker-config FILE",
+            f"tuning.preset.presetOptions.modelAccessSecret: Secret {name!r} is not in the Workspace's file, "
+            f"and {HF_TOKEN} is not set",
+            hint=f"put the Secret into the file, or set {HF_TOKEN}",
         )
-    return tuple(configs)
+    else:
+        return _Found(origin="anonymous")
+    token = token.strip()  # `echo token | base64` ends it with a line break
+    if not re.fullmatch(r"[!-~]+", token):
+        raise ConfigError(f"{HF_TOKEN} ({origin}): is empty, or has characters that no token has")
+    return _Found((token,), origin)
+
+
+def _no_secret(field_path: str, name: str) -> InputMissingError:
+    return InputMissingError(
+        f"{field_path}: Secret {name!r} is not in the Workspace's file, and there is no docker config",
+        hint="put the Secret into the file, run docker login, or give --docker-config FILE",
+    )
 
 
 def docker_configs_for(docker_config: Path | None, env: Mapping[str, str]) -> tuple[str, ...]:
@@ -366,18 +552,38 @@ def _users_docker_config(env: Mapping[str, str]) -> Path | None:
 
 
 def _read_docker_config(path: Path) -> str:
+    """The text of a config.json, or of the one in a directory. No message has a word of it."""
+    path = path.expanduser()
     path = path / "config.json" if path.is_dir() else path
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise InputMissingError(f"docker config {path}: cannot be read: {reason}") from error
+        raise InputMissingError(f"docker config {path}: cannot be read: {_reason(error)}") from None
+    try:
+        is_object = isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        is_object = False
+    if not is_object:
+        raise ConfigError(f"docker config {path}: not a JSON object", hint="docker login writes one")
+    return text
 
 
-_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+def _check_ca(network: Network) -> None:
+    if network.ca_file and not Path(network.ca_file).is_file():
+        raise InputMissingError(f"--ca {network.ca_file}: there is no such file")
 
 
-def is_weights_of(preset: Preset, directory: Path) -> bool:
-    """Whether a model directory has the preset's sizes: then the adapter's base is the preset's hub id, not a path."""
-    sizes = preset_from_directory(directory).config
-    return bool(preset.config) and all(sizes.get(name) == preset.config.get(name) for name in _SIZES)
+def _reason(error: OSError | UnicodeDecodeError) -> str:
+    return (error.strerror or "") if isinstance(error, OSError) else "it is not UTF-8 text"
+
+
+# ── what is worth a line ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _notes(tuning: Tuning, training: TrainingConfig, request: Request, work_dir: Path) -> Iterator[str]:
+    if training.is_written("TrainingArguments", "output_dir"):
+        directory = training.value("TrainingArguments", "output_dir")
+        yield f"TrainingArguments.output_dir {directory}: on this machine checkpoints and adapter are in {work_dir}"
+    name = tuning.preset.name
+    if _model_directory(tuning) is None and not request.base_model and Path(name).is_dir():
+        yield f"{name} is taken for the preset or Hugging Face id; the directory here would be ./{name}"

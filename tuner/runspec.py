@@ -41,8 +41,17 @@ class Contract(BaseModel):
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise InputMissingError(f"{path}: not there", hint="run the stages before this one first") from error
+        except OSError as error:
+            raise InputMissingError(f"{path}: cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError:
+            raise ConfigError(f"{path}: not a {cls.__name__} of this version of tuner: it is not text") from None
         except ValidationError as error:
-            raise ConfigError(f"{path}: not a {cls.__name__} of this version of tuner: {error}") from error
+            # Never what stands there: the file may be another one, with secrets in it.
+            first = error.errors(include_input=False, include_url=False)[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ConfigError(
+                f"{path}: not a {cls.__name__} of this version of tuner: {where + ': ' if where else ''}{first['msg']}"
+            ) from None
 
 
 # ── sources ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -224,7 +233,7 @@ class Secrets:
             written = TypeAdapter(cls).validate_json(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise InputMissingError(f"{path}: cannot be read: {error.strerror}") from error
-        except ValidationError:
+        except (ValidationError, UnicodeDecodeError):
             raise ConfigError(f"{path}: not the secrets of a run") from None
         return written
 

@@ -1,49 +1,123 @@
-"""How the command line talks while it works: bars on a terminal, plain lines and JSON progress elsewhere."""
+"""How the command line talks while it works: bars on a terminal, plain lines and few JSON lines elsewhere."""
 
 import json
-import sys
+import re
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from tuner.runspec import Progress, StageName
+from tuner.urls import redacted
 
-_LINE_INTERVAL_S = 5.0  # of JSON progress: a pod's log should stay readable
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.live import Live
+
+_FIRST_INTERVAL_S, _LAST_INTERVAL_S = 5.0, 60.0  # between JSON lines: seldomer the longer a task takes
+_IDLE_AFTER_S = 1.0  # a stage without a bar shows its time, once it takes any
+_URL = re.compile(r"(https?):/{1,2}([^\s'\"<>`)\]]+)", re.IGNORECASE)  # one slash: a URL that somebody took for a path
+
+
+def without_queries(text: str) -> str:
+    """The text with `?…` for the query of each URL, and without user and fragment: the last gate for a signature.
+
+    Nobody should hand us one; libraries' messages and what was typed do.
+    """
+
+    def shown(match: re.Match[str]) -> str:
+        bare = redacted(f"{match[1]}://{match[2]}")
+        return f"{bare}?…" if "?" in match.group() else bare
+
+    return _URL.sub(shown, text)
+
+
+class Lasting:
+    """A text stream that outlives its reader: when a log's pipe or a terminal is gone, the run is not."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.encoding = stream.encoding
+
+    def write(self, text: str) -> int:
+        # RuntimeError: a signal's handler speaks in the middle of another write
+        with suppress(OSError, RuntimeError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, RuntimeError):
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+
+@dataclass
+class _Task:
+    """One task since it was first heard of; `last_line_at` is when its last JSON line was printed."""
+
+    progress: Progress
+    began: float
+    first_done: int
+    last_line_at: float | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return self.progress.total is not None and self.progress.done >= self.progress.total
+
+    def rate(self, now: float) -> float | None:
+        """Units a second since it began here: what an earlier run had done counts for nothing."""
+        done, seconds = self.progress.done - self.first_done, now - self.began
+        return done / seconds if done > 0 and seconds > 0 else None
+
+    def left_s(self, now: float) -> float | None:
+        rate = self.rate(now)
+        return (self.progress.total - self.progress.done) / rate if rate and self.progress.total else None
 
 
 class Talk:
     """A Reporter on stderr, used as a context manager."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._lock = threading.Lock()
-        self._said: dict[tuple[str, str], tuple[float, int, float]] = {}
-        self._bars: Any = None
-        self._tasks: dict[tuple[str, str], Any] = {}
+        self._stream = Lasting(stream)
+        # Reentrant: a signal's handler may speak while this thread is speaking.
+        self._lock = threading.RLock()
+        self._stage: tuple[StageName, float] | None = None
+        self._tasks: dict[str, _Task] = {}
+        self._console: Console | None = None
+        self._live: Live | None = None
         if stream.isatty():
-            self._bars = _bars(stream)
+            self._console, self._live = _screen(self._stream, self._draw)
 
     def __enter__(self) -> Self:
-        if self._bars:
-            self._bars.start()
+        if self._live:
+            self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bars:
-            self._bars.stop()
+        if self._live:
+            with self._lock:
+                self._stage = None
+                self._tasks.clear()
+            self._live.stop()
 
     def stage(self, name: StageName) -> None:
-        """A new stage begins: its bars replace those of the one before."""
+        """A new stage begins, and with it the bars of the one before are gone."""
         with self._lock:
-            if self._bars:
-                for task in self._tasks.values():
-                    self._bars.remove_task(task)
+            self._stage = name, time.monotonic()
             self._tasks.clear()
-            self._said.clear()
-        self._line(f"── {name}")
+        if self._live:
+            self._live.refresh()  # else the last bar would stand once more below the line
+        self._line(f"── {name}", style="bold")
 
     def note(self, line: str) -> None:
         self._line(line)
@@ -51,73 +125,131 @@ class Talk:
     def warn(self, line: str) -> None:
         self._line(f"warning: {line}", style="yellow")
 
-    def _line(self, line: str, style: str | None = None) -> None:
+    def _line(self, line: str, style: str = "") -> None:
+        shown = without_queries(line)
+        if self._console:
+            from rich.text import Text
+
+            # Not under our lock: the thread that draws takes the console's first, then ours.
+            self._console.print(Text(shown, style), soft_wrap=True)
+            return
         with self._lock:
-            if self._bars:
-                self._bars.console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
-            else:
-                print(line, file=self._stream, flush=True)
+            print(shown, file=self._stream, flush=True)
 
     def progress(self, progress: Progress) -> None:
-        with self._lock:
-            if self._bars:
-                self._draw(progress)
-            else:
-                self._print_json(progress)
-
-    def _draw(self, progress: Progress) -> None:
-        key = (progress.stage, progress.task)
-        values = "  ".join(f"{name} {_number(value)}" for name, value in progress.values.items())
-        if key not in self._tasks:
-            self._tasks[key] = self._bars.add_task(progress.task, total=progress.total, unit=progress.unit, values="")
-        self._bars.update(
-            self._tasks[key], completed=progress.done, total=progress.total, unit=progress.unit, values=values
-        )
-
-    def _print_json(self, progress: Progress) -> None:
-        key = (progress.stage, progress.task)
         now = time.monotonic()
-        began, first, last = self._said.get(key, (now, progress.done, float("-inf")))
-        finished = progress.total is not None and progress.done >= progress.total
-        if (now - last < _LINE_INTERVAL_S and not finished) or last == float("inf"):
-            self._said.setdefault(key, (began, first, last))
-            return
-        self._said[key] = (began, first, float("inf") if finished else now)
-        line: dict[str, Any] = {"stage": progress.stage, "task": progress.task, "done": progress.done}
-        line |= {"total": progress.total, "unit": progress.unit}
-        line |= {name: float(f"{value:.6g}") for name, value in progress.values.items()}
-        if progress.total and progress.done > first and now > began:
-            line["eta_s"] = round((progress.total - progress.done) * (now - began) / (progress.done - first))
-        print(json.dumps(line), file=self._stream, flush=True)
+        with self._lock:
+            task = self._tasks.setdefault(progress.task, _Task(progress, now, progress.done))
+            was_done, task.progress = task.is_done and task.last_line_at is not None, progress
+            if not self._console and not was_done and _is_line_due(task, now):
+                task.last_line_at = now
+                print(json.dumps(_json_line(task, now)), file=self._stream, flush=True)
+
+    def _draw(self) -> "RenderableType":
+        """What stands below the lines on a terminal: a bar for each task that is not done, or the stage's time."""
+        now = time.monotonic()
+        with self._lock:
+            tasks = [task for task in self._tasks.values() if not task.is_done]
+            return _bars(tasks, now) if tasks else _idle(self._stage, now)
+
+
+# ── JSON lines ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _is_line_due(task: _Task, now: float) -> bool:
+    """Steps from the first to the last; of what is over in seconds nothing, as the stage's own line follows."""
+    if task.last_line_at is None:
+        return task.progress.unit == "steps" or now - task.began >= _FIRST_INTERVAL_S
+    return task.is_done or now - task.last_line_at >= min(
+        _LAST_INTERVAL_S, max(_FIRST_INTERVAL_S, (now - task.began) / 20)
+    )
+
+
+def _json_line(task: _Task, now: float) -> dict[str, Any]:
+    progress = task.progress
+    line: dict[str, Any] = {"stage": progress.stage, "task": without_queries(progress.task)}
+    line |= {"done": progress.done, "total": progress.total, "unit": progress.unit}
+    line |= {name: float(f"{value:.6g}") for name, value in progress.values.items()}
+    left_s = task.left_s(now)
+    return line if left_s is None else {**line, "eta_s": round(left_s)}
+
+
+# ── a terminal ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _screen(stream: Lasting, draw: "Callable[[], RenderableType]") -> "tuple[Console, Live] | tuple[None, None]":
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console(file=stream)  # type: ignore[arg-type]  # all of TextIO that rich uses
+    if console.is_dumb_terminal:
+        return None, None
+    return console, Live(
+        console=console, get_renderable=draw, refresh_per_second=4, transient=True, redirect_stdout=False
+    )
+
+
+def _bars(tasks: list[_Task], now: float) -> "RenderableType":
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True, overflow="ellipsis", max_width=40)
+    for _ in range(4):
+        table.add_column(no_wrap=True)
+    for task in tasks:
+        progress = task.progress
+        left_s = task.left_s(now)
+        table.add_row(
+            without_queries(progress.task),
+            ProgressBar(total=progress.total, completed=progress.done, width=24) if progress.total else "",
+            _amount(progress),
+            "" if left_s is None else f"{_clock(left_s)} left",
+            _values(task, now),
+        )
+    return table
+
+
+def _idle(stage: tuple[StageName, float] | None, now: float) -> "RenderableType":
+    from rich.console import Group
+    from rich.text import Text
+
+    if stage is None or now - stage[1] < _IDLE_AFTER_S:
+        return Group()  # no line at all
+    return Text(f"{stage[0]} … {_clock(now - stage[1])}", "dim")
+
+
+def _amount(progress: Progress) -> str:
+    """`3.1 MB of 13.1 MB` or `12 of 468 steps`."""
+    if progress.unit == "B":
+        from rich.filesize import decimal
+
+        return decimal(progress.done) + (f" of {decimal(progress.total)}" if progress.total else "")
+    return f"{progress.done:,}" + (f" of {progress.total:,}" if progress.total else "") + f" {progress.unit}"
+
+
+def _values(task: _Task, now: float) -> str:
+    """`loss 1.234  4,321 tokens/s`; of bytes and rows how fast they come."""
+    shown = [
+        f"{_number(value)} {name.removesuffix('_per_s')}/s" if name.endswith("_per_s") else f"{name} {_number(value)}"
+        for name, value in task.progress.values.items()
+    ]
+    rate = task.rate(now)
+    if rate and not shown:
+        if task.progress.unit == "B":
+            from rich.filesize import decimal
+
+            return f"{decimal(int(rate))}/s"
+        return f"{_number(rate)} {task.progress.unit}/s"
+    return "  ".join(shown)
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}"
 
 
-def _bars(stream: TextIO) -> Any:
-    from rich.console import Console
-    from rich.filesize import decimal
-    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-    from rich.text import Text
-
-    class Done(ProgressColumn):
-        """`3.1/13.1 MB 2.0 MB/s` or `12/468 steps 3.2/s`."""
-
-        def render(self, task: Task) -> Text:
-            total, speed = task.total, task.speed
-            if task.fields["unit"] == "B":
-                text = decimal(int(task.completed)) + (f"/{decimal(int(total))}" if total else "")
-                return Text(text + (f"  {decimal(int(speed))}/s" if speed else ""))
-            text = f"{task.completed:,.0f}" + (f"/{total:,.0f}" if total else "") + f" {task.fields['unit']}"
-            return Text(text + (f"  {speed:,.1f}/s" if speed else ""))
-
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
-        Done(),
-        TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[values]}"),
-        console=Console(file=stream, stderr=stream is sys.stderr),
-        transient=True,
-    )
+def _clock(seconds: float) -> str:
+    """`0:07`, `12:34` or `1:02:03`."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -21,17 +21,20 @@ from transformers import AutoTokenizer, TrainerCallback, TrainerControl, Trainer
 from trl import SFTConfig
 
 from tuner.errors import ConfigError, InterruptedRunError, OutOfGpuMemoryError
+from tuner.memory import read_shape
 from tuner.pipeline.adapter import ADAPTER_WEIGHTS, file_digests, write_json
 from tuner.pipeline.kernels import Exact, fuse_lora, prove
 from tuner.pipeline.libraries import versions
 from tuner.pipeline.model import Coverage, Device, attach_lora, load_base_model, pick_device
 from tuner.pipeline.trainer import PackedTrainer
+from tuner.plan import choose_micro_batch, read_setup
 from tuner.runspec import Prepared, Progress, Reporter, RunSpec, Split
 from tuner.training_config import TrainingConfig
 
-# Tokens computed at once. On a GPU so many that decoding 4-bit weights is a twentieth of the work; a step that does not
-# fit the memory takes fewer. On a CPU more only costs memory.
-MICRO_BATCH_TOKENS = {"cuda": 8192, "cpu": 2048}
+CPU_MICRO_BATCH_TOKENS = 2048  # more only costs memory
+# For an architecture whose memory cannot be reckoned: so many that decoding 4-bit weights is a tenth of the work.
+# A step that does not fit takes fewer.
+UNKNOWN_MICRO_BATCH_TOKENS = 2048
 CHECKPOINT_INTERVAL_S = 600  # the most work that a lost machine costs
 KEPT_CHECKPOINTS = 2  # the one before is there when the newest was not written whole
 SEAL = "seal.json"  # the last file of a checkpoint: what the others must be
@@ -255,8 +258,36 @@ def _load_split(split: Split, work_dir: Path) -> Dataset:
     return dataset.select_columns(["input_ids", "labels"]).with_format("numpy")
 
 
+@dataclass(frozen=True)
+class Pieces:
+    """How a step is computed: tokens at once, and whether activations are computed again backward."""
+
+    tokens: int
+    recomputes: bool
+
+
+def choose_pieces(spec: RunSpec, prepared: Prepared, base_dir: Path, device: Device) -> Pieces:
+    """As many tokens as the GPU's free memory holds by the estimate of `tuner plan`, kept activations before recomputed
+    ones. The estimate may be wrong: PackedTrainer gives way where it is."""
+    arguments = spec.training.section("TrainingArguments")
+    written: bool | None = arguments.get("activation_checkpointing", arguments.get("gradient_checkpointing"))
+    if not device.is_cuda:
+        return Pieces(CPU_MICRO_BATCH_TOKENS, bool(written))
+    longest = max(split.longest for split in (prepared.train, prepared.evaluation) if split)
+    try:
+        shape = read_shape(spec.preset.name, json.loads((base_dir / "config.json").read_text(encoding="utf-8")))
+        setup = read_setup(spec.preset, spec.training, shape, torch.cuda.device_count())
+        free_bytes = torch.cuda.mem_get_info(device.device)[0]
+        found = choose_micro_batch(shape, setup, longest=longest, checkpointing=written, memory_bytes=free_bytes)
+    except ConfigError:  # an architecture that memory.py does not know
+        found = None
+    if found is None:
+        return Pieces(max(longest, UNKNOWN_MICRO_BATCH_TOKENS), written is not False)
+    return Pieces(found.tokens, found.checkpointing)
+
+
 def training_arguments(
-    spec: RunSpec, prepared: Prepared, device: Device, output_dir: Path, *, evaluate_first: bool
+    spec: RunSpec, prepared: Prepared, device: Device, pieces: Pieces, output_dir: Path, *, evaluate_first: bool
 ) -> SFTConfig:
     """SFTConfig from TrainingArguments, with what only the machine decides: precision and activation checkpointing.
 
@@ -268,7 +299,7 @@ def training_arguments(
         raise ConfigError(
             f"TrainingArguments.metric_for_best_model: {best!r} is not measured", hint="eval_loss is what there is"
         )
-    recomputes = written.pop("gradient_checkpointing", written.pop("activation_checkpointing", device.is_cuda))
+    recomputes = pieces.recomputes
     written["gradient_checkpointing"] = recomputes
     if "activation_checkpointing" in SFTConfig.__dataclass_fields__:  # its name since transformers 5.20
         written["activation_checkpointing"] = recomputes
@@ -369,15 +400,15 @@ def _optimise(
 ) -> Outcome:
     resume = newest_checkpoint(checkpoints, reporter)
     # The checkpoint carries the evaluation before the first step.
-    arguments = training_arguments(
-        spec, prepared, device, checkpoints, evaluate_first=prepared.evaluation is not None and resume is None
-    )
+    pieces = choose_pieces(spec, prepared, work_dir / prepared.base_model_dir, device)
+    evaluate_first = prepared.evaluation is not None and resume is None
+    arguments = training_arguments(spec, prepared, device, pieces, checkpoints, evaluate_first=evaluate_first)
     model, coverage, exact = _model(spec, prepared, work_dir, device, reporter)
     adapter_dir.mkdir(parents=True, exist_ok=True)
     metrics_file = adapter_dir / METRICS
     metrics_file.unlink(missing_ok=True)
     recorder = _Recorder(stop, reporter, metrics_file)
-    trainer = _trainer(model, exact, arguments, prepared, work_dir, recorder, reporter)
+    trainer = _trainer(model, exact, arguments, pieces, prepared, work_dir, recorder, reporter)
     state = TrainerState.load_from_json(str(resume / "trainer_state.json")) if resume else None
     if resume and state:
         reporter.note(f"resuming after step {state.global_step} of {state.max_steps}")
@@ -443,6 +474,7 @@ def _trainer(
     model: PeftModel,
     exact: Exact,
     arguments: SFTConfig,
+    pieces: Pieces,
     prepared: Prepared,
     work_dir: Path,
     recorder: _Recorder,
@@ -451,7 +483,7 @@ def _trainer(
     tokenizer = AutoTokenizer.from_pretrained(work_dir / prepared.tokenizer_dir, local_files_only=True)
     with _refusals("TrainingArguments"):
         trainer = _Trainer(
-            micro_batch_tokens=MICRO_BATCH_TOKENS["cuda" if not arguments.use_cpu else "cpu"],
+            micro_batch_tokens=pieces.tokens,
             exact=exact,
             say=reporter.warn,
             model=model,
