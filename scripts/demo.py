@@ -79,7 +79,7 @@ def main() -> None:
     transport = ["--plain-http"] if options.plain_http else []
     with serving(DEMO) as url:
         workspace = DEMO / "workspace.yaml"
-        workspace.write_text(WORKSPACE.format(url=url, image="registry.example.com/demo:1"), encoding="utf-8")
+        workspace.write_text(WORKSPACE.format(url=url, image="demo.azurecr.io/demo:1"), encoding="utf-8")
         say("2. tuner run: download, 4-bit QLoRA, package, push")
         flags = ["--base-model", f"{DEMO}/model", "--allow-private-urls", "--output", options.output]
         image = tuner("run", str(workspace), *flags, "--work-dir", f"{DEMO}/work", *transport)

@@ -1,6 +1,7 @@
 """The adapter directory: what readers find in it, what never is in it, and what is refused."""
 
 import json
+import shutil
 import socket
 import struct
 from pathlib import Path
@@ -206,7 +207,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Fetched, Pre
     config = {"TrainingArguments": {"max_steps": 5, "learning_rate": 0.02, "gradient_accumulation_steps": 2}}
     job = make_job(tmp_path_factory.mktemp("adapter"), rows_of("messages", 40), config)
     fetched, prepared = prepared_job(job)
-    return job, fetched, prepared, train(job.spec, fetched, prepared, job.work_dir, Silent())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # the last checkpoint stays, to compare with
+        return job, fetched, prepared, train(job.spec, fetched, prepared, job.work_dir, Silent())
 
 
 IDS = list(range(5, 45))

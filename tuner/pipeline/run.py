@@ -26,6 +26,7 @@ from tuner.pipeline.adapter import (
     run_lock,
     write_json,
 )
+from tuner.pipeline.download import format_bytes
 from tuner.pipeline.fetch import fetch
 from tuner.pipeline.libraries import check_packages, quiet
 from tuner.pipeline.package import adapter_image
@@ -343,8 +344,11 @@ def push(
         case LayoutDestination() | ImageDestination() as destination:
             pushed = deliver(adapter_dir, destination, spec.network, secrets.docker_configs, reporter)
             image, previous, tag = pushed.reference, pushed.previous_digest, pushed.tag
-            if previous and not image.endswith(previous):
-                reporter.note(f"the tag was moved from {previous}")
+            reporter.note(
+                f"pushed {format_bytes(pushed.bytes_sent)}"
+                + (f", {pushed.blobs_skipped} blobs were there" if pushed.blobs_skipped else "")
+                + (f"; the tag was at {previous}" if previous and previous != pushed.digest else "")
+            )
     return RunResult(
         run_digest=spec.digest,
         image=image,
