@@ -21,10 +21,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -260,8 +260,8 @@ def _sign(claims: Mapping[str, object], state: TokenServer, pair: Tls) -> str:
 class Fault:
     """What happens instead, `times` times, to requests whose method and path match.
 
-    Without a status the connection breaks: before the request is passed on, or `after` the registry has done it,
-    and not before `hang_s` have passed.
+    Without a status the connection breaks: before the request is passed on, after `cut_body` bytes of its body, after
+    `cut_answer` bytes of the answer's, or `after` the registry has done it, and not before `hang_s` have passed.
     """
 
     method: str
@@ -272,6 +272,8 @@ class Fault:
     times: int = 1
     after: bool = False
     hang_s: float = 0
+    cut_body: int | None = None
+    cut_answer: int | None = None
 
 
 @dataclass
@@ -284,8 +286,13 @@ class FaultyRegistry:
     change_answer: Callable[[str, str, bytes], bytes] = lambda method, path, body: body
 
 
+class HasHost(Protocol):
+    @property
+    def host(self) -> str: ...
+
+
 @contextlib.contextmanager
-def faulty(registry: RunningRegistry) -> Iterator[FaultyRegistry]:
+def faulty(registry: HasHost) -> Iterator[FaultyRegistry]:
     """Requests to it go to `registry`, but for the faults."""
     state = FaultyRegistry(host="")
 
@@ -293,17 +300,25 @@ def faulty(registry: RunningRegistry) -> Iterator[FaultyRegistry]:
         def _pass_on(self) -> None:
             state.log.append((self.command, self.path, dict(self.headers)))
             fault = self._take_fault()
-            if fault is not None and not fault.after:
+            if fault is not None and fault.cut_body is not None:
+                self._cut(fault)
+                return
+            if fault is not None and not fault.after and fault.cut_answer is None:
                 self._fail(fault)
                 return
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            body = self.read_body()
             upstream = http.client.HTTPConnection(registry.host)
             try:
                 # The same Host, so that the Location of an upload leads here again.
-                upstream.request(self.command, self.path, body=body, headers=dict(self.headers))
+                headers = {
+                    name: ", ".join(self.headers.get_all(name, []))  # skopeo has a line for each Accept
+                    for name in self.headers
+                    if name != "Transfer-Encoding"
+                }
+                upstream.request(self.command, self.path, body=body, headers=headers)
                 answer = upstream.getresponse()
                 content = state.change_answer(self.command, self.path, answer.read())
-                if fault is not None:
+                if fault is not None and fault.cut_answer is None:
                     self._fail(fault)
                     return
                 headers = {
@@ -312,6 +327,9 @@ def faulty(registry: RunningRegistry) -> Iterator[FaultyRegistry]:
                     if name.lower() not in ("content-length", "connection", "transfer-encoding", "date")
                 }
                 length = answer.getheader("Content-Length") if self.command == "HEAD" else None
+                if fault is not None:
+                    length, content = str(len(content)), content[: fault.cut_answer]
+                    self.close_connection = True
                 self.reply(answer.status, content, headers, length=length)
             finally:
                 upstream.close()
@@ -325,6 +343,21 @@ def faulty(registry: RunningRegistry) -> Iterator[FaultyRegistry]:
                     return fault
             return None
 
+        def _cut(self, fault: Fault) -> None:
+            """Part of the body reaches the registry, then both connections break."""
+            upstream = http.client.HTTPConnection(registry.host)
+            upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            body = self.read_body()
+            for name, value in self.headers.items():
+                if name not in ("Transfer-Encoding", "Content-Length"):
+                    upstream.putheader(name, value)
+            upstream.putheader("Content-Length", str(len(body)))
+            upstream.endheaders()
+            upstream.send(body[: fault.cut_body])
+            time.sleep(0.05)  # the registry writes what it has got
+            upstream.close()
+            self._fail(replace(fault, cut_body=None))
+
         def _fail(self, fault: Fault) -> None:
             self.close_connection = True
             time.sleep(fault.hang_s)
@@ -335,7 +368,7 @@ def faulty(registry: RunningRegistry) -> Iterator[FaultyRegistry]:
                 self.connection.close()
                 return
             if not fault.after:
-                self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                self.read_body()
             self.reply(fault.status, fault.body, fault.headers)
 
     with running_server(Handler) as host:
@@ -348,6 +381,16 @@ class QuietHandler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         """Tests read what they need from the server's state."""
+
+    def read_body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
 
     def reply(
         self, status: int, body: bytes, headers: Mapping[str, str] | None = None, *, length: str | None = None

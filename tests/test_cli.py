@@ -603,7 +603,7 @@ def test_a_failed_push_keeps_the_adapter_and_says_how_to_go_on(
     def denied(*arguments: object, **named: object) -> None:
         raise DeniedError("the token has expired")
 
-    monkeypatch.setattr("tuner.pipeline.run.push_image", denied)
+    monkeypatch.setattr("tuner.registry.push_state.push_image", denied)
     ended = tuner("push", adapter_of(finished), "reg.azurecr.io/x:1")
     assert ended.code == 74
     assert f"go on with: tuner push {adapter_of(finished)} reg.azurecr.io/x:1" in ended.err
@@ -852,3 +852,57 @@ def test_ctrl_c_in_training_saves_and_says_how_to_go_on_and_twice_ends_it(tmp_pa
         again = heard.end()
     assert again.code == 130
     assert "SIGTERM again: stopping without a checkpoint" in again.err
+
+
+# ── registry options ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.train
+@pytest.mark.registry
+def test_push_verify_and_resume_with_everything_that_was_asked_for(tuner: Tuner, finished: Path) -> None:
+    with running_registry() as registry:
+        reference = f"{registry.host}/team/adapter:1"
+        flags = ["--plain-http", "--compression", "zstd", "--chunk-size", "65536", "--modelpack", "--provenance"]
+        pushed = tuner("push", adapter_of(finished), reference, *flags)
+        assert pushed.code == 0, pushed.err
+        assert "1-modelpack" in registry.tags("team/adapter")
+        again = tuner("push", "--resume", adapter_of(finished).parent)
+        assert again.code == 0, again.err
+        assert again.out == pushed.out
+        assert "pushed 0 bytes, the rest was there" in again.err
+        verified = tuner("verify", reference, "--plain-http")
+        assert verified.code == 0, verified.err
+        assert verified.out == pushed.out
+
+
+@pytest.mark.train
+def test_verify_finds_an_image_that_contradicts_itself(tuner: Tuner, finished: Path) -> None:
+    layout = finished / "work/image"
+    blob = max((layout / "blobs/sha256").iterdir(), key=lambda path: path.stat().st_size)
+    content = blob.read_bytes()
+    try:
+        blob.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        ended = tuner("verify", f"oci:{layout}:smoke")
+    finally:
+        blob.write_bytes(content)
+    assert ended.code == 65
+    assert "sha256" in ended.err
+
+
+def test_push_wants_what_and_where_or_what_to_resume(tuner: Tuner, tmp_path: Path) -> None:
+    assert tuner("push").code == 64
+    assert tuner("push", "--resume", tmp_path, "more", "than:1").code == 64
+    ended = tuner("push", "--resume", tmp_path)
+    assert ended.code == 66
+    assert "no push was begun" in ended.err
+
+
+def test_plan_answers_without_data_secret_or_gpu(tuner: Tuner, tmp_path: Path) -> None:
+    path = write_workspace(tmp_path / "w.yaml", ["https://example.org/x.parquet"])
+    fits = tuner("plan", path, "--gpu", "24GB")
+    assert fits.code == 0
+    assert "fits" in fits.out
+    assert "Estimates, not measurements" in fits.out
+    assert tuner("plan", path, "--gpu", "V100").code == 78
+    assert tuner("plan", path, "--gpu", "4GB").code == 73
+    assert tuner("plan", path).code == 64

@@ -13,8 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.registries import require
 from tuner.errors import DataError
+from tuner.reference import LayoutReference
+from tuner.registry.compression import Compression
 from tuner.registry.image import BlobStream, FilePart, Image, build_image, measure, sha256_digest
+from tuner.registry.pull import pull_image
+from tuner.registry.push import push_layout
+from tuner.runspec import Silent
 
 ADAPTER = {
     "adapter_config.json": b'{"r": 16}',
@@ -27,7 +33,7 @@ ADAPTER = {
 
 
 def write(directory: Path, files: dict[str, bytes]) -> dict[str, Path]:
-    directory.mkdir(exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -185,6 +191,58 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(files: dict[str, Path])
             file.truncate(10_000)
         with pytest.raises(DataError, match="changed"):
             stream.read()
+
+
+# ── compression ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("compression", ["gzip", "zstd"])
+def test_a_compressed_layer_has_the_digest_of_what_is_sent_and_the_diff_id_of_what_it_holds(
+    files: dict[str, Path], compression: Compression
+) -> None:
+    plain, packed = build_image(files), build_image(files, compression=compression)
+    assert len(packed.layers) == 3
+    for plain_layer, layer in zip(plain.layers, packed.layers, strict=True):
+        with layer.open() as stream:
+            content = stream.readall()
+        assert (layer.digest, layer.size_bytes) == (sha256_digest(content), len(content))
+        assert layer.media_type == f"application/vnd.oci.image.layer.v1.tar+{compression}"
+        assert layer.diff_id == plain_layer.digest
+    diff_ids = json.loads(packed.config_bytes)["rootfs"]["diff_ids"]
+    assert diff_ids == [layer.digest for layer in plain.layers]
+    assert packed.size_bytes < plain.size_bytes
+
+
+@pytest.mark.parametrize("compression", ["gzip", "zstd"])
+def test_a_compressed_layer_can_be_read_again_from_anywhere(files: dict[str, Path], compression: Compression) -> None:
+    layer = build_image(files, compression=compression).layers[2]
+    with layer.open() as stream:
+        whole = stream.readall()
+        for start in (len(whole) - 1, 0, 17, len(whole) // 2, len(whole), len(whole) + 5):
+            stream.seek(start)
+            assert stream.readall() == whole[start:]
+
+
+@pytest.mark.parametrize("compression", ["gzip", "zstd"])
+def test_a_compressed_image_comes_back_and_skopeo_reads_it(
+    files: dict[str, Path], tmp_path: Path, compression: Compression
+) -> None:
+    reference = LayoutReference(tmp_path / "layout", "v1")
+    push_layout(build_image(files, compression=compression), reference, reporter=Silent())
+    pull_image(reference, tmp_path / "out", reporter=Silent())
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == ADAPTER
+    copy = ["--insecure-policy", "copy", "--dest-decompress", f"oci:{tmp_path}/layout:v1", f"dir:{tmp_path}/plain"]
+    subprocess.run([require("skopeo"), *copy], check=True, capture_output=True)
+    layer = build_image(files).layers[2].digest.removeprefix("sha256:")
+    assert (tmp_path / "plain" / layer).is_file()
+
+
+@pytest.mark.parametrize("compression", ["gzip", "zstd"])
+def test_a_file_that_changes_under_the_compressor_is_noticed(files: dict[str, Path], compression: Compression) -> None:
+    layer = build_image(files, compression=compression).layers[2]
+    files["adapter_model.safetensors"].write_bytes(b"other")
+    with layer.open() as stream, pytest.raises(DataError, match="changed"):
+        stream.readall()
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../x", "a/../x", "a//b", ".", "", "a\nb", "a/"])

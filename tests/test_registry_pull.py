@@ -7,6 +7,7 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow
@@ -25,7 +26,7 @@ from tests.registries import (
 from tests.test_registry_image import ADAPTER, write
 from tests.test_registry_push import Recorder, client, push, skopeo
 from tests.test_registry_tar import info, make_tar
-from tuner.errors import ConfigError, DataError, InputMissingError, TunerError
+from tuner.errors import ConfigError, DataError, InputMissingError, ServiceError, TunerError
 from tuner.reference import ImageReference, LayoutReference
 from tuner.registry.credentials import Credential
 from tuner.registry.extract import Limits
@@ -608,3 +609,29 @@ def test_no_image_reaches_outside_or_leaves_a_link(
     assert sorted(path.name for path in directory.iterdir()) == ["made", "out"]
     assert not [path for path in (directory / "out").rglob("*") if path.is_symlink()]
     assert set(tree(directory / "out")) == set(pulled.files)
+
+
+# ── disks ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_image_larger_than_the_disk_is_refused_before_it_is_fetched(image: Image, tmp_path: Path) -> None:
+    weights = image.layers[2]
+    manifest = json.loads(image.manifest_bytes)
+    manifest["layers"][2]["size"] = 400 << 40
+    huge = Image(canonical_json(manifest), image.config, image.layers)
+    push_layout(huge, LayoutReference(tmp_path / "layout", "v1"), reporter=Silent())
+    limits = Limits(download_bytes=1 << 60)
+    assert weights.size_bytes < 1 << 30
+    with pytest.raises(ServiceError, match="are free there"):
+        pull_image(LayoutReference(tmp_path / "layout", "v1"), tmp_path / "out", limits=limits, reporter=Silent())
+
+
+def test_writers_to_one_layout_keep_each_others_images(image: Image, tmp_path: Path) -> None:
+    def write_tag(number: int) -> None:
+        push_layout(image, LayoutReference(tmp_path / "layout", f"v{number}"), reporter=Silent())
+
+    write_tag(0)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write_tag, range(1, 17)))
+    digests = [layout_digest(LayoutReference(tmp_path / "layout", f"v{number}")) for number in range(17)]
+    assert digests == [image.digest] * 17

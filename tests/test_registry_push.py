@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fake_registry import fake_registry
 from tests.registries import (
     PASSWORD,
     USER,
@@ -525,3 +527,117 @@ def test_a_broken_download_goes_on_where_it_broke(registry: RunningRegistry, ima
         with client(proxy.host, name="ranges") as connected, layer.open() as stream:
             assert b"".join(connected.download_blob(layer.digest, layer.size_bytes)) == stream.read()
         assert [headers.get("Range") for _, _, headers in proxy.log] == [None, "bytes=300000-"]
+
+
+def test_a_download_that_breaks_again_and_again_still_arrives(registry: RunningRegistry, image: Image) -> None:
+    push(image, registry.host, name="breaks")
+    layer = image.layers[2]
+    with faulty(registry) as proxy:
+        proxy.faults.append(Fault("GET", "/blobs/", cut_answer=200_000, times=100))
+        with client(proxy.host, name="breaks") as connected, layer.open() as stream:
+            assert b"".join(connected.download_blob(layer.digest, layer.size_bytes)) == stream.readall()
+        starts = [headers.get("Range") for _, _, headers in proxy.log]
+    assert starts == sorted(starts, key=lambda text: int((text or "bytes=0-")[6:-1]))
+    assert len(starts) == len(set(starts)) > 5
+
+
+# ── pieces and mounts ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_blob_goes_out_in_pieces_where_that_is_wanted(registry: RunningRegistry, image: Image) -> None:
+    with faulty(registry) as proxy:
+        pushed = push(image, proxy.host, name="pieces", chunk_bytes=500_000)
+        ranges = [headers.get("Content-Range") for method, _, headers in proxy.log if method == "PATCH"]
+    last = image.layers[2].size_bytes - 1
+    assert pushed.bytes_sent == image.size_bytes
+    assert ranges[3:] == ["0-499999", "500000-999999", f"1000000-{last}"]
+
+
+def test_a_piece_that_breaks_goes_on_where_the_registry_has_it(image: Image) -> None:
+    with fake_registry(break_after=[10**9] * 4 + [100]) as fake:
+        assert push(image, fake.host, chunk_bytes=500_000).digest == image.digest
+        ranges = [headers.get("Content-Range") for method, _, headers in fake.log if method == "PATCH"]
+    assert ranges[4:6] == ["500000-999999", "500100-1000099"]
+
+
+def test_pieces_are_not_smaller_than_the_registry_wants_them(image: Image) -> None:
+    with fake_registry(least_chunk_bytes=1_000_000) as fake:
+        push(image, fake.host, chunk_bytes=10)
+        ranges = [headers.get("Content-Range") for method, _, headers in fake.log if method == "PATCH"]
+    assert ranges[3:] == ["0-999999", f"1000000-{image.layers[2].size_bytes - 1}"]
+
+
+def test_a_blob_of_another_repository_is_taken_over(registry: RunningRegistry, image: Image) -> None:
+    push(image, registry.host, name="base")
+    reference = ImageReference(registry.host, "mounted", "v1")
+    with client(registry.host, name="mounted") as connected:
+        probe_push(reference, connected)
+        pushed = push_image(image, reference, connected, mount_from="base", reporter=Silent())
+    assert (pushed.bytes_sent, pushed.blobs_skipped) == (0, 4)
+
+
+@pytest.mark.parametrize("reason", ["not there", "no permission", "no mounts"])
+def test_a_blob_that_can_not_be_taken_over_is_sent(image: Image, reason: str) -> None:
+    if reason == "no mounts":
+        with fake_registry(knows_mount=False) as fake, client(fake.host) as connected:
+            reference = ImageReference(fake.host, "adapters/phi", "v1")
+            probe_push(reference, connected)
+            assert push_image(image, reference, connected, mount_from="base", reporter=Silent()).blobs_skipped == 0
+            assert fake.uploads == {}, "an upload was left open"
+        return
+    with (
+        running_token_server({USER: {"pull", "push"}}) as tokens,
+        running_registry(token_server=tokens) as secured,
+        faulty(secured) as proxy,
+    ):
+        if reason == "no permission":
+            challenge = {
+                "WWW-Authenticate": f'Bearer realm="{tokens.url}",service="tests",scope="repository:base:pull"'
+            }
+            proxy.faults.append(Fault("POST", "mount=", 401, challenge, times=100))
+        reference = ImageReference(proxy.host, "adapters/phi", "v1")
+        with client(proxy.host, Credential("k", USER, PASSWORD)) as connected:
+            probe_push(reference, connected)
+            pushed = push_image(image, reference, connected, mount_from="base", reporter=Silent())
+        assert pushed.digest == image.digest
+        assert pushed.blobs_skipped == 0
+
+
+def test_a_refused_mount_is_not_asked_for_again_with_the_next_token(image: Image) -> None:
+    with (
+        running_token_server({USER: {"pull", "push"}}) as tokens,
+        running_registry(token_server=tokens) as secured,
+        faulty(secured) as proxy,
+    ):
+        tokens.lifetime_s = 1
+        parameters = f'realm="{tokens.url}",service="tests",scope="repository:base:pull"'
+        challenge = {"WWW-Authenticate": f"Bearer {parameters}"}
+        proxy.faults.append(Fault("POST", "mount=", 401, challenge, times=100))
+        proxy.faults.append(Fault("PUT", "/manifests/", 503, hang_s=1))
+        reference = ImageReference(proxy.host, "adapters/phi", "v1")
+        with client(proxy.host, Credential("k", USER, PASSWORD)) as connected:
+            probe_push(reference, connected)
+            push_image(image, reference, connected, mount_from="base", reporter=Silent())
+    scopes = [request["scope"] for request in tokens.requests]
+    assert any("repository:base:pull" in scope for scope in scopes)
+    assert scopes[-1] == ["repository:adapters/phi:pull,push"]
+
+
+def test_a_name_that_leads_inside_is_found_out_when_the_connection_stands(
+    registry: RunningRegistry, image: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = socket.getaddrinfo
+
+    def getaddrinfo(host: str, *rest: object, **options: object) -> object:
+        return real("127.0.0.1" if host == "storage.example.com" else host, *rest, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    with faulty(registry) as proxy, faulty(registry) as inside, client(proxy.host) as connected:
+        port = inside.host.rpartition(":")[2]
+        target = {"Location": f"http://storage.example.com:{port}/v2/x?sig=s3cr3t"}
+        proxy.faults.append(Fault("POST", UPLOAD, 202, target))
+        connected.for_push()
+        with pytest.raises(DeniedError, match=r"storage\.example\.com leads to 127\.0\.0\.1 is a loopback") as caught:
+            connected.upload_blob(image.config, on_progress=lambda _: None)
+        assert inside.log == []
+    assert "s3cr3t" not in caught.value.message

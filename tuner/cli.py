@@ -29,6 +29,8 @@ from tuner.errors import (
 )
 
 if TYPE_CHECKING:
+    from tuner.registry.push import Pushed
+    from tuner.registry.push_state import PushOptions
     from tuner.request import Request, Run
     from tuner.runspec import Destination, Network, Prepared, RunSpec, Source
     from tuner.talk import Talk
@@ -89,6 +91,17 @@ TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run 
 DigestFile = Annotated[
     Path | None, typer.Option("--digest-file", metavar="F", help="write the pushed digest to this file")
 ]
+Compression = Annotated[
+    str, typer.Option("--compression", metavar="C", help="of the image's layers: none, zstd or gzip")
+]
+ChunkSize = Annotated[
+    int | None, typer.Option("--chunk-size", metavar="BYTES", min=1, help="upload blobs in pieces [whole]")
+]
+PushDeadline = Annotated[
+    float, typer.Option("--push-deadline", metavar="S", min=1, help="seconds after which a push gives up")
+]
+ModelPack = Annotated[bool, typer.Option("--modelpack", help="a ModelPack manifest beside the image, at TAG-modelpack")]
+Provenance = Annotated[bool, typer.Option("--provenance", help="an unsigned in-toto statement as a referrer")]
 AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON on stdout")]
 
 
@@ -264,18 +277,24 @@ def run(
     no_preflight: NoPreflight = False,
     trust_remote_code: TrustRemoteCode = False,
     digest_file: DigestFile = None,
+    compression: Compression = "none",
+    chunk_size: ChunkSize = None,
+    push_deadline: PushDeadline = 1800,
+    modelpack: ModelPack = False,
+    provenance: Provenance = False,
     as_json: AsJson = False,
 ) -> None:
     """Download, train, package and push: the whole Workspace on this machine."""
     from tuner.pipeline.run import run as run_stages
 
     request = _request(locals())
+    options = _push_options(compression, chunk_size, push_deadline, modelpack, provenance)
     file = _workspace_file(workspace, model, data, method, request)
     built, directory = _build(file, request, work_dir)
     _check_digest_file(digest_file, built.spec.destination)
     with _talk() as talk:
         _introduce(built, talk)
-        result = run_stages(built.spec, built.secrets, directory, talk, on_stage=talk.stage)
+        result = run_stages(built.spec, built.secrets, directory, talk, on_stage=talk.stage, options=options)
         talk.note(
             f"done in {result.seconds:,.0f} s: {result.steps:,} steps, loss {result.train_loss:.4g}"
             + (
@@ -285,6 +304,24 @@ def run(
             )
         )
     _deliver(result.image, digest_file, result.model_dump(mode="json") if as_json else None)
+
+
+def _push_options(
+    compression: str, chunk_size: int | None, deadline_s: float, modelpack: bool, provenance: bool
+) -> "PushOptions":
+    from tuner.registry.push_state import PushOptions
+
+    if compression not in ("none", "zstd", "gzip"):
+        raise UsageError(f"--compression {compression}: there is none, zstd and gzip")
+    return PushOptions.model_validate(
+        {
+            "compression": compression,
+            "chunk_bytes": chunk_size,
+            "deadline_s": deadline_s,
+            "modelpack": modelpack,
+            "provenance": provenance,
+        }
+    )
 
 
 @app.command(epilog="Example: tuner check --data workspace.yaml")
@@ -367,6 +404,8 @@ def plan(
     prepared = Prepared.load(prepared_file) if prepared_file else None
     made = make_plan(built.spec.preset, built.spec.training, machine, prepared=prepared, price_per_hour=price or None)
     print(json.dumps(plan_as_json(made)) if as_json else describe_plan(made))
+    if made.exit_code:
+        _say(f"error: {made.verdict}")
     return made.exit_code
 
 
@@ -387,6 +426,7 @@ def _request(typed: Mapping[str, Any]) -> "Request":
         overwrite=not typed["no_overwrite"],
         preflight=not typed["no_preflight"],
         trust_remote_code=typed["trust_remote_code"],
+        world_size=_gpu_count(),
     )
 
 
@@ -511,6 +551,15 @@ def _destination(destination: "Destination") -> str:
             return f"oci:{path}:{tag}"
         case DirectoryDestination(path=path):
             return path
+
+
+def _gpu_count() -> int:
+    """GPUs that a run here would use, without asking torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    present = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    if visible is not None and present:
+        return max(1, min(present, len([name for name in visible.split(",") if name.strip()])))
+    return max(1, present)
 
 
 def _plan(spec: "RunSpec") -> str:
@@ -701,28 +750,96 @@ def stage(
 
 @app.command(epilog="Example: tuner push tuner-work/my-run/adapter-0123456789ab myregistry.azurecr.io/adapter:1")
 def push(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="an adapter directory")],
-    image: Annotated[str, typer.Argument(metavar="IMAGE", help="registry/name:tag or oci:DIR:TAG")],
+    directory: Annotated[Path | None, typer.Argument(metavar="DIR", help="an adapter directory")] = None,
+    image: Annotated[str | None, typer.Argument(metavar="IMAGE", help="registry/name:tag or oci:DIR:TAG")] = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", metavar="DIR", help="finish the push that push-state.json there began")
+    ] = None,
     docker_config: DockerConfig = None,
     plain_http: PlainHttp = False,
     ca: Ca = None,
     no_overwrite: NoOverwrite = False,
     digest_file: DigestFile = None,
+    compression: Compression = "none",
+    chunk_size: ChunkSize = None,
+    push_deadline: PushDeadline = 1800,
+    modelpack: ModelPack = False,
+    provenance: Provenance = False,
 ) -> None:
     """Package an adapter directory and push it; equal files give the digest that the run would have pushed."""
-    from tuner.pipeline.run import deliver
+    from tuner.pipeline.run import deliver, resume_push
     from tuner.request import docker_configs_for, parse_output
     from tuner.runspec import DirectoryDestination
 
+    if resume:
+        if directory or image:
+            raise UsageError("--resume DIR knows what to push and where", hint=f"tuner push --resume {resume}")
+        with _talk() as talk:
+            pushed = resume_push(resume, docker_configs_for(docker_config, os.environ), talk)
+            _say_pushed(pushed, talk)
+        _deliver(pushed.reference, digest_file, None)
+        return
+    if directory is None or image is None:
+        raise UsageError("give DIR and IMAGE, or --resume DIR", hint="tuner push ./adapter myregistry.azurecr.io/a:1")
+    options = _push_options(compression, chunk_size, push_deadline, modelpack, provenance)
     destination = parse_output(image, overwrite=not no_overwrite)
     if isinstance(destination, DirectoryDestination):
         raise UsageError(f"{image} names no registry", hint="registry/name:tag, or oci:DIR:TAG for a layout on disk")
     _check_digest_file(digest_file, destination)
     with _talk() as talk:
         credentials = docker_configs_for(docker_config, os.environ)
-        pushed = deliver(directory, destination, _network(plain_http, ca), credentials, talk)
-        talk.note(f"pushed {pushed.bytes_sent:,} bytes" + (", the rest was there" if pushed.blobs_skipped else ""))
+        pushed = deliver(directory, destination, _network(plain_http, ca), credentials, talk, options=options)
+        _say_pushed(pushed, talk)
     _deliver(pushed.reference, digest_file, None)
+
+
+def _say_pushed(pushed: "Pushed", talk: "Talk") -> None:
+    talk.note(f"pushed {pushed.bytes_sent:,} bytes" + (", the rest was there" if pushed.blobs_skipped else ""))
+
+
+@app.command(epilog="Example: tuner verify myregistry.azurecr.io/adapter:1")
+def verify(
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="registry/name:tag or oci:DIR:TAG")],
+    load: Annotated[
+        Path | None, typer.Option("--load", metavar="DIR", help="load it with PEFT on the base model in DIR too")
+    ] = None,
+    docker_config: DockerConfig = None,
+    plain_http: PlainHttp = False,
+    ca: Ca = None,
+) -> None:
+    """Check an adapter image: every digest, what must be in it, that it agrees with its lock, and its weights."""
+    from tempfile import TemporaryDirectory
+
+    from tuner.pipeline.adapter import ADAPTER_WEIGHTS, check_weights
+    from tuner.reference import LayoutReference, parse_destination
+    from tuner.registry import client_for
+    from tuner.registry.verify import verify_image
+    from tuner.request import docker_configs_for
+
+    reference = parse_destination(image)
+    with _talk() as talk, TemporaryDirectory() as folder:
+        directory = Path(folder) / "adapter"
+        if isinstance(reference, LayoutReference):
+            verified = verify_image(reference, directory, reporter=talk)
+        else:
+            credentials = docker_configs_for(docker_config, os.environ)
+            with client_for(reference, _network(plain_http, ca), credentials, reporter=talk) as client:
+                verified = verify_image(reference, directory, client, reporter=talk)
+        check_weights(directory / ADAPTER_WEIGHTS)
+        if load:
+            _load_with_peft(directory, load)
+        talk.note(f"{len(verified.files)} files are what they say" + (", and PEFT loads them" if load else ""))
+    print(reference.with_digest(verified.digest))
+
+
+def _load_with_peft(adapter: Path, base: Path) -> None:
+    from tuner.pipeline.libraries import check_packages, quiet
+
+    check_packages()
+    quiet()
+    from tuner.pipeline.model import load_adapter
+
+    load_adapter(base, adapter)
 
 
 @app.command(epilog="Example: tuner pull myregistry.azurecr.io/adapter:1 ./adapter")

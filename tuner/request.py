@@ -130,7 +130,11 @@ def build_run(file: WorkspaceFile, request: Request, work_dir: Path, env: Mappin
         trust_remote_code=request.trust_remote_code,
     )
     secrets = Secrets(
-        queries=queries, docker_configs=push.texts, pull_docker_configs=pull.texts, hf_token="".join(hub.texts) or None
+        queries=queries,
+        docker_configs=push.texts,
+        pull_docker_configs=pull.texts,
+        hf_token="".join(hub.texts) or None,
+        push_docker_config_file=push.file,
     )
     notes = (*file.notes, *training.notes, *_notes(tuning, training, request, work_dir))
     return Run(spec, secrets, notes, Credentials(push=push.origin, pull=pull.origin, hub=hub.origin))
@@ -454,6 +458,7 @@ class _Found:
 
     texts: tuple[str, ...] = field(default=(), repr=False)
     origin: str = "none needed"
+    file: str | None = None  # to be read again when they are needed
 
 
 def _push_credentials(
@@ -464,12 +469,15 @@ def _push_credentials(
     if not isinstance(target, ImageDestination):
         return _Found()
     if request.docker_config:
-        return _Found((_read_docker_config(request.docker_config),), f"--docker-config {request.docker_config}")
+        origin = f"--docker-config {request.docker_config}"
+        return _Found(
+            (_read_docker_config(request.docker_config),), origin, str(_config_file(request.docker_config).absolute())
+        )
     if name and name in file.secrets:
         return _Found((file.secrets[name].docker_config(),), f"Secret {name!r} in the Workspace's file")
     found = _users_docker_config(env)
     if found:
-        return _Found((_read_docker_config(found),), str(found))
+        return _Found((_read_docker_config(found),), str(found), str(found.absolute()))
     if name:
         raise _no_secret("tuning.output.imagePushSecret", name)
     return _Found(origin="anonymous")
@@ -551,10 +559,15 @@ def _users_docker_config(env: Mapping[str, str]) -> Path | None:
     return path if path and path.is_file() else None
 
 
-def _read_docker_config(path: Path) -> str:
-    """The text of a config.json, or of the one in a directory. No message has a word of it."""
+def _config_file(path: Path) -> Path:
+    """The docker config that a flag means: the file itself, or the one in a directory."""
     path = path.expanduser()
-    path = path / "config.json" if path.is_dir() else path
+    return path / "config.json" if path.is_dir() else path
+
+
+def _read_docker_config(given: Path) -> str:
+    """The text of a config.json, or of the one in a directory. No message has a word of it."""
+    path = _config_file(given)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

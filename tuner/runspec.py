@@ -219,6 +219,16 @@ class Secrets:
     docker_configs: tuple[str, ...] = field(default=(), repr=False)  # JSON texts: push, first match wins
     pull_docker_configs: tuple[str, ...] = field(default=(), repr=False)
     hf_token: str | None = field(default=None, repr=False)
+    push_docker_config_file: str | None = None  # where docker_configs was read, if from a file
+
+    def push_docker_configs(self) -> tuple[str, ...]:
+        """The docker configs to push with, read again: a token that was renewed while the GPU worked is the one."""
+        if self.push_docker_config_file is None:
+            return self.docker_configs
+        try:
+            return (Path(self.push_docker_config_file).read_text(encoding="utf-8"),)
+        except (OSError, UnicodeDecodeError):
+            return self.docker_configs
 
     def save(self, path: Path) -> None:
         """Write them to a file that only its owner can read."""

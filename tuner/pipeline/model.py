@@ -1,6 +1,8 @@
 """Base weights → quantized model with LoRA, and what LoRA covers."""
 
+import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from tuner.errors import ConfigError, did_you_mean
+from tuner.errors import ConfigError, DataError, did_you_mean
 from tuner.pipeline.kernels import DOCUMENT_ATTENTION
 from tuner.training_config import TrainingConfig, resolve_target_modules
 
@@ -32,19 +34,25 @@ class Device:
         return bool(self.device.type == "cuda")
 
 
+def gpu_count() -> int:
+    """How many GPUs this process may use; 0 where there is none."""
+    return int(torch.cuda.device_count()) if torch.cuda.is_available() else 0
+
+
 def pick_device() -> Device:
-    """The first GPU, or the CPU. Raises ConfigError for a GPU that the installed torch has no kernels for."""
+    """This process's GPU, or the CPU. Raises ConfigError for a GPU that the installed torch has no kernels for."""
     if not torch.cuda.is_available():
         return Device(torch.device("cpu"), torch.float32, "CPU")
-    major, minor = torch.cuda.get_device_capability(0)
-    name = torch.cuda.get_device_name(0)
-    problem = kernel_problem(name, (major, minor), torch.cuda.get_arch_list())
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    capability = torch.cuda.get_device_capability(number)
+    name = torch.cuda.get_device_name(number)
+    problem = kernel_problem(name, capability, torch.cuda.get_arch_list())
     if problem:
         raise ConfigError(
             problem, hint="install a torch built for it (torch 2.7 with CUDA 12.6 has sm_70), or another GPU"
         )
-    dtype = torch.bfloat16 if major >= 8 else torch.float16
-    return Device(torch.device("cuda", 0), dtype, name)
+    dtype = torch.bfloat16 if capability >= (8, 0) else torch.float16
+    return Device(torch.device("cuda", number), dtype, name)
 
 
 def kernel_problem(name: str, capability: tuple[int, int], architectures: list[str]) -> str | None:
@@ -220,3 +228,15 @@ def _parameter_count(model: nn.Module) -> int:
         state = getattr(parameter, "quant_state", None)
         total += state.shape.numel() if state is not None else parameter.numel()
     return total
+
+
+def load_adapter(base: Path, adapter: Path) -> PeftModel:
+    """The adapter on its base, as somebody would serve it. Raises DataError when PEFT cannot put it there."""
+    model = AutoModelForCausalLM.from_pretrained(base, local_files_only=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing adapter keys.*")
+        try:
+            return PeftModel.from_pretrained(model, adapter)
+        except (ValueError, TypeError, RuntimeError, KeyError, UserWarning) as error:
+            sentence = " ".join(str(error).split())
+            raise DataError(f"PEFT cannot load the adapter on {base}: {sentence[:300]}") from error

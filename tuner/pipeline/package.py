@@ -6,6 +6,7 @@ from typing import Any
 
 from tuner.errors import ConfigError, InputMissingError
 from tuner.pipeline.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER_FILES, check_weights
+from tuner.registry.compression import Compression
 from tuner.registry.image import Image, build_image
 
 LOCK = "run.lock.json"
@@ -14,7 +15,7 @@ LOCK = "run.lock.json"
 PACKAGED_FILES = frozenset({ADAPTER_CONFIG, ADAPTER_WEIGHTS, "README.md", "metrics.jsonl", LOCK}) | (TOKENIZER_FILES)
 
 
-def adapter_image(directory: Path) -> Image:
+def adapter_image(directory: Path, compression: Compression = "none") -> Image:
     """The image of an adapter directory; equal files give equal bytes, whoever packages them.
 
     Raises InputMissingError when the two files that every reader needs are not there.
@@ -24,7 +25,7 @@ def adapter_image(directory: Path) -> Image:
             raise InputMissingError(f"{directory}: no adapter, there is no {name} in it")
     check_weights(directory / ADAPTER_WEIGHTS)
     files = {path.name: path for path in sorted(directory.iterdir()) if path.name in PACKAGED_FILES}
-    return build_image(files, annotations=annotations(directory))
+    return build_image(files, annotations=annotations(directory), compression=compression)
 
 
 def annotations(directory: Path) -> dict[str, str]:

@@ -18,7 +18,7 @@ from rich.text import Text
 from tuner.errors import ConfigError, DataError, InputMissingError
 from tuner.pipeline.dataset import BadRow, Conversation, DataFile, Origin, Row, read_shaped_rows
 from tuner.pipeline.labels import FALLBACK_CHAT_TEMPLATE, Example, Labeller
-from tuner.pipeline.libraries import quiet
+from tuner.pipeline.libraries import check_packages, quiet
 from tuner.pipeline.prepare import LONGEST_DEFAULT, MOST_OVER_LENGTH, texts_of
 from tuner.presets import Preset, find_preset, preset_from_directory
 from tuner.runspec import Progress, Reporter
@@ -105,6 +105,7 @@ def load_preview(
     Without `preset` the base model's own facts hold, else those of DEFAULT_PRESET. Raises InputMissingError,
     DataError (a file that cannot be read, no usable row) and ConfigError (preset, config, tokenizer, chat template).
     """
+    check_packages()
     quiet()
     facts = _preset(preset, base_model)
     training = _training(facts, config)

@@ -11,11 +11,13 @@ import hashlib
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypeVar
 
-from tuner.errors import ConfigError, DeniedError, InputMissingError, NotPushedError, TunerError
+from tuner.errors import ConfigError, DeniedError, InputMissingError, TunerError
 from tuner.pipeline.adapter import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -28,6 +30,7 @@ from tuner.pipeline.adapter import (
 )
 from tuner.pipeline.download import format_bytes
 from tuner.pipeline.fetch import fetch
+from tuner.pipeline.launch import is_worker, rank, train_in_processes
 from tuner.pipeline.libraries import check_packages, quiet
 from tuner.pipeline.package import adapter_image
 from tuner.pipeline.prepare import prepare
@@ -36,7 +39,8 @@ from tuner.registry import client_for
 from tuner.registry.credentials import parse_credentials
 from tuner.registry.layout import layout_digest
 from tuner.registry.probe import probe_push
-from tuner.registry.push import Pushed, push_image, push_layout
+from tuner.registry.push import Pushed, push_layout
+from tuner.registry.push_state import PushOptions, load_push_state, push_resumably
 from tuner.request import all_at_once
 from tuner.runspec import (
     Destination,
@@ -45,6 +49,7 @@ from tuner.runspec import (
     FetchedModel,
     HubModel,
     ImageDestination,
+    ImageModel,
     LayoutDestination,
     Network,
     Prepared,
@@ -53,6 +58,7 @@ from tuner.runspec import (
     RunSpec,
     Scalar,
     Secrets,
+    Silent,
     StageName,
     Trained,
 )
@@ -62,7 +68,13 @@ _SPARE_DISK_BYTES = 2 * 2**30  # tokens, checkpoints, adapter
 
 
 def run(
-    spec: RunSpec, secrets: Secrets, work_dir: Path, reporter: Reporter, *, on_stage: Callable[[StageName], None]
+    spec: RunSpec,
+    secrets: Secrets,
+    work_dir: Path,
+    reporter: Reporter,
+    *,
+    on_stage: Callable[[StageName], None],
+    options: PushOptions | None = None,
 ) -> RunResult:
     """Everything, in one process. `on_stage` is told as each stage begins. Raises the TunerError of what failed."""
     started = time.monotonic()
@@ -76,7 +88,7 @@ def run(
     on_stage("train")
     trained = train(spec, fetched, prepared, work_dir, reporter)
     on_stage("push")
-    return push(spec, secrets, trained, work_dir, reporter, started=started)
+    return push(spec, secrets, trained, work_dir, reporter, started=started, options=options)
 
 
 def run_stage(
@@ -98,6 +110,9 @@ def run_stage(
         case "prepare":
             prepared = prepare(spec, _left(Fetched, work_dir / FETCHED, spec), work_dir, reporter)
             return {"train_rows": prepared.train.rows, "bad_rows": prepared.bad_rows}
+        case "train" if rank() > 0:
+            _help_train(spec, work_dir)
+            return {}
         case "train":
             fetched = _left(Fetched, work_dir / FETCHED, spec)
             trained = train(spec, fetched, _left(Prepared, work_dir / PREPARED, spec), work_dir, reporter)
@@ -230,6 +245,16 @@ def _probe(destination: ImageDestination, spec: RunSpec, secrets: Secrets, repor
         found = probe_push(reference, client)
     if found.existing_digest and not destination.overwrite:
         raise _exists(str(reference), found.existing_digest)
+    if found.expires_at and found.expires_at <= datetime.now(UTC):
+        raise DeniedError(
+            f"{reference}: the credential has expired, at {found.expires_at:%Y-%m-%d %H:%M} UTC",
+            hint="renew it: az acr login, docker login, or a new imagePushSecret",
+        )
+    if found.expires_at:
+        reporter.warn(
+            f"the credential for {reference.registry} ends at {found.expires_at:%Y-%m-%d %H:%M} UTC: if training takes "
+            "longer, renew it meanwhile (it is read again for the push)"
+        )
     tag = f"; its tag has {found.existing_digest} now" if found.existing_digest else ""
     reporter.note(f"may push to {reference} with {found.credential}{tag}")
 
@@ -245,8 +270,12 @@ def train(spec: RunSpec, fetched: Fetched, prepared: Prepared, work_dir: Path, r
         reporter.note(f"already trained: {work_dir / done.adapter_dir}")
         return done
     quiet()
+    from tuner.pipeline.model import gpu_count
     from tuner.pipeline.train import Stop, optimise
 
+    if not is_worker() and gpu_count() > 1:
+        train_in_processes(spec, work_dir, gpu_count(), reporter)
+        return Trained.load(work_dir / TRAINED)
     # A name of its own, so that an adapter of other inputs in the same work directory stays.
     adapter_dir = work_dir / f"adapter-{inputs[:12]}"
     if adapter_dir.exists():
@@ -301,6 +330,18 @@ def train(spec: RunSpec, fetched: Fetched, prepared: Prepared, work_dir: Path, r
     return trained
 
 
+def _help_train(spec: RunSpec, work_dir: Path) -> None:
+    """One of several training processes, but the first: it shares the work and leaves nothing of its own."""
+    quiet()
+    from tuner.pipeline.train import Stop, optimise
+
+    fetched = _left(Fetched, work_dir / FETCHED, spec)
+    prepared = _left(Prepared, work_dir / PREPARED, spec)
+    checkpoints = work_dir / "checkpoints" / inputs_digest(fetched)[:12]
+    with TemporaryDirectory() as nowhere, Stop(lambda _: None).listening() as stop:
+        optimise(spec, prepared, work_dir, Path(nowhere), checkpoints, stop, Silent())
+
+
 def inputs_digest(fetched: Fetched) -> str:
     """sha256 over the run's digest and the content of everything it fetched: what the adapter depends on."""
     parts = [fetched.run_digest, *(file.sha256 for file in fetched.files)]
@@ -329,7 +370,14 @@ def _base_to_name(spec: RunSpec, fetched: Fetched) -> FetchedModel | None:
 
 
 def push(
-    spec: RunSpec, secrets: Secrets, trained: Trained, work_dir: Path, reporter: Reporter, *, started: float
+    spec: RunSpec,
+    secrets: Secrets,
+    trained: Trained,
+    work_dir: Path,
+    reporter: Reporter,
+    *,
+    started: float,
+    options: PushOptions | None = None,
 ) -> RunResult:
     """Package and deliver. Raises NotPushedError, with the command that finishes, whatever the registry said."""
     adapter_dir = work_dir / trained.adapter_dir
@@ -342,7 +390,10 @@ def push(
             shutil.copytree(adapter_dir, target, dirs_exist_ok=True)
             image = str(target)
         case LayoutDestination() | ImageDestination() as destination:
-            pushed = deliver(adapter_dir, destination, spec.network, secrets.docker_configs, reporter)
+            wanted = _mounting(options or PushOptions(), spec, destination)
+            pushed = deliver(
+                adapter_dir, destination, spec.network, secrets.push_docker_configs(), reporter, options=wanted
+            )
             image, previous, tag = pushed.reference, pushed.previous_digest, pushed.tag
             reporter.note(
                 f"pushed {format_bytes(pushed.bytes_sent)}"
@@ -370,19 +421,51 @@ def deliver(
     network: Network,
     docker_configs: Sequence[str],
     reporter: Reporter,
+    *,
+    options: PushOptions,
 ) -> Pushed:
     """Push an adapter directory as an image; whatever a registry says becomes NotPushedError with what to do next."""
-    image = adapter_image(adapter_dir)
+    image = adapter_image(adapter_dir, options.compression)
     match destination:
         case LayoutDestination(path=path, tag=tag, overwrite=overwrite):
             return push_layout(image, LayoutReference(Path(path), tag), overwrite=overwrite, reporter=reporter)
         case ImageDestination(reference=text, overwrite=overwrite):
-            reference = parse_reference(text)
-            try:
-                with client_for(reference, network, docker_configs, reporter=reporter) as client:
-                    return push_image(image, reference, client, overwrite=overwrite, reporter=reporter)
-            except TunerError as error:
-                raise NotPushedError(
-                    f"trained, but not pushed: {error.message}",
-                    hint=f"the adapter is kept; finish with: tuner push {adapter_dir} {reference}",
-                ) from error
+            return push_resumably(
+                image,
+                parse_reference(text),
+                adapter_dir=adapter_dir,
+                directory=adapter_dir.parent,
+                overwrite=overwrite,
+                network=network,
+                docker_configs=docker_configs,
+                options=options,
+                reporter=reporter,
+            )
+
+
+def resume_push(directory: Path, docker_configs: Sequence[str], reporter: Reporter) -> Pushed:
+    """Finish the push that push-state.json in `directory` is about: only what the registry lacks is sent."""
+    state = load_push_state(directory)
+    adapter_dir = state.adapter_path(directory)
+    image = adapter_image(adapter_dir, state.options.compression)
+    state.check_image(image, directory)
+    return push_resumably(
+        image,
+        parse_reference(state.reference),
+        adapter_dir=adapter_dir,
+        directory=directory,
+        overwrite=state.overwrite,
+        network=state.network,
+        docker_configs=docker_configs,
+        options=state.options,
+        reporter=reporter,
+    )
+
+
+def _mounting(options: PushOptions, spec: RunSpec, destination: ImageDestination | LayoutDestination) -> PushOptions:
+    """With a base image in the same registry, what the adapter shares with it need not be sent."""
+    if isinstance(spec.base_model, ImageModel) and isinstance(destination, ImageDestination):
+        base = parse_reference(spec.base_model.reference)
+        if base.registry == parse_reference(destination.reference).registry:
+            return options.model_copy(update={"mount_from": base.repository})
+    return options

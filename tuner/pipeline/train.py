@@ -24,6 +24,7 @@ from tuner.errors import ConfigError, InterruptedRunError, OutOfGpuMemoryError
 from tuner.memory import read_shape
 from tuner.pipeline.adapter import ADAPTER_WEIGHTS, file_digests, write_json
 from tuner.pipeline.kernels import Exact, fuse_lora, prove
+from tuner.pipeline.launch import is_worker
 from tuner.pipeline.libraries import versions
 from tuner.pipeline.model import Coverage, Device, attach_lora, load_base_model, pick_device
 from tuner.pipeline.trainer import PackedTrainer
@@ -125,10 +126,11 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]
         return control
 
     def _is_checkpoint_due(self, state: TrainerState) -> bool:
+        self._stop.requested = _any_rank(self._stop.requested)
         return (
             self._stop.requested
             or state.global_step >= state.max_steps  # the last evaluation may still fail
-            or time.monotonic() - self._last_checkpoint >= CHECKPOINT_INTERVAL_S
+            or _any_rank(time.monotonic() - self._last_checkpoint >= CHECKPOINT_INTERVAL_S)
         )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -162,6 +164,16 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]
         with self._metrics_file.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(entry) + "\n" for entry in newest)
         return newest
+
+
+def _any_rank(flag: bool) -> bool:
+    """Whether any of the training processes says so: all must save at one and the same step."""
+    if not torch.distributed.is_initialized():
+        return flag
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    said = torch.tensor(int(flag), device=device)
+    torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX)
+    return bool(said)
 
 
 class _Carry(TrainerCallback):  # type: ignore[misc]
@@ -201,11 +213,14 @@ class _Trainer(PackedTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        seal(
-            Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}",
-            unlogged_loss=float(self._tr_loss),
-            last_logged_step=self._globalstep_last_logged,
-        )
+        unlogged_loss = float(self.accelerator.reduce(self._tr_loss, "mean"))
+        self.accelerator.wait_for_everyone()  # each rank writes its random state
+        if self.args.should_save:
+            seal(
+                Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}",
+                unlogged_loss=unlogged_loss,
+                last_logged_step=self._globalstep_last_logged,
+            )
 
     def finish_from(self, checkpoint: Path) -> None:
         """Be as train() leaves it, from the checkpoint of the last step."""
@@ -315,12 +330,12 @@ def training_arguments(
     if "logging_steps" not in written:
         written["logging_steps"] = max(1, min(10, _steps(written, prepared.train.rows) // 20))
     documents = written["per_device_train_batch_size"] * written["gradient_accumulation_steps"]
-    written.pop("train_sampling_strategy", None)  # no padding, so nothing is won by like lengths
+    if written.get("train_sampling_strategy") != "sequential":
+        written.pop("train_sampling_strategy", None)  # no padding, so nothing is won by like lengths
     ours = {
         # A batch is an optimizer step: PackedTrainer divides it by tokens.
         "per_device_train_batch_size": documents,
         "gradient_accumulation_steps": 1,
-        "per_device_eval_batch_size": documents,
         "output_dir": str(output_dir),
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "max_length": None,  # prepare has cut
@@ -337,6 +352,9 @@ def training_arguments(
         "logging_nan_inf_filter": False,  # a NaN must be seen, and the filter costs a synchronisation a step
         "average_tokens_across_devices": True,
     }
+    if is_worker():
+        # every adapter is used in every step
+        ours |= {"ddp_backend": "nccl" if device.is_cuda else "gloo", "ddp_find_unused_parameters": False}
     with _refusals("TrainingArguments"):
         return SFTConfig(**(written | ours))
 

@@ -6,7 +6,7 @@ fewer when the GPU's memory does not hold them. The loss is the sum over learnt 
 whole step, on all ranks, so that no way of splitting the documents changes a gradient.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,12 +14,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, TrainerControl
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 from trl import SFTTrainer
 
 from tuner.pipeline.kernels import Exact, summed_nll
 from tuner.pipeline.labels import IGNORED
 from tuner.pipeline.packing import pack
+
+_EVALUATED_AT_ONCE = 64  # documents, so that packing finds what fits together
 
 Document = dict[str, npt.NDArray[np.int64]]  # input_ids and labels (n,)
 
@@ -40,22 +43,53 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
     def _base_model(self) -> Any:
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
+    # ── which documents ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def get_train_dataloader(self) -> DataLoader[Document]:
+        """Every rank goes through the same whole steps, in an order that seed and epoch alone decide; `_share` divides
+        each. So no row is seen twice or padded in, however many ranks there are."""
+        documents = self.args.per_device_train_batch_size * self.accelerator.num_processes
+        sampler: Sampler[int] = SequentialSampler(self.train_dataset)
+        if self.args.train_sampling_strategy != "sequential":
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            shuffled = EpochSampler(len(self.train_dataset), seed)
+            self.add_callback(_NewOrder(shuffled))
+            sampler = shuffled
+        return DataLoader(self.train_dataset, batch_size=documents, sampler=sampler, collate_fn=list)
+
+    def _share(self, documents: Sequence[Document]) -> list[Document]:
+        """This rank's documents of a step: about as many tokens as every other rank's."""
+        ranks = self.accelerator.num_processes
+        loads = [0] * ranks
+        mine = []
+        for index in sorted(range(len(documents)), key=lambda at: (-len(documents[at]["input_ids"]), at)):
+            rank = loads.index(min(loads))
+            loads[rank] += len(documents[index]["input_ids"])
+            if rank == self.accelerator.process_index:
+                mine.append(index)
+        if not mine:  # fewer documents than ranks: it must still meet the others, with nothing to learn
+            nothing = documents[0]["labels"].copy()
+            nothing[:] = IGNORED
+            return [{"input_ids": documents[0]["input_ids"], "labels": nothing}]
+        return [documents[index] for index in sorted(mine)]
+
     # ── one optimizer step ───────────────────────────────────────────────────────────────────────────────────────────
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
-        """The documents of a step and how many of their tokens are learnt, on all ranks."""
+        """The documents of a step, of all ranks, and how many of their tokens are learnt."""
         batches = [next(epoch_iterator) for _ in range(num_batches)]
-        count = torch.tensor(sum(_learnt(document) for batch in batches for document in batch), device=device)
-        return batches, self.accelerator.reduce(count, "sum")
+        count = sum(_learnt(document) for batch in batches for document in batch)
+        return batches, torch.tensor(count, device=device)
 
     def training_step(self, model: Any, inputs: list[Document], num_items_in_batch: torch.Tensor) -> torch.Tensor:
         """The mean loss of the step's documents; their gradients are accumulated."""
         model.train()
+        documents = self._share(inputs)
         while True:
             try:
-                return self._accumulate(model, inputs, num_items_in_batch)
+                return self._accumulate(model, documents, num_items_in_batch)
             except torch.cuda.OutOfMemoryError:
-                if not self._give_way(inputs):
+                if not self._give_way(documents):
                     raise
             model.zero_grad()
             torch.cuda.empty_cache()
@@ -106,8 +140,9 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64)
         with torch.no_grad():
-            for documents in self.get_eval_dataloader(eval_dataset):
-                for bin_ in self._micro_batches(documents):
+            rows = self.eval_dataset if eval_dataset is None else eval_dataset
+            for documents in DataLoader(rows, batch_size=_EVALUATED_AT_ONCE, collate_fn=list):
+                for bin_ in self._micro_batches(self._share(documents)):
                     with self.compute_loss_context_manager():
                         nll = self.model(**micro_batch(bin_, self.args.device, packed=self._packs))
                     sums += torch.tensor([nll.item(), sum(map(_learnt, bin_))], dtype=torch.float64)
@@ -125,14 +160,37 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         super().log(logs, start_time)
 
     def _track_num_input_tokens(self, inputs: list[Document]) -> None:
-        count = torch.tensor(sum(len(document["input_ids"]) for document in inputs), device=self.args.device)
-        self.state.num_input_tokens_seen += int(self.accelerator.reduce(count, "sum"))
+        self.state.num_input_tokens_seen += sum(len(document["input_ids"]) for document in inputs)
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # counted from padded inputs; tokens per second say more
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: adapter.py writes the card, once, with what the run really did."""
+
+
+class EpochSampler(Sampler[int]):  # type: ignore[misc]
+    """Row numbers in an order of `seed` and `epoch`: a resumed epoch is in the order that it began with."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self._count = count
+        self._seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed + self.epoch)
+        yield from torch.randperm(self._count, generator=generator).tolist()
+
+
+class _NewOrder(TrainerCallback):  # type: ignore[misc]
+    def __init__(self, sampler: EpochSampler) -> None:
+        self._sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._sampler.epoch = int(state.epoch or 0)
 
 
 def _learnt(document: Document) -> int:

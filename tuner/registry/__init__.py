@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tuner.reference import ImageReference
-    from tuner.registry.transport import RegistryClient
+    from tuner.registry.transport import Patience, RegistryClient
     from tuner.runspec import Network, Reporter
 
 
@@ -14,13 +14,16 @@ def client_for(
     network: "Network",
     docker_configs: Sequence[str],
     *,
+    chunk_bytes: int | None = None,
+    patience: "Patience | None" = None,
     reporter: "Reporter | None" = None,
 ) -> "RegistryClient":
     """The client for the repository of `reference`, with every credential of the texts that matches it.
 
-    Also a context manager that closes its connections. Raises ConfigError for a malformed text or a CA file that is
-    not there. oras is imported only here: `--help` and an image on disk need no HTTP.
+    Blobs go out in one request each, or in pieces of `chunk_bytes`. Also a context manager that closes its
+    connections. Raises ConfigError for a malformed text or a CA file that is not there. oras is imported only here:
+    `--help` and an image on disk need no HTTP.
     """
     from tuner.registry.transport import connect
 
-    return connect(reference, network, docker_configs, reporter=reporter)
+    return connect(reference, network, docker_configs, chunk_bytes=chunk_bytes, patience=patience, reporter=reporter)

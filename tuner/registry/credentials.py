@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tuner.errors import ConfigError, Problem
 from tuner.reference import ImageReference
+from tuner.registry.azure import WorkloadIdentity
 
 _DOCKER_HUB_HOSTS = ("docker.io", "index.docker.io", "registry-1.docker.io")
 _ENTRY_FIELDS = ("auth", "username", "password", "identitytoken", "registrytoken")
@@ -26,21 +27,24 @@ _REMAKE = "make the secret again with kubectl create secret docker-registry, or 
 
 @dataclass(frozen=True)
 class Credential:
-    """One way to identify oneself. The kinds exclude each other, the strongest that is there counts:
-    a registry token (sent as it is), an identity token (traded for one), a user with a password, nobody."""
+    """One way to identify oneself. The kinds exclude each other, the strongest that is there counts: a registry token
+    (sent as it is), an identity token (traded for one), a user with a password, a workload identity, nobody."""
 
     key: str
     username: str = ""
     password: str = field(default="", repr=False)
     identity_token: str = field(default="", repr=False)
     registry_token: str = field(default="", repr=False)
+    workload_identity: WorkloadIdentity | None = None
 
     @property
     def is_anonymous(self) -> bool:
-        return not (self.username or self.password or self.identity_token or self.registry_token)
+        return self == Credential(self.key)
 
     def describe(self) -> str:
         """Key and user name, for people."""
+        if self.workload_identity:
+            return f"the Azure workload identity {self.workload_identity.client_id}"
         if self.is_anonymous:
             return "no credential"
         who = f"user {self.username!r}" if self.username else "a token"
@@ -109,6 +113,16 @@ def expires_at(credential: Credential) -> datetime | None:
         if token:
             return _jwt_expiry(token)
     return None
+
+
+def credential_expiry(reference: ImageReference, docker_configs: Sequence[str]) -> datetime | None:
+    """When the credential that would be tried first for `reference` ends, where it says so itself.
+
+    Before a run this is worth a warning: what ends during the training can not push. Raises ConfigError for a
+    malformed text.
+    """
+    found = parse_credentials(docker_configs).find(reference)
+    return expires_at(found[0]) if found else None
 
 
 def _parse_text(text: str, name: str, problems: list[Problem]) -> Mapping[str, object]:

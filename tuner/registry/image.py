@@ -7,8 +7,8 @@
               3. data/adapter_model.safetensors                large
       annotations
 
-Layers are uncompressed tars that exist only as a plan: headers in memory, contents read from the files when
-somebody reads the layer. Nothing is written, an upload may begin again anywhere, and digest and diff_id are one.
+Layers are tars that exist only as a plan: headers in memory, contents read from the files (and compressed, if that is
+wanted) when somebody reads the layer. Nothing is written, and an upload may begin again anywhere.
 Equal input gives equal bytes, so pushing twice uploads nothing.
 https://github.com/opencontainers/image-spec/blob/main/layer.md
 """
@@ -20,13 +20,15 @@ import os
 import tarfile
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import BinaryIO
 
 from tuner.errors import DataError
+from tuner.registry.compression import CompressedStream, Compression
 
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 CONFIG_TYPE = "application/vnd.oci.image.config.v1+json"
@@ -38,6 +40,7 @@ _CHUNK_BYTES = 1 << 20
 _END_OF_TAR = bytes(2 * tarfile.BLOCKSIZE)
 
 _LAYERS = ("records", "tokenizer", "weights")
+_SUFFIXES: Mapping[Compression, str] = MappingProxyType({"none": "", "gzip": "+gzip", "zstd": "+zstd"})
 _TOKENIZER_NAMES = frozenset(
     {
         "added_tokens.json",
@@ -86,19 +89,23 @@ class Blob:
     def descriptor(self) -> dict[str, object]:
         return {"mediaType": self.media_type, "digest": self.digest, "size": self.size_bytes}
 
-    def open(self) -> "BlobStream":
+    def open(self) -> io.RawIOBase:
         """A seekable stream of the blob's bytes; reading it raises DataError when a file has changed."""
         return BlobStream(self.parts)
 
 
 @dataclass(frozen=True)
 class Layer(Blob):
-    """A blob that is a tar of some of the files."""
+    """A blob that is a tar of some of the files. `parts` and `diff_id` are the uncompressed tar's."""
 
-    @property
-    def diff_id(self) -> str:
-        """The digest of the uncompressed tar: these are never compressed."""
-        return self.digest
+    name: str
+    diff_id: str
+    compression: Compression
+
+    def open(self) -> io.RawIOBase:
+        if self.compression == "none":
+            return super().open()
+        return CompressedStream(super().open, self.compression)
 
 
 @dataclass(frozen=True)
@@ -116,7 +123,7 @@ class Image:
     @property
     def config_bytes(self) -> bytes:
         with self.config.open() as stream:
-            return stream.read()
+            return stream.readall()
 
     @property
     def blobs(self) -> tuple[Blob, ...]:
@@ -134,11 +141,13 @@ def build_image(
     annotations: Mapping[str, str] | None = None,
     labels: Mapping[str, str] | None = None,
     created: datetime = _EPOCH,
+    compression: Compression = "none",
 ) -> Image:
     """The image with `files` (name in the image, without `data/` → path) and the annotations on its manifest.
 
     `labels` are the config's and default to the annotations, because `docker inspect` shows labels only.
-    `created` is every time stamp in it: the epoch, or what SOURCE_DATE_EPOCH says. Reads every file once.
+    `created` is every time stamp in it: the epoch, or what SOURCE_DATE_EPOCH says. Reads every file once, and twice
+    where it is to be compressed.
     """
     for name in files:
         _check_name(name)
@@ -148,7 +157,10 @@ def build_image(
     for name in sorted(files):
         by_layer[_layer_of(name)].append(name)
     plan = {layer: names for layer, names in by_layer.items() if names}
-    layers = tuple(_build_layer({name: files[name] for name in names}, created) for names in plan.values())
+    layers = tuple(
+        _build_layer(layer, {name: files[name] for name in names}, created, compression)
+        for layer, names in plan.items()
+    )
     config_bytes = canonical_json(
         {
             "architecture": "amd64",
@@ -180,7 +192,7 @@ def sha256_digest(content: bytes) -> str:
     return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
-def measure(stream: "BlobStream") -> tuple[str, int]:
+def measure(stream: io.RawIOBase) -> tuple[str, int]:
     """Digest and size of the rest of a stream."""
     sha256 = hashlib.sha256()
     buffer = bytearray(_CHUNK_BYTES)
@@ -267,7 +279,7 @@ class BlobStream(io.RawIOBase):
         return self._file
 
 
-def _build_layer(files: Mapping[str, Path], created: datetime) -> Layer:
+def _build_layer(layer: str, files: Mapping[str, Path], created: datetime, compression: Compression) -> Layer:
     """The tar of some files: `data/` and every directory below it, then each file, in the order of the names."""
     mtime_s = int(created.timestamp())
     paths = {f"{TOP_DIRECTORY}/{name}": path for name, path in files.items()}
@@ -282,8 +294,13 @@ def _build_layer(files: Mapping[str, Path], created: datetime) -> Layer:
         parts += [_header(name, tarfile.REGTYPE, part.size_bytes, mtime_s), part, padding]
     parts.append(_END_OF_TAR)
     with BlobStream(parts) as stream:
-        digest, size_bytes = measure(stream)
-    return Layer(LAYER_TYPE, digest, size_bytes, tuple(parts))
+        diff_id, size_bytes = measure(stream)
+    plain = Layer(LAYER_TYPE, diff_id, size_bytes, tuple(parts), layer, diff_id, compression)
+    if compression == "none":
+        return plain
+    with plain.open() as packed:
+        digest, size_bytes = measure(packed)
+    return replace(plain, media_type=LAYER_TYPE + _SUFFIXES[compression], digest=digest, size_bytes=size_bytes)
 
 
 def _header(name: str, kind: bytes, size_bytes: int, mtime_s: int) -> bytes:

@@ -3,9 +3,12 @@
 https://github.com/opencontainers/image-spec/blob/main/image-layout.md
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,12 +93,25 @@ def write_layout(image: Image, reference: LayoutReference, *, on_progress: Calla
             done_bytes += blob.size_bytes
             on_progress(done_bytes)
         _write(_blob_path(directory, image.digest), image.manifest_bytes)
-        _write(directory / _INDEX_FILE, canonical_json(_with_image(_existing_index(directory), image, reference.tag)))
+        with _locked(directory):  # another process may add its own image now
+            index = _with_image(_existing_index(directory), image, reference.tag)
+            _write(directory / _INDEX_FILE, canonical_json(index))
     except OSError as error:
         raise ServiceError(
             f"{reference.name}: can not be written: {error.strerror}", hint="free some space or name another directory"
         ) from error
     return written_bytes, kept_blobs
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """One process at a time in here; the lock ends with the process that holds it."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _with_image(index: dict[str, Any], image: Image, tag: str) -> dict[str, Any]:
@@ -155,7 +171,7 @@ def _is_there(directory: Path, blob: Blob) -> bool:
 def _write_blob(directory: Path, blob: Blob) -> None:
     path = _blob_path(directory, blob.digest)
     with blob.open() as stream:
-        digest = _write(path, iter(lambda: stream.read(_CHUNK_BYTES), b""))
+        digest = _write(path, iter(lambda: stream.read(_CHUNK_BYTES) or b"", b""))
     if digest != blob.digest:
         path.unlink()
         raise DataError(f"the files of {blob.digest} have changed since it was built", hint="push again")
@@ -164,7 +180,7 @@ def _write_blob(directory: Path, blob: Blob) -> None:
 def _write(path: Path, content: bytes | Iterator[bytes]) -> str:
     """Writes a file whole or not at all and returns the digest of what was written."""
     sha256 = hashlib.sha256()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with temporary.open("wb") as file:
             for chunk in [content] if isinstance(content, bytes) else content:

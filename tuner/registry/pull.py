@@ -126,6 +126,7 @@ def pull_image(
         total_bytes = sum(layer.size_bytes for layer in manifest.layers)
         if total_bytes > limits.download_bytes:
             raise DataError(f"{total_bytes:,} bytes to download; at most {limits.download_bytes:,} are allowed")
+        _check_space(target, total_bytes)
         files = _unpack_beside(target, manifest, source, limits, only_under, reporter, str(reference))
     except DataError as error:
         raise DataError(f"{reference}: {error.message}", hint=error.hint) from error
@@ -283,6 +284,17 @@ def _unpack_beside(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return files
+
+
+def _check_space(target: Path, needed_bytes: int) -> None:
+    """Raises ServiceError when not even what is to be downloaded fits; unpacked it may be more."""
+    existing = next(parent for parent in target.absolute().parents if parent.is_dir())
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < needed_bytes:
+        raise ServiceError(
+            f"{target}: {needed_bytes:,} bytes are to be fetched, and {free_bytes:,} are free there",
+            hint="free some space or name another directory",
+        )
 
 
 def _check_layers(manifest: _Manifest) -> None:

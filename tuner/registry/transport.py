@@ -6,19 +6,22 @@ API: https://github.com/opencontainers/distribution-spec/blob/main/spec.md
 """
 
 import json
+import os
 import random
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, Self
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urlencode, urljoin, urlsplit
 
 import oras.provider
 import requests
+import urllib3
 
 from tuner import __version__
 from tuner.errors import ConfigError, DataError, DeniedError, InputMissingError, ServiceError, TunerError
@@ -35,10 +38,11 @@ from tuner.registry.authorization import (
     token_requests,
     token_scopes,
 )
+from tuner.registry.azure import WorkloadIdentity, is_azure_registry, parse_reply, refusal, workload_identity
 from tuner.registry.credentials import ANONYMOUS, Credential, parse_credentials
 from tuner.registry.image import MANIFEST_TYPE, Blob, measure, sha256_digest
 from tuner.runspec import Network, Reporter, Silent
-from tuner.urls import Allowed
+from tuner.urls import Allowed, address_problem
 
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
 DOCKER_MANIFEST_TYPE = "application/vnd.docker.distribution.manifest.v2+json"
@@ -47,9 +51,11 @@ MANIFEST_TYPES = (MANIFEST_TYPE, INDEX_TYPE, DOCKER_MANIFEST_TYPE, DOCKER_INDEX_
 MANIFEST_BYTES = 4 << 20  # what registries accept
 
 _CHUNK_BYTES = 1 << 20
+_DOWNLOAD_CHUNK_BYTES = 64 << 10  # a connection that breaks costs what of one has arrived
 _RETRIED = frozenset({408, 429, 500, 502, 503, 504})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MOST_REDIRECTS = 5
+_CANCEL_S = 5.0
 _UPLOAD_ATTEMPTS = 6  # without getting further
 _SLOWEST_COMMIT_BYTES_PER_S = 20 << 20  # some registries read a blob again before they answer the last PUT
 _ERROR_CHARACTERS = 300
@@ -69,6 +75,20 @@ class Patience:
     deadline_s: float = 300
 
 
+@dataclass
+class _Upload:
+    """One upload under way: where it goes on, and how much of the blob the registry has.
+
+    `doubtful`: it may have more than that, because bytes were sent to it twice; `spoilt`: it does.
+    """
+
+    location: str
+    chunk_bytes: int | None
+    offset: int = 0
+    doubtful: bool = False
+    spoilt: bool = False
+
+
 class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
     """One repository of one registry. Reads until `for_push()` says otherwise.
 
@@ -86,6 +106,7 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
         allowed: Allowed | None = None,
         known_credentials: str = "no credentials",
         patience: Patience | None = None,
+        chunk_bytes: int | None = None,
         reporter: Reporter | None = None,
     ) -> None:
         super().__init__(hostname=reference.api_host, insecure=plain_http, tls_verify=ca_file or True)
@@ -104,6 +125,12 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
         self._bearer: Challenge | None = None
         self._header: str | None = None
         self._header_ends = 0.0
+        self._chunk_bytes = chunk_bytes
+        self._ends = float("inf")
+        self._allotted_s = float("inf")
+        guard = _GuardedAdapter(urlsplit(self._root).hostname or "", self._allowed)
+        self.session.mount("http://", guard)
+        self.session.mount("https://", guard)
         # requests would otherwise replace our Authorization by what ~/.netrc says about the host
         self.session.auth = _keep_as_is
         self.session.headers["User-Agent"] = f"tuner/{__version__}"
@@ -131,6 +158,11 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
         """From now on the registry is taken to exist, so that it gets the full deadline when it does not answer."""
         self._reached = True
 
+    def finish_within(self, seconds: float) -> None:
+        """From now on whatever would end later raises ServiceError instead, also in the middle of a blob."""
+        self._allotted_s = seconds
+        self._ends = time.monotonic() + seconds
+
     # ── manifests ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def manifest_digest(self, name: str) -> str | None:
@@ -147,8 +179,11 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
         content = _read_at_most(response, MANIFEST_BYTES)
         return content, response.headers.get("Content-Type", "").partition(";")[0].strip()
 
-    def upload_manifest(self, content: bytes, media_type: str, name: str) -> None:
-        """Stores exactly these bytes under a tag or their digest; every blob in them must be there."""
+    def upload_manifest(self, content: bytes, media_type: str, name: str) -> bool:
+        """Stores exactly these bytes under a tag or their digest; every blob in them must be there.
+
+        Returns whether the registry will list the manifest with its subject (`OCI-Subject`).
+        """
         response = self._call(
             "PUT", self._url("manifests", name), ok=(201,), headers={"Content-Type": media_type}, data=content
         )
@@ -156,6 +191,13 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
         digest = sha256_digest(content)
         if stored and stored != digest:
             raise ServiceError(f"{self.host}: stored the manifest {digest} as {stored}; the registry changed it")
+        return "OCI-Subject" in response.headers
+
+    def get_referrers(self, digest: str) -> bytes | None:
+        """The index of the manifests that have `digest` as their subject; None when the registry keeps none."""
+        response = self._call("GET", self._url("referrers", digest), ok=(200, 404), stream=True)
+        content = _read_at_most(response, MANIFEST_BYTES)
+        return content if response.status_code == 200 else None
 
     # ── blobs ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -165,14 +207,32 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
 
     def start_upload(self) -> str:
         """Where to send a blob. That it works proves the permission to push."""
-        url = self._url("blobs", "uploads/")
-        response = self._call("POST", url, ok=(202,), headers={"Content-Length": "0"})
-        return self._location(response, url)
+        return self._begin_upload().location
+
+    def mount_blob(self, digest: str, from_repository: str) -> bool:
+        """Whether the registry has taken the blob over from another of its repositories.
+
+        A refusal is no error: the blob can still be sent.
+        """
+        if not self._settled:  # a refusal could not be told from that of the credential
+            return False
+        url = self._url("blobs", f"uploads/?{urlencode({'mount': digest, 'from': from_repository})}")
+        before = self._bearer, self._header, self._header_ends
+        try:
+            response = self._call("POST", url, ok=(201, 202), headers={"Content-Length": "0"})
+        except (DeniedError, InputMissingError, ServiceError):
+            # a token for both repositories would be asked for again, and refused again
+            self._bearer, self._header, self._header_ends = before
+            return False
+        if response.status_code == 202:
+            self.cancel_upload(self._location(response, url))
+        return bool(response.status_code == 201)
 
     def cancel_upload(self, location: str) -> None:
         """Asks the registry to forget an upload. Whatever it answers: some refuse, and all clean up by themselves."""
+        self._ends = max(self._ends, time.monotonic() + _CANCEL_S)  # also when the deadline has passed
         try:
-            self._exchange("DELETE", location, {}, timeout=(5, 5)).close()
+            self._exchange("DELETE", location, {}, timeout=(_CANCEL_S, _CANCEL_S)).close()
         except requests.RequestException:
             return
 
@@ -183,7 +243,7 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
         `on_progress` gets the bytes of the blob that are out.
         """
         waiting = _Waiting(self._patience, attempts=_UPLOAD_ATTEMPTS)
-        location, offset, furthest, sent = self.start_upload(), 0, 0, 0
+        upload, furthest, sent = self._begin_upload(), 0, 0
 
         def count(position: int, chunk_bytes: int) -> None:
             nonlocal furthest, sent
@@ -191,17 +251,21 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
             if position > furthest:
                 furthest = position
                 waiting.restart()
+            self._remaining_s()
             on_progress(position)
 
         try:
-            while (fault := self._try_upload(location, blob, offset, count)) is not None:
+            while (fault := self._try_upload(upload, blob, count)) is not None:
                 self._wait(waiting, fault)
-                resumed = self._resume(location, blob)
-                if resumed is None and self.has_blob(blob.digest):
+                if upload.spoilt:
+                    self.cancel_upload(upload.location)
+                elif self._resume(upload, blob):
+                    continue
+                if self.has_blob(blob.digest):
                     break  # the last answer was lost, not the blob
-                location, offset = resumed or (self.start_upload(), 0)
+                upload = self._begin_upload()
         except BaseException:
-            self.cancel_upload(location)
+            self.cancel_upload(upload.location)
             raise
         on_progress(blob.size_bytes)
         return sent
@@ -217,7 +281,7 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
             skip = 0 if response.status_code == 206 else offset
             try:
                 with response:
-                    for chunk in response.iter_content(_CHUNK_BYTES):
+                    for chunk in response.iter_content(_DOWNLOAD_CHUNK_BYTES):
                         fresh = chunk[skip:]
                         skip -= len(chunk) - len(fresh)
                         if fresh:
@@ -330,8 +394,14 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
         realm = challenge.parameters.get("realm", "")
         check_address(realm, self._root, "token server", self._allowed)
         realm_host = urlsplit(realm).netloc
+        credential = self.credential
+        if credential.workload_identity:
+            service = challenge.parameters.get("service", realm_host)
+            credential = replace(
+                credential, identity_token=self._azure_refresh_token(credential.workload_identity, realm, service)
+            )
         waiting = _Waiting(self._patience)
-        requests_to_try = token_requests(challenge, self.credential, scopes)
+        requests_to_try = token_requests(challenge, credential, scopes)
         while True:
             request = requests_to_try[0]
             try:
@@ -358,6 +428,35 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
             else:
                 raise ServiceError(f"{realm_host}: the token server answers {_status(response)}")
 
+    def _azure_refresh_token(self, identity: WorkloadIdentity, realm: str, service: str) -> str:
+        """The registry's refresh token for a workload identity. It is shown to nobody but Entra ID and the registry.
+
+        Raises _RefusedError when either says no.
+        """
+        if not same_origin(realm, self._root):
+            raise _RefusedError(f"a workload identity is not for its token server {urlsplit(realm).netloc}")
+        authority = urlsplit(identity.authority).netloc
+        body = self._post_form(identity.token_url(), identity.token_form(), authority)
+        access_token = parse_reply(body, "access_token", authority)
+        form = identity.exchange_form(service, access_token)
+        body = self._post_form(urljoin(realm, "/oauth2/exchange"), form, self.host)
+        return parse_reply(body, "refresh_token", self.host)
+
+    def _post_form(self, url: str, form: Mapping[str, str], host: str) -> bytes:
+        waiting = _Waiting(self._patience)
+        while True:
+            try:
+                response = self._send("POST", url, {}, data=form, stream=True)
+                body = _read_at_most(response, TOKEN_REPLY_BYTES)
+            except requests.RequestException as error:
+                self._wait(waiting, self._explain(error, host=host))
+                continue
+            if response.status_code == 200:
+                return body
+            if response.status_code not in _RETRIED:
+                raise _RefusedError(f"{host} says {self._clean(refusal(body)) or _status(response)}")
+            self._wait(waiting, _Fault(f"{host}: {_status(response)}", _retry_after(response)))
+
     def _forget(self) -> None:
         self._header, self._header_ends, self._bearer = None, 0.0, None
 
@@ -378,35 +477,63 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
         raise ServiceError(f"{self.host}: more than {_MOST_REDIRECTS} redirects, one after another")
 
     def _send(self, method: str, url: str, headers: Mapping[str, str], **rest: Any) -> requests.Response:
-        rest.setdefault("timeout", (self._patience.connect_timeout_s, self._patience.read_timeout_s))
-        return self.session.request(  # type: ignore[no-any-return]
-            method, url, headers=headers, allow_redirects=False, verify=self._tls_verify, **rest
+        connect_timeout_s, read_timeout_s = rest.pop(
+            "timeout", (self._patience.connect_timeout_s, self._patience.read_timeout_s)
+        )
+        left_s = self._remaining_s()
+        try:
+            return self.session.request(  # type: ignore[no-any-return]
+                method,
+                url,
+                headers=headers,
+                allow_redirects=False,
+                verify=self._tls_verify,
+                timeout=(min(connect_timeout_s, left_s), min(read_timeout_s, left_s)),
+                **rest,
+            )
+        except _AddressRefusedError as error:
+            raise DeniedError(
+                f"{self.host}: not going where the registry sends us: {error}",
+                hint="ask who runs the registry; nothing was sent to that address",
+            ) from None
+
+    def _remaining_s(self) -> float:
+        """How long there is. Raises ServiceError when that is over."""
+        left_s = self._ends - time.monotonic()
+        if left_s <= 0:
+            raise self._too_late("")
+        return left_s
+
+    def _too_late(self, reason: str) -> ServiceError:
+        because = f"; the last thing that happened: {reason}" if reason else ""
+        return ServiceError(
+            f"{self.host}: not pushed within {self._allotted_s:,.0f} s, the push deadline{because}",
+            hint="what has arrived stays there: push again, with a longer --push-deadline if need be",
         )
 
     # ── one upload ───────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _try_upload(self, location: str, blob: Blob, offset: int, count: Callable[[int, int], None]) -> "_Fault | None":
+    def _begin_upload(self) -> _Upload:
+        url = self._url("blobs", "uploads/")
+        response = self._call("POST", url, ok=(202,), headers={"Content-Length": "0"})
+        chunk_bytes = self._chunk_bytes
+        least_bytes = response.headers.get("OCI-Chunk-Min-Length", "")
+        if chunk_bytes is not None and least_bytes.isdecimal():
+            chunk_bytes = max(chunk_bytes, int(least_bytes))
+        return _Upload(self._location(response, url), chunk_bytes)
+
+    def _try_upload(self, upload: _Upload, blob: Blob, count: Callable[[int, int], None]) -> "_Fault | None":
         """None when the blob is there; else what went wrong, when another try may go well."""
         try:
-            if offset < blob.size_bytes:
-                headers = {"Content-Type": "application/octet-stream"}
-                if offset:
-                    headers["Content-Range"] = f"{offset}-{blob.size_bytes - 1}"
-                response = self._authorised(
-                    "PATCH",
-                    location,
-                    headers,
-                    data=_Body(blob, offset, count),
-                    # urllib3 sends under the connect timeout: a registry may pause for longer than a connect may
-                    timeout=(self._patience.read_timeout_s, self._patience.read_timeout_s),
-                )
+            while upload.offset < blob.size_bytes:
+                response = self._send_piece(upload, blob, count)
                 if response.status_code not in (201, 202, 204):
                     return self._upload_fault(response)
-                location = self._location(response, location)
-            separator = "&" if urlsplit(location).query else "?"
+                upload.location = self._location(response, upload.location)
+            separator = "&" if urlsplit(upload.location).query else "?"
             response = self._authorised(
                 "PUT",
-                f"{location}{separator}digest={blob.digest}",
+                f"{upload.location}{separator}digest={blob.digest}",
                 {"Content-Length": "0"},
                 body_bytes=blob.size_bytes,
             )
@@ -415,10 +542,34 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
         if response.status_code in (201, 204):
             return None
         if b"DIGEST_INVALID" in response.content:
-            if offset:  # two ends of a resumed upload need not meet: once more from the start
+            if upload.doubtful:  # two ends of a resumed upload need not meet: once more from the start
+                upload.spoilt = True
                 return self._fault_of(response)
             raise self._wrong_digest(blob)
         return self._upload_fault(response)
+
+    def _send_piece(self, upload: _Upload, blob: Blob, count: Callable[[int, int], None]) -> requests.Response:
+        """The answer to one PATCH: with all that is missing, or `chunk_bytes` of it."""
+        end = min(blob.size_bytes, upload.offset + (upload.chunk_bytes or blob.size_bytes))
+        headers = {"Content-Type": "application/octet-stream"}
+        if upload.offset or end < blob.size_bytes:
+            headers["Content-Range"] = f"{upload.offset}-{end - 1}"
+        body = _Body(blob, upload.offset, end, count)
+        try:
+            response = self._authorised(
+                "PATCH",
+                upload.location,
+                headers,
+                data=body,
+                # urllib3 sends under the connect timeout: a registry may pause for longer than a connect may
+                timeout=(self._patience.read_timeout_s, self._patience.read_timeout_s),
+            )
+        finally:
+            if body.times_begun > 1:  # for a new token, in the middle
+                upload.doubtful = True
+        if response.status_code in (201, 202, 204):
+            upload.offset = end
+        return response
 
     def _upload_fault(self, response: requests.Response) -> "_Fault":
         """404, 409 and 416 say that this upload is lost, not that the blob is unwelcome."""
@@ -426,20 +577,23 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
             return self._fault_of(response)
         raise self._unexpected(response)
 
-    def _resume(self, location: str, blob: Blob) -> tuple[str, int] | None:
-        """Where to go on and at which byte, if the registry still has what was sent."""
+    def _resume(self, upload: _Upload, blob: Blob) -> bool:
+        """Whether the registry still has what was sent; then the upload goes on where that ends."""
         try:
-            response = self._authorised("GET", location, {})
+            response = self._authorised("GET", upload.location, {})
         except requests.RequestException:
-            return None
+            return False
         received = re.fullmatch(r"(?:bytes=)?0-(\d+)", response.headers.get("Range", ""))
         if response.status_code != 204 or not received:
-            return None
+            return False
         last = int(received.group(1))
         offset = last + 1 if last else 0  # `0-0` is said of nothing and of one byte
         if offset > blob.size_bytes:
-            return None
-        return (self._location(response, location) if "Location" in response.headers else location), offset
+            return False
+        if "Location" in response.headers:
+            upload.location = self._location(response, upload.location)
+        upload.offset, upload.doubtful = offset, offset > 0
+        return True
 
     def _wrong_digest(self, blob: Blob) -> TunerError:
         """Whose fault it is, found by reading the blob once more."""
@@ -472,6 +626,8 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
             raise ServiceError(
                 f"{fault.text}{asked} ({waiting.failures} tries in {waiting.elapsed_s:.0f} s)", hint=fault.hint
             )
+        if time.monotonic() + wait_s > self._ends:
+            raise self._too_late(fault.text)
         self._reporter.warn(f"{fault.text}; trying again in {wait_s:.1f} s")
         time.sleep(wait_s)
 
@@ -552,19 +708,27 @@ def connect(
     network: Network,
     docker_configs: Sequence[str],
     *,
+    chunk_bytes: int | None = None,
+    patience: Patience | None = None,
     reporter: Reporter | None = None,
 ) -> RegistryClient:
     """What `tuner.registry.client_for` returns."""
     if network.ca_file is not None and not Path(network.ca_file).is_file():
         raise ConfigError(f"{network.ca_file}: not there", hint="--ca names a file of PEM certificates")
     store = parse_credentials(docker_configs)
+    credentials = store.find(reference)
+    identity = workload_identity(os.environ)
+    if identity is not None and is_azure_registry(reference.registry):
+        credentials.append(Credential("AZURE_CLIENT_ID", workload_identity=identity))
     return RegistryClient(
         reference,
-        store.find(reference),
+        credentials,
         plain_http=network.plain_http,
         ca_file=network.ca_file,
         allowed=Allowed.of(network.allow_cidrs, network.allow_private_urls),
         known_credentials=store.describe(),
+        patience=patience,
+        chunk_bytes=chunk_bytes,
         reporter=reporter,
     )
 
@@ -588,6 +752,54 @@ class _Fault:
     text: str
     retry_after_s: float | None = None
     hint: str | None = None
+
+
+class _AddressRefusedError(Exception):
+    """A name that the registry gave us leads to where we do not go."""
+
+
+class _GuardedAdapter(requests.adapters.HTTPAdapter):
+    """Connections to other hosts than the registry's own are checked when they stand, before a byte goes out.
+
+    Whatever the name resolved to, and however often: it is the peer's address that counts. Through a proxy the proxy
+    is the peer, and it resolves the names.
+    """
+
+    def __init__(self, registry_host: str, allowed: Allowed) -> None:
+        self._registry_host = registry_host
+        self._allowed = allowed
+        super().__init__()
+
+    def init_poolmanager(self, *arguments: Any, **options: Any) -> None:
+        super().init_poolmanager(*arguments, **options)
+        registry_host, allowed = self._registry_host, self._allowed
+
+        class Http(urllib3.connection.HTTPConnection):
+            def _new_conn(self) -> socket.socket:
+                return _checked_peer(super()._new_conn(), self.host, registry_host, allowed)
+
+        class Https(urllib3.connection.HTTPSConnection):
+            def _new_conn(self) -> socket.socket:
+                return _checked_peer(super()._new_conn(), self.host, registry_host, allowed)
+
+        class HttpPool(urllib3.HTTPConnectionPool):
+            ConnectionCls = Http
+
+        class HttpsPool(urllib3.HTTPSConnectionPool):
+            ConnectionCls = Https
+
+        self.poolmanager.pool_classes_by_scheme = {"http": HttpPool, "https": HttpsPool}
+
+
+def _checked_peer(connection: socket.socket, host: str, registry_host: str, allowed: Allowed) -> socket.socket:
+    """The connection, or _AddressRefusedError."""
+    if host.strip("[]") != registry_host:
+        address = str(connection.getpeername()[0])
+        problem = address_problem(address, allowed, by_name=True)
+        if problem:
+            connection.close()
+            raise _AddressRefusedError(f"{host} leads to {problem}")
+    return connection
 
 
 class _Waiting:
@@ -619,21 +831,24 @@ class _Waiting:
 
 
 class _Body:
-    """A blob from `offset` on as a request's body: read piece by piece, and from the start when sent again."""
+    """A blob from `offset` to `end` as a request's body: read piece by piece, and from the start when sent again."""
 
-    def __init__(self, blob: Blob, offset: int, count: Callable[[int, int], None]) -> None:
+    def __init__(self, blob: Blob, offset: int, end: int, count: Callable[[int, int], None]) -> None:
         self._blob = blob
         self._offset = offset
+        self._end = end
         self._count = count
+        self.times_begun = 0
 
     def __len__(self) -> int:
-        return self._blob.size_bytes - self._offset
+        return self._end - self._offset
 
     def __iter__(self) -> Iterator[memoryview]:
+        self.times_begun += 1
         buffer = bytearray(_CHUNK_BYTES)
         with self._blob.open() as stream:
             position = stream.seek(self._offset)
-            while size := stream.readinto(buffer):
+            while size := stream.readinto(memoryview(buffer)[: self._end - position]):
                 yield memoryview(buffer)[:size]
                 position += size
                 self._count(position, size)

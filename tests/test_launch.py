@@ -1,0 +1,134 @@
+"""Several training processes: the documents and losses of one, ended together. Two processes over gloo, in NF4."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import Heard, make_job, prepared_job, rows_of
+
+from tuner.errors import ConfigError, InterruptedRunError, TunerError
+from tuner.pipeline.launch import _failure, train_in_processes
+from tuner.runspec import StageResult, Trained
+
+pytestmark = pytest.mark.train
+
+CONFIG = {
+    "TrainingArguments": {
+        "max_steps": 6,
+        "learning_rate": 0.01,
+        "logging_steps": 1,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 2,
+    }
+}
+# Another division of the same eight documents a step.
+IN_ONE = {"TrainingArguments": CONFIG["TrainingArguments"] | {"gradient_accumulation_steps": 4}}
+
+
+def ready(directory: Path, config: Any, count: int = 45) -> Any:
+    job = make_job(directory, rows_of("messages", count), config)
+    fetched, prepared = prepared_job(job)
+    fetched.save(job.work_dir / "fetched.json")
+    prepared.save(job.work_dir / "prepared.json")
+    return job, fetched, prepared
+
+
+def metrics(work_dir: Path) -> list[dict[str, float]]:
+    (path,) = work_dir.glob("adapter-*/metrics.jsonl")
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def test_two_processes_train_on_the_same_documents_with_the_same_losses_as_one(tmp_path: Path) -> None:
+    """42 rows in steps of eight: an epoch ends with a step of two, one for each."""
+    from tuner.pipeline.run import train
+
+    one, fetched, prepared = ready(tmp_path / "one", IN_ONE)
+    alone = train(one.spec, fetched, prepared, one.work_dir, Heard())
+    two, _, _ = ready(tmp_path / "two", CONFIG)
+    train_in_processes(two.spec, two.work_dir, 2, Heard())
+    together = Trained.load(two.work_dir / "trained.json")
+    assert (together.steps, together.tokens, together.examples) == (alone.steps, alone.tokens, alone.examples)
+    for both, single in zip(metrics(two.work_dir), metrics(one.work_dir), strict=True):
+        assert both.keys() == single.keys()
+        assert both == pytest.approx(single, rel=1e-3)
+
+
+def test_two_processes_that_are_told_to_stop_save_one_checkpoint_and_go_on_from_it(tmp_path: Path) -> None:
+    unbroken, _, _ = ready(tmp_path / "unbroken", CONFIG)
+    train_in_processes(unbroken.spec, unbroken.work_dir, 2, Heard())
+    stopped, _, _ = ready(tmp_path / "stopped", CONFIG)
+    program = textwrap.dedent("""
+        import sys
+        from pathlib import Path
+        from tuner.pipeline.launch import train_in_processes
+        from tuner.runspec import RunSpec, Silent
+        from tuner.errors import TunerError
+        try:
+            train_in_processes(RunSpec.load(Path(sys.argv[1])), Path(sys.argv[2]), 2, Silent())
+        except TunerError as error:
+            print(error)
+            sys.exit(error.exit_code)
+    """)
+    stopped.spec.save(tmp_path / "spec.json")
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "spec.json"), str(stopped.work_dir)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    while process.poll() is None and not list(stopped.work_dir.glob("adapter-*/metrics.jsonl")):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, said
+    assert "checkpoint saved" in said
+    train_in_processes(stopped.spec, stopped.work_dir, 2, Heard())
+    assert metrics(stopped.work_dir) == metrics(unbroken.work_dir)
+    digests = [Trained.load(job.work_dir / "trained.json").files for job in (stopped, unbroken)]
+    assert digests[0]["adapter_model.safetensors"] == digests[1]["adapter_model.safetensors"]
+
+
+def test_what_stops_the_first_process_is_raised_with_its_own_words(tmp_path: Path) -> None:
+    job, _, _ = ready(tmp_path, {"TrainingArguments": CONFIG["TrainingArguments"] | {"learning_rate": 1e30}})
+    with pytest.raises(ConfigError, match="loss is not finite"):
+        train_in_processes(job.spec, job.work_dir, 2, Heard())
+
+
+def test_a_process_that_is_killed_ends_the_others(tmp_path: Path) -> None:
+    job, _, _ = ready(tmp_path, {"TrainingArguments": CONFIG["TrainingArguments"] | {"max_steps": 5000}})
+
+    def kill_the_second() -> None:
+        while True:
+            for entry in Path("/proc").glob("[0-9]*"):
+                try:
+                    environment = (entry / "environ").read_bytes().split(b"\0")
+                    command = (entry / "cmdline").read_bytes()
+                except OSError:
+                    continue
+                if b"RANK=1" in environment and str(job.work_dir).encode() in command:
+                    os.kill(int(entry.name), signal.SIGKILL)
+                    return
+            time.sleep(0.05)
+
+    killer = threading.Thread(target=kill_the_second)
+    killer.start()
+    with pytest.raises(TunerError, match="training process 1 was ended by SIGKILL"):
+        train_in_processes(job.spec, job.work_dir, 2, Heard())
+    killer.join()
+
+
+def test_an_exit_code_without_a_result_still_says_which_process(tmp_path: Path) -> None:
+    error = _failure(75, 1, [], tmp_path)
+    assert isinstance(error, InterruptedRunError)
+    assert "rank-1.log" in str(error)
+    said = StageResult(stage="train", exit_code=78, message="no such thing").to_message().encode()
+    assert str(_failure(78, 0, [b"talk\n", said], tmp_path)) == "no such thing"
+    assert isinstance(_failure(130, 0, [], tmp_path), KeyboardInterrupt)

@@ -1,0 +1,159 @@
+"""One training process for each GPU of this machine, started, watched and ended together."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from tuner.errors import (
+    ConfigError,
+    DataError,
+    DeniedError,
+    GateError,
+    InputMissingError,
+    InterruptedRunError,
+    OutOfGpuMemoryError,
+    ServiceError,
+    TunerError,
+)
+from tuner.runspec import Reporter, RunSpec, StageResult
+
+_BY_EXIT_CODE: dict[int, type[TunerError]] = {
+    kind.exit_code: kind
+    for kind in (
+        ConfigError,
+        DataError,
+        DeniedError,
+        GateError,
+        InputMissingError,
+        InterruptedRunError,
+        OutOfGpuMemoryError,
+        ServiceError,
+    )
+}
+_POLL_S = 0.1
+_GRACE_S = 60
+_LOST_S = 5
+
+
+def rank() -> int:
+    """Which of a run's training processes this is; 0 where there is only one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_worker() -> bool:
+    return "RANK" in os.environ
+
+
+def train_in_processes(spec: RunSpec, work_dir: Path, count: int, reporter: Reporter) -> None:
+    """Run the train stage on `count` GPUs; it leaves trained.json as in one process.
+
+    The first process talks for all; the others' words are in rank-N.log in the work directory. Raises what the first
+    one to fail raised. A signal to this process reaches all of them, each once.
+    """
+    reporter.note(f"training on {count} GPUs, one process each")
+    spec_file = work_dir / "spec.json"
+    spec.save(spec_file)
+    command = [sys.executable, "-m", "tuner", "stage", "train", "--spec", str(spec_file), "--work-dir", str(work_dir)]
+    group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    with ExitStack() as stack:
+        workers = []
+        for number in range(count):
+            log = None if number == 0 else stack.enter_context((work_dir / f"rank-{number}.log").open("wb"))
+            workers.append(
+                subprocess.Popen(
+                    command,
+                    env=os.environ | group | {"RANK": str(number), "LOCAL_RANK": str(number)},
+                    stdout=subprocess.PIPE if number == 0 else log,
+                    stderr=log,
+                    start_new_session=True,  # Ctrl-C comes from here, once
+                )
+            )
+        stack.callback(_end, workers)
+        said: list[bytes] = []
+        reader = threading.Thread(target=lambda: said.extend(workers[0].stdout or []))
+        reader.start()
+        with _passing_on(workers):
+            code, number = _wait(workers)
+        reader.join()
+    if code == 0:
+        return
+    raise _failure(code, number, said, work_dir)
+
+
+def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int]:
+    """The exit code of the first worker to fail and its number, once all have ended; (0, 0) when none failed."""
+    failed: tuple[int, int] | None = None
+    deadline = float("inf")
+    while True:
+        codes = [worker.poll() for worker in workers]
+        failures = [(code, number) for number, code in enumerate(codes) if code]
+        if failures and failed is None:
+            failed = failures[0]
+            # Who is told to stop saves first; who lost a partner waits for it in a collective for ever.
+            deadline = time.monotonic() + (_GRACE_S if failed[0] == InterruptedRunError.exit_code else _LOST_S)
+        if None not in codes:
+            return failed or (0, 0)
+        if time.monotonic() > deadline:
+            _end(workers)
+        time.sleep(_POLL_S)
+
+
+def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
+    for worker in workers:
+        if worker.poll() is None:
+            worker.kill()
+    for worker in workers:
+        worker.wait()
+        if worker.stdout:
+            worker.stdout.close()
+
+
+@contextmanager
+def _passing_on(workers: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """SIGINT and SIGTERM go to every worker instead of ending this process."""
+
+    def forward(number: int, _frame: object) -> None:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _failure(code: int, number: int, said: Sequence[bytes], work_dir: Path) -> BaseException:
+    """What the first worker to fail would have raised in this process."""
+    if code == 128 + signal.SIGINT:
+        return KeyboardInterrupt()
+    if number == 0 and said and code in _BY_EXIT_CODE:
+        try:
+            result = StageResult.model_validate_json(said[-1])
+        except ValidationError:
+            result = None
+        if result is not None and result.exit_code == code:
+            return _BY_EXIT_CODE[code](result.message)
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    log = "" if number == 0 else f": {work_dir / f'rank-{number}.log'} says why"
+    if code in _BY_EXIT_CODE:
+        return _BY_EXIT_CODE[code](f"training process {number} {how}{log}")
+    return TunerError(f"training process {number} {how}{log}")
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
