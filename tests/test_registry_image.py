@@ -101,6 +101,7 @@ def test_digests_and_sizes_are_those_of_the_bytes(files: dict[str, Path]) -> Non
 
 
 def test_the_config_is_a_complete_image_config(files: dict[str, Path]) -> None:
+    """KAITO fault 27: its config lacks architecture, os and rootfs.type, and umoci refuses it."""
     image = build_image(files, annotations={"sh.kaito.model.name": "phi-3"})
     config = json.loads(image.config_bytes)
     assert config["architecture"] == "amd64"

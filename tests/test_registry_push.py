@@ -138,6 +138,7 @@ def test_another_card_sends_only_the_small_layer_and_the_config(
 
 
 def test_an_overwritten_tag_reports_its_old_digest(registry: RunningRegistry, image: Image) -> None:
+    """KAITO fault 27: the tag is overwritten in silence, and no digest is reported."""
     assert push(image, registry.host, name="overwritten").previous_digest is None
     other = Image(image.manifest_bytes + b"\n", image.config, image.layers)
     assert push(other, registry.host, name="overwritten").previous_digest == image.digest
