@@ -11,6 +11,7 @@ import hashlib
 import re
 import socket
 import ssl
+import struct
 import threading
 from collections import defaultdict, deque
 from collections.abc import Mapping
@@ -29,8 +30,13 @@ class Answer:
 
     `truncate_to`: the headers promise the whole body, the connection ends after so many bytes of it.
     `stall_after`: after so many bytes nothing more comes until the server ends.
+    `reset`: where it is cut short, the connection is reset, not closed.
+    `drip_s`: it comes byte by byte, so many seconds apart.
     `ranges`: Range and If-Range are honoured, and the answer has an ETag (unless `headers` has its own).
-    `chunked`: no Content-Length.
+    `careless`: ranges without a look at If-Range.
+    `shift`: a range that begins so many bytes later (earlier) than asked for, and says so.
+    `chunked`: no Content-Length. `unframed`: nor that, as HTTP/1.0 does: the connection's end is the body's.
+    `raw`: these bytes, instead of everything.
     """
 
     body: bytes | Path = b""
@@ -38,8 +44,14 @@ class Answer:
     headers: Mapping[str, str] = field(default_factory=dict)
     truncate_to: int | None = None
     stall_after: int | None = None
+    reset: bool = False
+    drip_s: float | None = None
     ranges: bool = True
+    careless: bool = False
+    shift: int = 0
     chunked: bool = False
+    unframed: bool = False
+    raw: bytes | None = None
 
     @classmethod
     def redirect(cls, location: str, status: int = 302) -> "Answer":
@@ -62,16 +74,19 @@ class Request:
 class HttpServer:
     """`url` is its base, without a slash at the end; https with `tls`."""
 
-    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None, address: str = "127.0.0.1") -> None:
         self.requests: list[Request] = []
         self.closing = threading.Event()
         self._answers: dict[str, deque[Answer]] = {}
         self._connections: set[socket.socket] = set()
         self._lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        server = type("Server", (ThreadingHTTPServer,), {"address_family": family, "request_queue_size": 64})
+        self._server = server((address, 0), self._handler())
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
         self.port: int = self._server.server_address[1]
-        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
+        host = f"[{address}]" if ":" in address else address
+        self.url = f"{'https' if tls else 'http'}://{host}:{self.port}"
         if tls:  # the handshake is a handler's work: one bad client must not stop the others
             self._server.socket = tls.wrap_socket(self._server.socket, server_side=True, do_handshake_on_connect=False)
 
@@ -145,6 +160,10 @@ class HttpServer:
             do_HEAD = do_GET
 
             def _answer(self, answer: Answer, asked: Mapping[str, str]) -> None:
+                if answer.raw is not None:
+                    self.close_connection = True
+                    self.wfile.write(answer.raw)
+                    return
                 body = answer.content()
                 status = answer.status
                 headers = {"Content-Type": "application/octet-stream", **answer.headers}
@@ -154,19 +173,26 @@ class HttpServer:
                     if asked.get("if-none-match") == headers["ETag"]:
                         status, body = 304, b""
                     wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", asked.get("range", ""))
-                    if wanted and asked.get("if-range", headers["ETag"]) == headers["ETag"]:
-                        first, last = int(wanted[1]), min(int(wanted[2] or len(body) - 1), len(body) - 1)
+                    may = answer.careless or asked.get("if-range", headers["ETag"]) == headers["ETag"]
+                    if wanted and may:
+                        first = max(0, int(wanted[1]) + answer.shift)
+                        last = min(int(wanted[2] or len(body) - 1), len(body) - 1)
                         if first >= len(body):
-                            status, headers["Content-Range"], body = 416, f"bytes */{len(body)}", b""
+                            status, body = 416, b""
+                            headers.setdefault("Content-Range", f"bytes */{len(answer.content())}")
                         else:
-                            status, headers["Content-Range"] = 206, f"bytes {first}-{last}/{len(body)}"
+                            status = 206
+                            headers.setdefault("Content-Range", f"bytes {first}-{last}/{len(body)}")
                             body = body[first : last + 1]
-                self.send_response(status)
+                if answer.unframed:
+                    self.protocol_version, self.close_connection = "HTTP/1.0", True
+                self.send_response_only(status)
+                headers.setdefault("Date", self.date_time_string())
                 for name, value in headers.items():
                     self.send_header(name, value)
                 if answer.chunked:
                     self.send_header("Transfer-Encoding", "chunked")
-                elif status != 304:
+                elif status != 304 and not answer.unframed:
                     self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 if self.command == "HEAD" or status == 304:
@@ -176,13 +202,23 @@ class HttpServer:
             def _send(self, body: bytes, answer: Answer) -> None:
                 until = [limit for limit in (answer.truncate_to, answer.stall_after) if limit is not None]
                 sent = body[: min(until)] if until else body
-                self.wfile.write(b"%x\r\n%b\r\n" % (len(sent), sent) if answer.chunked and sent else sent)
+                if answer.drip_s is not None:
+                    for at in range(len(sent)):
+                        self.wfile.write(sent[at : at + 1])
+                        if server.closing.wait(answer.drip_s):
+                            return
+                else:
+                    self.wfile.write(b"%x\r\n%b\r\n" % (len(sent), sent) if answer.chunked and sent else sent)
                 self.wfile.flush()
                 if answer.stall_after is not None:
                     server.closing.wait()
                 if len(sent) < len(body):
                     self.close_connection = True
-                    self.connection.shutdown(socket.SHUT_RDWR)
+                    if answer.reset:  # closing with this set sends RST
+                        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                        self.connection.close()
+                    else:
+                        self.connection.shutdown(socket.SHUT_RDWR)
                 elif answer.chunked:
                     self.wfile.write(b"0\r\n\r\n")
 

@@ -9,7 +9,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -30,8 +30,9 @@ from tuner.errors import (
     TunerError,
 )
 from tuner.pipeline import download
-from tuner.pipeline.download import Transfer, expired_at, format_bytes
+from tuner.pipeline.download import format_bytes
 from tuner.pipeline.fetch import fetch, fetch_base_model, fetch_sources
+from tuner.pipeline.web import Transfer, expired_at
 from tuner.presets import Preset
 from tuner.reference import LayoutReference
 from tuner.registry.image import build_image
@@ -317,7 +318,7 @@ KILLED_DOWNLOAD = """
     import sys
     from pathlib import Path
     from tests.test_fetch import Fetching, Recording
-    from tuner.pipeline.download import Transfer
+    from tuner.pipeline.web import Transfer
     Fetching(Path(sys.argv[2]), Recording())(sys.argv[1], transfer=Transfer(stall_timeout_s=60))
 """
 
@@ -382,13 +383,13 @@ def test_retry_after_decides_how_long_to_wait(server: HttpServer, fetching: Fetc
     assert server.count("/t.jsonl") == 2
 
 
-@pytest.mark.parametrize(("value", "seconds"), [("3600", r"3600"), (in_a_minute(), r"(60|5\d)")])
+@pytest.mark.parametrize(("value", "seconds"), [(lambda: "3600", r"3600"), (in_a_minute, r"(60|5\d)")])
 def test_a_server_that_asks_for_too_much_patience_is_down(
-    server: HttpServer, fetching: Fetching, value: str, seconds: str
+    server: HttpServer, fetching: Fetching, value: Callable[[], str], seconds: str
 ) -> None:
     with pytest.raises(ServiceError, match=f"come back in {seconds} s"):
         fetching(
-            server.serve("/t.jsonl", Answer(status=503, headers={"Retry-After": value})),
+            server.serve("/t.jsonl", Answer(status=503, headers={"Retry-After": value()})),
             transfer=replace(QUICK, longest_wait_s=20),
         )
     assert server.count("/t.jsonl") == 1

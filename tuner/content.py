@@ -42,6 +42,25 @@ def plain_name(name: str) -> str:
     return lower.removesuffix(".gz").removesuffix(".zst")
 
 
+_DATA_ENDINGS = (".parquet", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".arrow", ".feather", ".txt", ".text")
+_SIDECARS = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
+
+
+def is_data_name(path: str) -> bool:
+    """Whether a file at this path below a directory of data may be data: not hidden, not what describes them."""
+    *_, name = parts = path.split("/")
+    return (
+        name not in _SIDECARS
+        and not any(part.startswith((".", "_")) for part in parts)
+        and not name.lower().startswith(("readme", "license", "licence"))
+    )
+
+
+def named_as_data(paths: Sequence[str]) -> list[str]:
+    """Those whose ending is one of data."""
+    return [path for path in paths if plain_name(path).endswith(_DATA_ENDINGS)]
+
+
 def check_readable(path: Path, name: str, source: str) -> None:
     """DataError when the file's content is not what its name says, or no data at all. `source` is for messages."""
     with path.open("rb") as file:

@@ -76,6 +76,18 @@ _WITH_SIG = frozenset({
 # fmt: on
 _WITH_SIGNATURE = frozenset({"expires", "policy", "hash-algorithm"})
 
+# Where data lie that are not fetched by a plain GET: the URL's scheme → the package that reads it.
+STORE_PACKAGES = {
+    "hf": "huggingface_hub",
+    "s3": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+}
+# https://huggingface.co/docs/huggingface_hub/guides/hf_file_system
+HUB_DATASET = re.compile(r"hf://datasets/(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/@]+))?(?:/(?P<path>.*))?")
+
 _PIN = re.compile(r"[0-9a-f]{64}")
 _UNSAFE_IN_NAME = re.compile(r"[^A-Za-z0-9._+=-]+")
 _NAME_CHARACTERS = 100
@@ -124,10 +136,11 @@ def _parse_cidr(text: str) -> AddressRange:
     return cidr
 
 
-def url_problem(url: str, allowed: Allowed) -> str | None:
+def url_problem(url: str, allowed: Allowed, *, stores: bool = False) -> str | None:
     """One sentence on why this URL is not fetched, or None. The sentence holds neither query nor userinfo.
 
-    A name that passes is not yet safe: where it resolves to is for `address_problem`.
+    A name that passes is not yet safe: where it resolves to is for `address_problem`. `stores`: hf://, s3://, gs://
+    and az:// will do as well, which is so on a box only.
     """
     if url != url.strip() or any(ord(character) <= 32 or character in "\\\x7f" for character in url):
         return "invalid data source URL: it has a space, a control character or a backslash"
@@ -136,6 +149,8 @@ def url_problem(url: str, allowed: Allowed) -> str | None:
         host, _ = parts.hostname, parts.port  # .port raises for a bad one
     except ValueError:
         return "invalid data source URL"
+    if stores and parts.scheme in STORE_PACKAGES:
+        return _store_problem(url)
     if parts.scheme not in ("http", "https"):
         return "a data source URL must use HTTP or HTTPS"
     if not host:
@@ -167,6 +182,19 @@ def address_problem(address: str, allowed: Allowed, *, by_name: bool) -> str | N
     if real.is_global or by_name or allowed.private:
         return None
     return f"{shown} is a private or reserved address; {opening}"
+
+
+def _store_problem(url: str) -> str | None:
+    if "?" in url:
+        return "invalid data source URL: a store's URL has no query"
+    if url.startswith("hf:"):
+        return (
+            None if HUB_DATASET.fullmatch(redacted(url)) else "write it as hf://datasets/OWNER/NAME[@REVISION][/PATH]"
+        )
+    parts = urlsplit(url)
+    if "@" in parts.netloc:
+        return "a data source URL must not hold a user name or password"
+    return None if parts.netloc and parts.path.strip("/") else "invalid data source URL: write bucket and path"
 
 
 def _host_problem(host: str, allowed: Allowed) -> str | None:

@@ -1,80 +1,41 @@
-"""One URL or many → files on disk, whole and checked.
+"""Files from elsewhere → files on disk, whole and checked.
 
 A download is `NAME.part` with `NAME.part.json` beside it until it is whole, checked and renamed to `NAME`;
 `NAME.fetched.json` then says where it came from, so that the next run does not fetch it again. A killed run goes on
-where it stopped. The server's word for a file (its ETag or Last-Modified) guards against joining two versions.
+where it stopped. What the origin says of a file's version guards against joining two.
 """
 
 import errno
-import logging
+import gzip
 import os
 import shutil
-import socket
-import ssl
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from email.utils import parsedate_to_datetime
-from functools import partial
-from ipaddress import ip_address
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from types import TracebackType
-from typing import Any, NoReturn, Self
-from urllib.parse import parse_qs, urljoin, urlsplit
-from urllib.request import getproxies, proxy_bypass
+from typing import Protocol
 
-import httpcore2
-import httpx2
 from pydantic import ValidationError
 
-from tuner.content import WEB_PAGE_HINT, check_readable, hash_file
-from tuner.errors import (
-    ConfigError,
-    DataError,
-    DeniedError,
-    InputMissingError,
-    InterruptedRunError,
-    ServiceError,
-    TunerError,
-)
-from tuner.runspec import Contract, FetchedFile, Progress, Reporter, UrlSource
-from tuner.urls import Allowed, address_problem, redacted, url_problem
+from tuner.content import check_readable, hash_file
+from tuner.errors import ConfigError, DataError, InterruptedRunError, ServiceError, TunerError
+from tuner.pipeline.web import Answer, StaleError, Transfer, TransientError, Version
+from tuner.runspec import Contract, FetchedFile, Progress, Reporter
 
 _MIB = 1024**2
-_REDIRECTS = 5
-_RETRIED_STATUSES = frozenset({408, 425, 429})  # and every 5xx
 _SAVE_EVERY_BYTES = _MIB  # how much of a part a killed process fetches again
-# Failures of a connection: a direct one speaks as httpcore2, a proxied one as httpx2.
-_WIRE_ERRORS = (httpx2.TransportError, httpcore2.NetworkError, httpcore2.TimeoutException, httpcore2.ProtocolError)
-
-
-def resolve_name(host: str) -> Sequence[str]:
-    """The addresses of a host name, in the order to try them. Raises OSError."""
-    answers = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(address[0]) for *_, address in answers))
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """How wide and how patient downloads are. `attempts` counts failures without progress in between."""
-
-    connections: int = 8
-    attempts: int = 5
-    connect_timeout_s: float = 10
-    stall_timeout_s: float = 30
-    backoff_s: float = 0.5  # doubled after every failure
-    longest_wait_s: float = 120  # a server that asks for more is down
-    split_bytes: int = 64 * _MIB  # a larger file comes in parts where the server has ranges
-    part_bytes: int = 32 * _MIB
-    resolve: Callable[[str], Sequence[str]] = resolve_name
-
-
-DEFAULT_TRANSFER = Transfer()
+_MOST_PARTS = 256
+_ROOM_BYTES = 64 * 1024
+_POLL_S = 0.1
+_FULL_DISK = {
+    errno.ENOSPC: "no disk space",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than the file system or a limit allows",
+}
 
 
 def format_bytes(size: int) -> str:
@@ -102,15 +63,44 @@ def disk_errors(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in _FULL_DISK:
             raise
+        free = format_bytes(shutil.disk_usage(directory).free)
         raise ConfigError(
-            f"no disk space at {directory}: {format_bytes(shutil.disk_usage(directory).free)} left",
+            f"{_FULL_DISK[error.errno]} at {directory}: {free} left",
             hint="free some, or choose another --work-dir; what has arrived is kept",
         ) from error
 
 
+def interrupted() -> InterruptedRunError:
+    return InterruptedRunError(
+        "stopped while fetching; what has arrived is kept", hint="run the same command again to go on"
+    )
+
+
 # ── all at once ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Origin(Protocol):
+    """Where a file comes from. Both raise TransientError and TunerErrors; `open` also StaleError."""
+
+    def open(
+        self, at: int = 0, end: int | None = None, version: Version | None = None
+    ) -> AbstractContextManager[Answer]:
+        """Bytes `at` up to `end` of this version, or the whole file where that is not to be had or not asked for."""
+
+    def is_unchanged(self, version: Version) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One file to download as `name`. `url` and `query_sha256` say which data it is, and may be shown."""
+
+    name: str
+    url: str
+    query_sha256: str
+    sha256: str | None
+    origin: Origin
 
 
 class _Space:
@@ -131,90 +121,60 @@ class _Space:
             raise no_space(self._directory, promised, self._free)
 
 
-def download_all(
-    sources: Mapping[int, UrlSource],
-    queries: Mapping[str, str],
-    data_dir: Path,
-    allowed: Allowed,
-    ca_file: str | None,
-    reporter: Reporter,
-    *,
-    cancelled: threading.Event | None = None,
-    transfer: Transfer = DEFAULT_TRANSFER,
-) -> tuple[dict[int, FetchedFile], dict[int, TunerError]]:
-    """What arrived and what failed, by the sources' keys. One that fails does not stop the others.
-
-    `queries`: source name → the secret query of its URL. Raises InterruptedRunError soon after `cancelled` is set.
-    """
-    arrived: dict[int, FetchedFile] = {}
-    failed: dict[int, TunerError] = {}
-    outcomes: SimpleQueue[tuple[int, FetchedFile | BaseException]] = SimpleQueue()
-    stop = threading.Event()
-    executor = ThreadPoolExecutor(max_workers=transfer.connections, thread_name_prefix="fetch")
-    with _Web(allowed, ca_file, transfer, reporter) as web:
-        shared = _Shared(data_dir, web, _Space(data_dir), transfer, reporter, stop, executor.submit)
-        try:
-            for key, source in sources.items():
-                settle = partial(_put_outcome, outcomes, key)
-                _Download(source, queries.get(source.name, ""), shared, settle).start()
-            while len(arrived) + len(failed) < len(sources):
-                if cancelled is not None and cancelled.is_set():
-                    raise InterruptedRunError(
-                        "stopped while fetching; what has arrived is kept", hint="run the same command again to go on"
-                    )
-                try:
-                    key, outcome = outcomes.get(timeout=0.1)
-                except Empty:
-                    continue
-                if isinstance(outcome, FetchedFile):
-                    arrived[key] = outcome
-                elif isinstance(outcome, TunerError):
-                    failed[key] = outcome
-                else:
-                    raise outcome  # a bug of ours
-        finally:
-            stop.set()
-            executor.shutdown(wait=True, cancel_futures=True)
-    return arrived, failed
-
-
-def _put_outcome(
-    outcomes: SimpleQueue[tuple[int, FetchedFile | BaseException]], key: int, outcome: FetchedFile | BaseException
-) -> None:
-    outcomes.put((key, outcome))
-
-
 @dataclass(frozen=True)
 class _Shared:
     """What all downloads of a run have in common."""
 
     data_dir: Path
-    web: "_Web"
     space: _Space
     transfer: Transfer
     reporter: Reporter
     stop: threading.Event
-    submit: Callable[..., object]
+    connections: threading.BoundedSemaphore
+
+
+def download_all(
+    wanted: Sequence[Wanted],
+    data_dir: Path,
+    reporter: Reporter,
+    *,
+    cancelled: threading.Event,
+    stop: threading.Event,
+    transfer: Transfer,
+) -> tuple[dict[str, FetchedFile], dict[str, TunerError]]:
+    """What arrived and what failed, by name. One that fails does not stop the others.
+
+    Raises InterruptedRunError soon after `cancelled` is set; `stop` is set in the end, however it ends.
+    """
+    arrived: dict[str, FetchedFile] = {}
+    failed: dict[str, TunerError] = {}
+    shared = _Shared(
+        data_dir, _Space(data_dir), transfer, reporter, stop, threading.BoundedSemaphore(transfer.connections)
+    )
+    executor = ThreadPoolExecutor(max_workers=transfer.connections, thread_name_prefix="fetch")
+    try:
+        running = {executor.submit(_Download(each, shared).run): each.name for each in wanted}
+        while running:
+            if cancelled.is_set():
+                raise interrupted()
+            done, _ = wait(running, timeout=_POLL_S, return_when=FIRST_COMPLETED)
+            for task in done:
+                name = running.pop(task)
+                try:
+                    arrived[name] = task.result()
+                except TunerError as error:
+                    failed[name] = error
+    finally:
+        stop.set()
+        executor.shutdown(wait=True, cancel_futures=True)
+    return arrived, failed
 
 
 # ── one download ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class _TransientError(Exception):
-    """Something that may pass: try again, after `wait_s` when the server named a time."""
-
-    def __init__(self, reason: str, wait_s: float | None = None) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.wait_s = wait_s
-
-
-class _StaleError(Exception):
-    """The server has another version than the one begun, or cannot go on in the middle: begin anew."""
-
-
 class _StoppedError(Exception):
-    """This download needs no more bytes: another part failed, or the run was interrupted."""
+    """No more bytes are needed: another part failed, or the run was interrupted."""
 
 
 @dataclass
@@ -231,13 +191,30 @@ class _Part:
 
 
 class _Partial(Contract):
-    """NAME.part.json: what is in NAME.part, and of which version of the file."""
+    """NAME.part.json: what is in NAME.part, and of which version of the file.
+
+    `boot`: in which life of this machine it was written; None: all of it is on the disk itself. After a power cut
+    nobody knows which of the pages that were only in memory got there.
+    """
 
     url: str
     query_sha256: str
-    validator: str | None
+    version: Version
     size_bytes: int | None
     parts: tuple[tuple[int, int, int | None], ...]
+    boot: str | None
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether the parts lie one after the other and make up the file."""
+        ends = [end for _, _, end in self.parts]
+        starts = [start for start, _, _ in self.parts]
+        return (
+            bool(self.parts)
+            and starts == [0, *ends[:-1]]
+            and ends[-1] == self.size_bytes
+            and all(start <= at and (end is None or at <= end) for start, at, end in self.parts)
+        )
 
 
 class _Record(Contract):
@@ -247,284 +224,226 @@ class _Record(Contract):
     query_sha256: str
     sha256: str
     size_bytes: int
-    etag: str | None
-    last_modified: str | None
+    version: Version
 
 
 class _Download:
-    """One URL on its way to a file; its parts run on the threads that all downloads share."""
+    """One file on its way to the disk."""
 
-    def __init__(
-        self, source: UrlSource, query: str, shared: _Shared, settle: Callable[[FetchedFile | BaseException], None]
-    ) -> None:
-        """`settle` is called once, on some thread, with the file or with what went wrong."""
-        self._source = source
-        self._query = query  # secret
-        self._settle = settle
-        self._web = shared.web
-        self._space = shared.space
+    def __init__(self, wanted: Wanted, shared: _Shared) -> None:
+        self._wanted = wanted
+        self._shared = shared
         self._transfer = shared.transfer
-        self._reporter = shared.reporter
-        self._stop = shared.stop
-        self._submit = shared.submit
-        self._path = shared.data_dir / source.name
-        self._part_path = shared.data_dir / f"{source.name}.part"
-        self._partial_path = shared.data_dir / f"{source.name}.part.json"
-        self._record_path = shared.data_dir / f"{source.name}.fetched.json"
-        self._lock = threading.RLock()
+        self._path = shared.data_dir / wanted.name
+        self._part_path = shared.data_dir / f"{wanted.name}.part"
+        self._partial_path = shared.data_dir / f"{wanted.name}.part.json"
+        self._decoded_path = shared.data_dir / f"{wanted.name}.decoded"
+        self._record_path = shared.data_dir / f"{wanted.name}.fetched.json"
+        self._lock = threading.Lock()
         self._parts = [_Part(0, 0, None)]
-        self._running = 0  # parts on a thread or waiting for one
         self._size: int | None = None
+        self._version = Version()
+        self._is_framed = True
         self._promised = 0
-        self._etag: str | None = None
-        self._last_modified: str | None = None
-        self._validator: str | None = None  # what If-Range sends
         self._may_split = True
-        self._restarts = 0
-        self._failure: BaseException | None = None
-        self._stale = False
+        self._failure: BaseException | None = None  # the first of some part: the others stop
+        self._pool: ThreadPoolExecutor
+        self._tasks: list[Future[None]] = []
 
-    def start(self) -> None:
-        self._submit(self._begin)
-
-    def _begin(self) -> None:
-        try:
-            if file := self._already_there():
-                self._reporter.note(f"{self._source.name}: already there")
-                self._settle(file)
-                return
-            self._load_partial()
-            self._run(self._parts)
-        except BaseException as error:
-            self._settle(error)
-
-    def _run(self, parts: list[_Part]) -> None:
-        self._running = len(parts)
-        for part in parts:
-            self._submit(self._fill_part, part)
-
-    def _fill_part(self, part: _Part) -> None:
-        try:
-            self._fill(part)
-        except _StoppedError:
-            pass
-        except _StaleError:
-            self._stale = True
-        except BaseException as error:  # whatever it is, the main thread must hear of it
-            self._failure = self._failure or error
-        with self._lock:
-            self._running -= 1
-            is_last = self._running == 0
-        if is_last:
-            self._end()
-
-    def _end(self) -> None:
-        """All parts are at rest: the file is whole, has failed, or is begun anew."""
-        try:
-            if self._received() and not self._stale:
-                with suppress(ConfigError):  # no space for that either: what was saved before is older, not wrong
-                    self._save_partial()
-            if self._failure:
-                raise self._failure
-            if self._stop.is_set():
-                return
-            if self._stale:
-                self._begin_anew()
-                return
-            self._settle(self._finish())
-        except BaseException as error:
-            self._settle(error)
-
-    def _begin_anew(self) -> None:
-        self._restarts += 1
-        if self._restarts > self._transfer.attempts:
-            raise ServiceError(f"{self._source.url}: the file changes on the server faster than it downloads")
-        self._stale = False
-        self._may_split = False  # whatever confused the server, one plain GET does not
-        self._discard()
-        self._run(self._parts)
+    def run(self) -> FetchedFile:
+        if file := self._already_there():
+            self._shared.reporter.note(f"{self._wanted.name}: already there")
+            return file
+        self._load_partial()
+        for _ in range(self._transfer.attempts + 1):
+            try:
+                self._fill_all()
+                return self._finish()
+            except StaleError:
+                self._may_split = False  # whatever confused the server, one plain GET does not
+                self._discard()
+        raise ServiceError(f"{self._wanted.url}: the file changes on the server faster than it downloads")
 
     # what an earlier run left
 
     def _already_there(self) -> FetchedFile | None:
-        """The file of an earlier run, when it is the one asked for and the server has no newer one."""
+        """The file of an earlier run, when it is the one asked for and the origin has no newer one."""
+        wanted = self._wanted
         try:
-            record = _Record.model_validate_json(self._record_path.read_text(encoding="utf-8"))
+            record = _Record.model_validate_json(self._record_path.read_bytes())
             size = self._path.stat().st_size
         except (FileNotFoundError, ValidationError):
             return None
-        if (record.url, record.query_sha256) != (self._source.url, self._source.query_sha256):
+        if (record.url, record.query_sha256) != (wanted.url, wanted.query_sha256):
             return None
-        pin = self._source.sha256
+        pin = wanted.sha256
         if size != record.size_bytes or (pin and pin != record.sha256) or hash_file(self._path) != record.sha256:
             return None
-        if not pin and self._has_newer(record):
-            return None
-        return FetchedFile(
-            source=self._source.url, path=str(self._path), sha256=record.sha256, size_bytes=record.size_bytes
-        )
-
-    def _has_newer(self, record: _Record) -> bool:
-        headers = {}
-        if record.etag:
-            headers["If-None-Match"] = record.etag
-        elif record.last_modified:
-            headers["If-Modified-Since"] = record.last_modified
-        else:
-            return False
-        try:
-            with self._web.get(self._url(), headers) as response:
-                if response.status_code in (200, 304):
-                    return bool(response.status_code == 200)
-                reason = f"the server answered {response.status_code}"
-        except _TransientError as retry:
-            reason = retry.reason
-        # A file that is whole and known is better than none: an expired signature must not stop a resumed run.
-        self._reporter.warn(f"{self._source.name}: already there, not compared with the server: {reason}")
-        return False
+        if not pin:
+            try:
+                with self._shared.connections:
+                    if not wanted.origin.is_unchanged(record.version):
+                        return None
+            except TransientError as retry:
+                # A file that is whole and known is better than none: an expired signature must not stop a resumed run.
+                self._shared.reporter.warn(
+                    f"{wanted.name}: already there, not compared with the server: {retry.reason}"
+                )
+        return FetchedFile(source=wanted.url, path=str(self._path), sha256=record.sha256, size_bytes=size)
 
     def _load_partial(self) -> None:
-        """Go on from NAME.part when it belongs to this URL and the server can be asked for the same version."""
+        """Go on from NAME.part when it belongs to this URL and the origin can be asked for the same version."""
         try:
-            kept = _Partial.model_validate_json(self._partial_path.read_text(encoding="utf-8"))
+            kept = _Partial.model_validate_json(self._partial_path.read_bytes())
             on_disk = self._part_path.stat().st_size
         except (FileNotFoundError, ValidationError):
             self._discard()
             return
-        mine = (kept.url, kept.query_sha256) == (self._source.url, self._source.query_sha256)
-        written_to = max(at if at > start else 0 for start, at, _ in kept.parts)
-        if not mine or kept.validator is None or written_to > on_disk:
+        is_mine = (kept.url, kept.query_sha256) == (self._wanted.url, self._wanted.query_sha256)
+        is_on_disk = kept.boot in (None, _boot()) and kept.is_sound
+        written_to = max((at for start, at, _ in kept.parts if at > start), default=0)
+        if not is_mine or not is_on_disk or kept.version.validator is None or written_to > on_disk:
             self._discard()
             return
-        self._validator, self._size = kept.validator, kept.size_bytes
+        self._version, self._size = kept.version, kept.size_bytes
         self._parts = [_Part(*part) for part in kept.parts]
         if self._size is not None:
             self._promise(self._size - self._received())
 
     def _promise(self, size: int) -> None:
-        self._space.promise(size - self._promised)
+        self._shared.space.promise(size - self._promised)
         self._promised = size
 
     def _discard(self) -> None:
         self._parts = [_Part(0, 0, None)]
-        self._size = self._validator = self._etag = self._last_modified = None
-        self._part_path.unlink(missing_ok=True)
-        self._partial_path.unlink(missing_ok=True)
+        self._size, self._version = None, Version()
+        for path in (self._part_path, self._partial_path, self._decoded_path):
+            path.unlink(missing_ok=True)
 
-    def _save_partial(self) -> None:
+    def _save_partial(self, *, is_on_disk: bool = False) -> None:
         with self._lock, disk_errors(self._path.parent):
             _Partial(
-                url=self._source.url,
-                query_sha256=self._source.query_sha256,
-                validator=self._validator,
+                url=self._wanted.url,
+                query_sha256=self._wanted.query_sha256,
+                version=self._version,
                 size_bytes=self._size,
                 parts=tuple((part.start, part.at, part.end) for part in self._parts),
+                boot=None if is_on_disk else _boot(),
             ).save(self._partial_path)
 
     # bytes
 
-    def _url(self) -> str:
-        return f"{self._source.url}?{self._query}" if self._query else self._source.url
+    def _fill_all(self) -> None:
+        """Every part, several at a time. Raises what the first that failed raised."""
+        self._failure = None
+        self._tasks = []
+        with ThreadPoolExecutor(self._transfer.connections, "part") as self._pool:
+            for part in self._parts:
+                self._tasks.append(self._pool.submit(self._fill_part, part))
+            for task in self._tasks:  # it grows when the first answer is split
+                task.result()
+        if self._failure is None:
+            return
+        if self._received() and not isinstance(self._failure, StaleError):
+            self._keep()
+        raise self._failure
+
+    def _keep(self) -> None:
+        """Put what has arrived where the next run finds it; all parts are at rest."""
+        try:
+            _sync(self._part_path)
+            self._save_partial(is_on_disk=True)
+        except (ConfigError, OSError):  # a full disk: a little of what came last makes room for saying what is there
+            last = max((part for part in self._parts if part.at > part.start), key=lambda part: part.at)
+            last.at = max(last.start, last.at - _ROOM_BYTES)
+            with suppress(ConfigError, OSError):  # what was saved before is older, not wrong
+                os.truncate(self._part_path, last.at)
+                self._save_partial()
+
+    def _fill_part(self, part: _Part) -> None:
+        try:
+            self._fill(part)
+        except BaseException as error:  # whatever it is, it is raised again where this download is waited for
+            with self._lock:
+                self._failure = self._failure or error
 
     def _fill(self, part: _Part) -> None:
         """Request the part until it is whole; attempts count anew whenever bytes arrived that were not there yet."""
         failures = 0
         furthest = part.at
-        while True:
+        while not part.is_whole:
+            self._check_wanted()
             try:
-                self._request(part)
-            except _TransientError as retry:
-                self._save_partial()
-                failures = 1 if part.at > furthest else failures + 1
+                with self._shared.connections:
+                    self._request(part)
+            except TransientError as retry:
+                self._check_wanted()
+                failures = 1 if part.at > furthest + self._transfer.stall_bytes else failures + 1
                 furthest = max(furthest, part.at)
                 if failures >= self._transfer.attempts:
                     raise ServiceError(
-                        f"{self._source.url}: {retry.reason}, {failures} times", hint="run again: it goes on from here"
+                        f"{self._wanted.url}: {retry.reason}, {failures} times", hint="run again: it goes on from here"
                     ) from retry.__cause__
-                wait_s = retry.wait_s
-                if wait_s is None:
-                    wait_s = self._transfer.backoff_s * 2 ** (failures - 1)
-                elif wait_s > self._transfer.longest_wait_s:
+                wait_s = self._transfer.backoff_s * 2 ** (failures - 1) if retry.wait_s is None else retry.wait_s
+                if wait_s > self._transfer.longest_wait_s and retry.wait_s is not None:
                     raise ServiceError(
-                        f"{self._source.url}: {retry.reason}, and asks to come back in {wait_s:.0f} s"
+                        f"{self._wanted.url}: {retry.reason}, and asks to come back in {wait_s:.0f} s"
                     ) from retry.__cause__
-                if self._stop.wait(wait_s):
-                    raise _StoppedError from None
-            else:
-                return
+                self._pause(wait_s)
+
+    def _pause(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            self._check_wanted()
+            self._shared.stop.wait(min(left, _POLL_S))
+
+    def _check_wanted(self) -> None:
+        if self._shared.stop.is_set() or self._failure:
+            raise _StoppedError
 
     def _request(self, part: _Part) -> None:
-        headers = {}
-        is_ranged = self._validator is not None and (part.at > 0 or len(self._parts) > 1)
-        if is_ranged:
-            if part.is_whole:
-                return
-            last = "" if part.end is None else part.end - 1
-            headers = {"Range": f"bytes={part.at}-{last}", "If-Range": str(self._validator)}
-        with self._web.get(self._url(), headers) as response:
-            if response.status_code == 200:
+        can_go_on = self._version.validator is not None and (part.at > 0 or len(self._parts) > 1)
+        with self._wanted.origin.open(part.at, part.end, self._version if can_go_on else None) as answer:
+            if answer.is_whole:  # also when a range was asked for: another version, or no ranges here
                 if len(self._parts) > 1:
-                    raise _StaleError
-                self._accept(response, part)  # also when a range was asked for: another version, or no ranges here
-            elif is_ranged and response.status_code == 206:
-                self._check_range(response, part)
-            elif is_ranged and response.status_code == 416:
-                raise _StaleError
-            else:
-                self._refuse(response)
-            self._write(response, part)
+                    raise StaleError
+                self._accept(answer, part)
+            elif self._size is None:
+                self._size = part.end = answer.size_bytes
+            elif answer.size_bytes not in (None, self._size):
+                raise StaleError
+            self._write(answer, part)
 
-    def _accept(self, response: httpx2.Response, part: _Part) -> None:
-        """Begin the file with the headers of an answer that holds all of it."""
-        if response.headers.get("content-type", "").lower().startswith(("text/html", "application/xhtml")):
-            raise DataError(f"{self._source.url}: the server sent a web page", hint=WEB_PAGE_HINT)
+    def _accept(self, answer: Answer, part: _Part) -> None:
+        """Begin the file with an answer that holds all of it."""
         part.at = 0
         self._part_path.unlink(missing_ok=True)
-        self._etag = response.headers.get("etag")
-        self._last_modified = response.headers.get("last-modified")
-        # A weak ETag says "means the same", not "the same bytes": RFC 9110 8.8.1 forbids it for ranges.
-        is_strong = self._etag is not None and not self._etag.startswith("W/")
-        self._validator = self._etag if is_strong else self._last_modified
-        length = response.headers.get("content-length", "")
-        self._size = part.end = int(length) if length.isdecimal() else None
-        if self._size is None:
-            self._save_partial()
-            return
-        self._promise(self._size)
-        has_ranges = response.headers.get("accept-ranges", "").lower() == "bytes" and self._validator is not None
-        if has_ranges and self._may_split and self._size > self._transfer.split_bytes:
-            self._split(part, self._size)
+        self._version, self._is_framed = answer.version, answer.is_framed
+        self._size = part.end = answer.size_bytes
+        if self._size is not None:
+            self._promise(self._size)
+            can_split = answer.has_ranges and answer.version.validator is not None and self._may_split
+            if can_split and self._size > self._transfer.split_bytes:
+                self._split(part, self._size)
         self._save_partial()
 
     def _split(self, first: _Part, size: int) -> None:
         """The answer that runs goes on as the first part; other connections ask for the others."""
-        step = self._transfer.part_bytes
+        step = max(self._transfer.part_bytes, -(-size // _MOST_PARTS))
         others = [_Part(start, start, min(start + step, size)) for start in range(step, size, step)]
         with self._lock:
             first.end = min(step, size)
             self._parts = [first, *others]
-            self._running += len(others)
-        for part in others:
-            self._submit(self._fill_part, part)
+        self._tasks += [self._pool.submit(self._fill_part, part) for part in others]
 
-    def _check_range(self, response: httpx2.Response, part: _Part) -> None:
-        span, _, total = response.headers.get("content-range", "").removeprefix("bytes ").partition("/")
-        etag = response.headers.get("etag")
-        if etag is not None and str(self._validator).startswith('"') and etag != self._validator:
-            raise _StaleError  # it has ranges, but did not look at If-Range
-        if span.split("-")[0] != str(part.at) or (self._size is not None and total not in (str(self._size), "*")):
-            raise _StaleError
-        self._etag, self._last_modified = etag, response.headers.get("last-modified")
-
-    def _write(self, response: httpx2.Response, part: _Part) -> None:
+    def _write(self, answer: Answer, part: _Part) -> None:
         descriptor = os.open(self._part_path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             saved_at = part.at
-            for chunk in self._web.chunks(response):
-                if self._stop.is_set() or self._failure or self._stale:
-                    raise _StoppedError
+            for chunk in answer.chunks:
+                self._check_wanted()
                 room = len(chunk) if part.end is None else part.end - part.at
-                wanted = chunk[:room]
+                wanted = memoryview(chunk)[:room]
                 with disk_errors(self._path.parent):
                     while wanted:
                         written = os.pwrite(descriptor, wanted, part.at)
@@ -536,71 +455,80 @@ class _Download:
                     saved_at = part.at
                 if len(chunk) > room:  # the first part of a split file: its answer holds the whole file
                     break
-            if part.end is None:
-                part.end = part.at
-            elif part.at < part.end:
-                raise _TransientError(f"the answer ended after {part.at} of {part.end} bytes")
         finally:
             os.close(descriptor)
+        if part.end is None:
+            part.end = self._size = part.at
+        elif part.at < part.end:
+            raise TransientError(f"the answer ended after {part.at} of {part.end} bytes")
         self._save_partial()
 
     def _received(self) -> int:
         return sum(part.at - part.start for part in self._parts)
 
     def _tell(self) -> None:
-        self._reporter.progress(
-            Progress(stage="fetch", task=self._source.name, done=self._received(), total=self._size, unit="B")
-        )
-
-    def _refuse(self, response: httpx2.Response) -> NoReturn:
-        status, url = response.status_code, self._source.url
-        if status in _RETRIED_STATUSES or status >= 500:
-            raise _TransientError(
-                f"the server answered {status}", _retry_after_s(response.headers.get("retry-after", ""))
-            )
-        if status in (401, 403, 407):
-            raise DeniedError(f"{url}: denied, the server answered {status}", hint=_denied_hint(self._query))
-        if status in (404, 410):
-            raise InputMissingError(f"{url}: not found, the server answered {status}")
-        expired = expired_at(self._query)
-        raise InputMissingError(
-            f"{url}: the server answered {status}", hint=_expired_hint(expired) if expired else None
+        self._shared.reporter.progress(
+            Progress(stage="fetch", task=self._wanted.name, done=self._received(), total=self._size, unit="B")
         )
 
     # the whole file
 
     def _finish(self) -> FetchedFile:
         """Check the content, then give it its name."""
-        url = self._source.url
+        wanted, url = self._wanted, self._wanted.url
         size = self._part_path.stat().st_size if self._part_path.exists() else 0
         try:
+            if size != self._size:
+                raise DataError(f"{url}: {size} bytes are on the disk, {self._size} arrived")
             if size == 0:
                 raise DataError(f"{url}: the file is empty")
-            if self._size is not None and size != self._size:
-                raise DataError(f"{url}: {size} bytes arrived, the server promised {self._size}")
-            check_readable(self._part_path, self._source.name, url)
-            digest = hash_file(self._part_path)
-            if self._source.sha256 and digest != self._source.sha256:
+            whole = self._decoded()
+            check_readable(whole, wanted.name, url)
+            digest = hash_file(whole)
+            if wanted.sha256 and digest != wanted.sha256:
                 raise DataError(
-                    f"{url}: its sha256 is {digest}, the URL pins {self._source.sha256}",
+                    f"{url}: its sha256 is {digest}, the URL pins {wanted.sha256}",
                     hint="the file changed, or the pin is another file's",
                 )
         except DataError:
             self._discard()  # going on from bad bytes would fail for ever
             raise
-        _sync(self._part_path)
+        if not self._is_framed and not wanted.sha256:
+            self._shared.reporter.warn(
+                f"{url}: the server did not say how long the file is; only #sha256= would prove that it is whole"
+            )
+        size = whole.stat().st_size
+        _sync(whole)
         self._record_path.unlink(missing_ok=True)
-        self._part_path.replace(self._path)
-        _Record(
-            url=url,
-            query_sha256=self._source.query_sha256,
-            sha256=digest,
-            size_bytes=size,
-            etag=self._etag,
-            last_modified=self._last_modified,
-        ).save(self._record_path)
+        whole.replace(self._path)
+        record = _Record(
+            url=url, query_sha256=wanted.query_sha256, sha256=digest, size_bytes=size, version=self._version
+        )
+        record.save(self._record_path)
         self._partial_path.unlink(missing_ok=True)
+        self._part_path.unlink(missing_ok=True)
         return FetchedFile(source=url, path=str(self._path), sha256=digest, size_bytes=size)
+
+    def _decoded(self) -> Path:
+        """NAME.part, or what it holds when the server sent it with a Content-Encoding.
+
+        Ranges, lengths and ETags are of the encoded bytes, so those are what is downloaded. Servers also say gzip of a
+        file that is a .gz itself: that stays as it is.
+        """
+        if self._version.encoding is None or self._wanted.name.lower().endswith((".gz", ".gzip", ".tgz")):
+            return self._part_path
+        decoded = self._decoded_path
+        try:
+            with disk_errors(decoded.parent), gzip.open(self._part_path) as packed, decoded.open("wb") as file:
+                while chunk := packed.read(_MIB):
+                    self._check_wanted()
+                    file.write(chunk)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise DataError(f"{self._wanted.url}: sent with Content-Encoding gzip, and it is no gzip") from error
+        except BaseException:
+            decoded.unlink(missing_ok=True)
+            raise
+        return decoded
 
 
 def _sync(path: Path) -> None:
@@ -609,260 +537,6 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _retry_after_s(value: str) -> float | None:
-    """Seconds from a Retry-After header, which holds seconds or a date; None when it holds neither."""
-    if value.isdecimal():
-        return float(value)
-    try:
-        moment = parsedate_to_datetime(value)
-    except ValueError:
-        return None
-    return max(0.0, (moment.astimezone(UTC) - datetime.now(UTC)).total_seconds())
-
-
-def expired_at(query: str, now: datetime | None = None) -> datetime | None:
-    """When the signature in a URL's query ended, if that is past: Azure's `se`, AWS's and Google's dates."""
-    values = {name.lower(): found[0] for name, found in parse_qs(query).items()}
-    end: datetime | None = None
-    with suppress(ValueError, OverflowError):
-        if "se" in values:
-            end = datetime.fromisoformat(values["se"])
-        for cloud in ("x-amz", "x-goog"):
-            if f"{cloud}-date" in values and f"{cloud}-expires" in values:
-                begin = datetime.strptime(values[f"{cloud}-date"], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
-                end = begin + timedelta(seconds=int(values[f"{cloud}-expires"]))
-        if end is None and values.get("expires", "").isdecimal():
-            end = datetime.fromtimestamp(int(values["expires"]), UTC)
-    if end is None:
-        return None
-    end = end if end.tzinfo else end.replace(tzinfo=UTC)
-    return end if end < (now or datetime.now(UTC)) else None
-
-
-def _expired_hint(moment: datetime) -> str:
-    return f"the URL's signature expired at {moment:%Y-%m-%d %H:%M} UTC; make a new one"
-
-
-def _denied_hint(query: str) -> str:
-    if moment := expired_at(query):
-        return _expired_hint(moment)
-    if query:
-        return "the URL's signature or token is not accepted: is it whole, and does it allow reading?"
-    return "the file is private: use a signed URL"
-
-
-# ── the wire ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class _ForbiddenError(Exception):
-    """A name resolved to addresses that may not be connected to."""
-
-
-class _Web:
-    """GETs that go only where they may. Thread-safe.
-
-    Without a proxy we resolve names ourselves and connect to the very address that was checked. Behind one the proxy
-    resolves, so only what a URL says can be checked; that is noted once.
-    """
-
-    def __init__(self, allowed: Allowed, ca_file: str | None, transfer: Transfer, reporter: Reporter) -> None:
-        self._allowed = allowed
-        self._transfer = transfer
-        self._reporter = reporter
-        self._tls = _tls_context(ca_file)
-        self._clients: dict[str | None, httpx2.Client] = {}
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> Self:
-        for name in ("httpx2", "httpcore2"):
-            logging.getLogger(name).setLevel(logging.WARNING)  # they log URLs whole, signatures included
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for client in self._clients.values():
-            client.close()
-
-    @contextmanager
-    def get(self, url: str, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
-        """The final answer to a GET, not yet read; every hop is judged. Raises _TransientError when the wire fails."""
-        shown = redacted(url)
-        hop = url
-        for _ in range(_REDIRECTS + 1):
-            if problem := url_problem(hop, self._allowed):
-                where = "" if hop == url else f"redirects to {redacted(hop)}: "
-                raise ConfigError(f"{shown}: {where}{problem}")
-            try:
-                client = self._client(_proxy_for(hop))
-                response = client.send(client.build_request("GET", hop, headers=headers), stream=True)
-            except httpx2.InvalidURL:
-                raise ConfigError(f"{shown}: invalid data source URL") from None
-            except _ForbiddenError as error:
-                where = "" if hop == url else f"redirects to {redacted(hop)}: "
-                raise ConfigError(f"{shown}: {where}{error}") from None
-            except _WIRE_ERRORS as error:
-                raise _TransientError(f"cannot be reached: {_words(error)}") from error
-            try:
-                location = response.headers.get("location")
-                if not (300 <= response.status_code < 400 and location):
-                    yield response
-                    return
-            finally:
-                response.close()
-            try:
-                following = urljoin(hop, location)
-            except ValueError:
-                raise DataError(f"{shown}: redirects to what is no URL") from None
-            if urlsplit(hop).scheme == "https" and urlsplit(following).scheme == "http":
-                raise ConfigError(f"{shown}: redirects from https to http, to {redacted(following)}")
-            hop = following
-        raise DataError(f"{shown}: redirects more than {_REDIRECTS} times", hint="use the address it ends at")
-
-    def chunks(self, response: httpx2.Response) -> Iterator[bytes]:
-        """The body as it is on the wire. Raises _TransientError when it breaks off or stalls."""
-        try:
-            yield from response.iter_raw()
-        except _WIRE_ERRORS as error:
-            raise _TransientError(f"the connection broke: {_words(error)}") from error
-
-    def _client(self, proxy: str | None) -> httpx2.Client:
-        with self._lock:
-            if proxy not in self._clients:
-                timeout = httpx2.Timeout(self._transfer.stall_timeout_s, connect=self._transfer.connect_timeout_s)
-                headers = {"User-Agent": "tuner", "Accept": "*/*", "Accept-Encoding": "identity"}
-                if proxy is None:
-                    network = _CheckedNetwork(self._allowed, self._transfer.resolve)
-                    transport = _DirectTransport(network, self._tls, self._transfer.connections)
-                    # trust_env would look for proxies again, with rules of its own
-                    client = httpx2.Client(transport=transport, timeout=timeout, headers=headers, trust_env=False)
-                else:
-                    client = self._proxied(proxy, timeout, headers)
-                self._clients[proxy] = client
-            return self._clients[proxy]
-
-    def _proxied(self, proxy: str, timeout: httpx2.Timeout, headers: Mapping[str, str]) -> httpx2.Client:
-        try:
-            client = httpx2.Client(proxy=proxy, verify=self._tls, timeout=timeout, headers=headers, trust_env=False)
-        except (ValueError, ImportError, httpx2.InvalidURL) as error:
-            raise ConfigError(f"the proxy {redacted(proxy)} cannot be used: {type(error).__name__}") from None
-        self._reporter.note(
-            f"downloads go through the proxy {redacted(proxy)}: it resolves names, so where they lead is not checked"
-        )
-        return client
-
-
-def _proxy_for(url: str) -> str | None:
-    """The proxy that the environment names for this URL (HTTPS_PROXY, ALL_PROXY, NO_PROXY, …)."""
-    parts = urlsplit(url)
-    proxies = getproxies()
-    proxy = proxies.get(parts.scheme) or proxies.get("all")
-    if not proxy or proxy_bypass(parts.netloc):
-        return None
-    return proxy if "://" in proxy else f"http://{proxy}"
-
-
-def _tls_context(ca_file: str | None) -> ssl.SSLContext:
-    context: ssl.SSLContext = httpx2.create_ssl_context()
-    if ca_file:
-        try:
-            context.load_verify_locations(cafile=ca_file)
-        except (OSError, ssl.SSLError) as error:
-            raise ConfigError(f"{ca_file}: not a readable file of CA certificates") from error
-    return context
-
-
-def _words(error: Exception) -> str:
-    name = type(error).__name__
-    return {
-        "ConnectTimeout": "no answer to the connection",
-        "ReadTimeout": "nothing came for too long",
-        "RemoteProtocolError": "it ended before the whole answer had come",
-    }.get(name, str(error) or name)
-
-
-class _CheckedNetwork(httpcore2.NetworkBackend):
-    """Connects to the address that was checked, so that a name cannot change its mind in between.
-
-    TLS still verifies the name: only the TCP connection knows the address.
-    """
-
-    def __init__(self, allowed: Allowed, resolve: Callable[[str], Sequence[str]]) -> None:
-        self._allowed = allowed
-        self._resolve = resolve
-        self._plain = httpcore2.SyncBackend()
-
-    def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,
-    ) -> httpcore2.NetworkStream:
-        failure: Exception | None = None
-        for address in self._checked_addresses(host):
-            try:
-                return self._plain.connect_tcp(address, port, timeout, local_address, socket_options)
-            except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
-                failure = error
-        raise failure or httpcore2.ConnectError(f"the name {host} has no address")
-
-    def sleep(self, seconds: float) -> None:
-        time.sleep(seconds)
-
-    def _checked_addresses(self, host: str) -> list[str]:
-        """Those that may be connected to. Raises _ForbiddenError when all are refused, ConnectError for no name."""
-        try:
-            addresses, by_name = [str(ip_address(host))], False
-        except ValueError:
-            by_name = True
-            try:
-                addresses = list(self._resolve(host))
-            except OSError as error:
-                raise httpcore2.ConnectError(f"the name {host} is not known: {error.strerror}") from error
-        problems = [address_problem(address, self._allowed, by_name=by_name) for address in addresses]
-        if addresses and all(problems):
-            raise _ForbiddenError(f"the name {host} resolves to {problems[0]}" if by_name else problems[0])
-        return [address for address, problem in zip(addresses, problems, strict=True) if problem is None]
-
-
-class _Body(httpx2.SyncByteStream):  # type: ignore[misc]  # httpx2 is Any to mypy here
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def __iter__(self) -> Iterator[bytes]:
-        yield from self._stream
-
-    def close(self) -> None:
-        self._stream.close()
-
-
-class _DirectTransport(httpx2.BaseTransport):  # type: ignore[misc]
-    """httpx2's own transport, but that it has no way to say how connections are made."""
-
-    def __init__(self, network: httpcore2.NetworkBackend, tls: ssl.SSLContext, connections: int) -> None:
-        self._pool = httpcore2.ConnectionPool(
-            ssl_context=tls, max_connections=connections, keepalive_expiry=5, network_backend=network
-        )
-
-    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
-        url = request.url
-        answer = self._pool.handle_request(
-            httpcore2.Request(
-                method=request.method,
-                url=httpcore2.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path),
-                headers=request.headers.raw,
-                content=request.stream,
-                extensions=request.extensions,
-            )
-        )
-        return httpx2.Response(
-            status_code=answer.status,
-            headers=answer.headers,
-            stream=_Body(answer.stream),
-            extensions=answer.extensions,
-        )
-
-    def close(self) -> None:
-        self._pool.close()
+def _boot() -> str:
+    """Another one after every start of the machine."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

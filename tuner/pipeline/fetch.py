@@ -1,33 +1,34 @@
 """Sources and base weights → verified files on disk.
 
-fetch ─┬─ fetch_sources ──── URLs (in parallel, resumable), files, images, volumes ──► FetchedFile each
-       └─ fetch_base_model ─ Hugging Face Hub, a directory or an image ──────────────► FetchedModel
+fetch ─┬─ fetch_sources ──── URLs and stores (in parallel, resumable), files, images, volumes ──► FetchedFile each
+       └─ fetch_base_model ─ Hugging Face Hub, a directory or an image ─────────────────────────► FetchedModel
 """
 
+import fcntl
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from fnmatch import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
-import httpx2
 from pydantic import ValidationError
 
 from tuner.content import (
-    DUPLICATE_WEIGHTS,
-    MODEL_FILES,
-    check_has_safetensors,
     check_model_directory,
     check_readable,
     hash_file,
+    is_data_name,
     model_digest,
-    plain_name,
+    named_as_data,
 )
-from tuner.errors import DataError, DeniedError, InputMissingError, ServiceError, TunerError
-from tuner.pipeline.download import DEFAULT_TRANSFER, Transfer, disk_errors, download_all, format_bytes, no_space
+from tuner.errors import DataError, InputMissingError, InterruptedRunError, TunerError
+from tuner.pipeline.download import Wanted, download_all, format_bytes, interrupted
+from tuner.pipeline.hub import HubRepository, hub_headers
+from tuner.pipeline.stores import check_store, is_store, stored_files
+from tuner.pipeline.web import DEFAULT_TRANSFER, Transfer, Web, WebFile
 from tuner.reference import ImageReference, LayoutReference, parse_destination
 from tuner.registry import client_for
 from tuner.registry.image import TOP_DIRECTORY, sha256_digest
@@ -48,15 +49,14 @@ from tuner.runspec import (
     RunSpec,
     Secrets,
     SmokeModel,
+    Source,
     UrlSource,
     VolumeSource,
 )
-from tuner.urls import Allowed
+from tuner.source_headers import parse_source_headers
 
 if TYPE_CHECKING:
     from tuner.registry.transport import RegistryClient
-
-T = TypeVar("T")
 
 DATA_DIRECTORY = "data"
 WEIGHTS_DIRECTORY = "weights"
@@ -74,15 +74,54 @@ def fetch(
     cancelled: threading.Event | None = None,
     transfer: Transfer = DEFAULT_TRANSFER,
 ) -> Fetched:
-    """Every source and the base weights, on disk and verified. Data come first: they are small and often wrong."""
+    """Every source and the base weights, side by side, on disk and verified. What fails first stops the other.
+
+    Raises InterruptedRunError soon after `cancelled` is set; what has arrived is kept.
+    """
     started = time.monotonic()
-    files = fetch_sources(spec, secrets, work_dir, reporter, cancelled=cancelled, transfer=transfer)
-    base_model = fetch_base_model(spec, secrets, work_dir, reporter, transfer=transfer)
+    cancelled = cancelled or threading.Event()
+    stop = threading.Event()
+    work_dir.mkdir(parents=True, exist_ok=True)
+    with _alone(work_dir, reporter, cancelled), ThreadPoolExecutor(2, "fetch") as pool:
+        sources = pool.submit(fetch_sources, spec, secrets, work_dir, reporter, cancelled=stop, transfer=transfer)
+        weights = pool.submit(fetch_base_model, spec, secrets, work_dir, reporter, cancelled=stop, transfer=transfer)
+        try:
+            running: set[Future[Any]] = {sources, weights}
+            while running:
+                if cancelled.is_set():
+                    raise interrupted()
+                done, running = wait(running, timeout=0.1, return_when=FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+        finally:
+            stop.set()
+        files, base_model = sources.result(), weights.result()
     count = f"{len(files)} file" + ("s" if len(files) > 1 else "")
     size = format_bytes(sum(file.size_bytes for file in files))
-    weights = ", and the base model" if base_model else ""
-    reporter.note(f"fetched {count}, {size}{weights}, {time.monotonic() - started:.1f} s")
+    words = ", and the base model" if base_model else ""
+    reporter.note(f"fetched {count}, {size}{words}, {time.monotonic() - started:.1f} s")
     return Fetched(run_digest=spec.digest, files=files, base_model=base_model)
+
+
+@contextmanager
+def _alone(work_dir: Path, reporter: Reporter, cancelled: threading.Event) -> Iterator[None]:
+    """Wait until no other process fetches into this directory; what it fetched is then there. Freed however we die."""
+    with (work_dir / ".fetch.lock").open("a") as file:
+        is_said = False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not is_said:
+                    reporter.note(f"{work_dir}: another process is fetching into it; waiting for that to end")
+                    is_said = True
+            except OSError as error:  # some network file systems have no locks
+                reporter.warn(f"{work_dir}: cannot be locked ({error.strerror}): let no other run use it meanwhile")
+                break
+            if cancelled.wait(0.1):
+                raise interrupted()
+        yield
 
 
 def fetch_sources(
@@ -94,14 +133,17 @@ def fetch_sources(
     cancelled: threading.Event | None = None,
     transfer: Transfer = DEFAULT_TRANSFER,
 ) -> tuple[FetchedFile, ...]:
-    """Every data file, in the order of `spec.sources`; an image or a volume gives its files sorted by path.
+    """Every data file, in the order of `spec.sources`; images, volumes and stores give theirs sorted by path.
 
     Raises InterruptedRunError when `cancelled` is set; what has arrived is kept. Everything that fails is in one error.
     """
+    cancelled = cancelled or threading.Event()
+    reporter = _Stoppable(reporter, cancelled)
     data_dir = work_dir / DATA_DIRECTORY
     data_dir.mkdir(parents=True, exist_ok=True)
     by_source: dict[int, tuple[FetchedFile, ...]] = {}
     failures: dict[int, TunerError] = {}
+    check_stores(spec.sources)
     for index, source in enumerate(spec.sources):
         try:
             match source:
@@ -115,43 +157,121 @@ def fetch_sources(
                     by_source[index] = _data_files(target, source.reference, work_dir)
                 case UrlSource():
                     pass  # all at once, below
+        except InterruptedRunError:
+            raise
         except TunerError as error:
             failures[index] = error
     urls = {index: source for index, source in enumerate(spec.sources) if isinstance(source, UrlSource)}
     if urls:
-        allowed = Allowed.of(spec.network.allow_cidrs, spec.network.allow_private_urls)
-        arrived, failed = download_all(
-            urls,
-            secrets.queries,
-            data_dir,
-            allowed,
-            spec.network.ca_file,
-            reporter,
-            cancelled=cancelled,
-            transfer=transfer,
-        )
+        arrived, failed = _fetch_urls(urls, spec, secrets, data_dir, reporter, cancelled, transfer)
         failures |= failed
-        for index, file in arrived.items():
-            by_source[index] = (file.model_copy(update={"path": _relative(work_dir, Path(file.path))}),)
+        for index, files in arrived.items():
+            by_source[index] = tuple(
+                file.model_copy(update={"path": _relative(work_dir, Path(file.path))}) for file in files
+            )
     if failures:
         raise _all_in_one([failures[index] for index in sorted(failures)])
     return tuple(file for index in sorted(by_source) for file in by_source[index])
 
 
+def check_stores(sources: Sequence[Source]) -> None:
+    """ConfigError when a package that some source needs is not installed."""
+    errors: list[TunerError] = []
+    for source in sources:
+        if isinstance(source, UrlSource) and is_store(source):
+            try:
+                check_store(source)
+            except TunerError as error:
+                errors.append(error)
+    if errors:
+        raise _all_in_one(errors)
+
+
+def _fetch_urls(
+    urls: Mapping[int, UrlSource],
+    spec: RunSpec,
+    secrets: Secrets,
+    data_dir: Path,
+    reporter: Reporter,
+    cancelled: threading.Event,
+    transfer: Transfer,
+) -> tuple[dict[int, tuple[FetchedFile, ...]], dict[int, TunerError]]:
+    """What arrived and what failed, by the sources' numbers."""
+    stop = threading.Event()
+    wanted: dict[int, list[Wanted]] = {}
+    failures: dict[int, TunerError] = {}
+    headers = [
+        entry
+        for text in getattr(secrets, "source_headers", ())
+        for entry in parse_source_headers(text, "source headers")
+    ]
+    if secrets.hf_token:
+        headers += hub_headers(secrets.hf_token)
+    with Web(spec.network, transfer, reporter, source_headers=headers, stop=stop) as web:
+        for index, source in urls.items():
+            try:
+                wanted[index] = _wanted_of(index, source, secrets, web, transfer, cancelled)
+            except InterruptedRunError:
+                raise
+            except TunerError as error:
+                failures[index] = error
+        every = [file for files in wanted.values() for file in files]
+        arrived, failed = download_all(every, data_dir, reporter, cancelled=cancelled, stop=stop, transfer=transfer)
+    for index, files in list(wanted.items()):
+        errors = [failed[file.name] for file in files if file.name in failed]
+        if errors:
+            failures[index] = _all_in_one(errors)
+            del wanted[index]
+    return {index: tuple(arrived[file.name] for file in files) for index, files in wanted.items()}, failures
+
+
+def _wanted_of(
+    index: int, source: UrlSource, secrets: Secrets, web: Web, transfer: Transfer, cancelled: threading.Event
+) -> list[Wanted]:
+    """The files that a URL stands for: itself, or what a store has there."""
+    if not is_store(source):
+        origin = WebFile(web, source.url, secrets.queries.get(source.name, ""))
+        return [Wanted(source.name, source.url, source.query_sha256, source.sha256, origin)]
+    return stored_files(index, source, web, secrets.hf_token, transfer, cancelled)
+
+
+class _Stoppable:
+    """A Reporter that ends whoever reports progress once `stop` is set: pulls and the Hub's client ask nobody else."""
+
+    def __init__(self, reporter: Reporter, stop: threading.Event) -> None:
+        self._stop = stop
+        self._reporter = reporter
+        self.note = reporter.note
+        self.warn = reporter.warn
+
+    def progress(self, progress: Progress) -> None:
+        if self._stop.is_set():
+            raise interrupted()
+        self._reporter.progress(progress)
+
+
 def fetch_base_model(
-    spec: RunSpec, secrets: Secrets, work_dir: Path, reporter: Reporter, *, transfer: Transfer = DEFAULT_TRANSFER
+    spec: RunSpec,
+    secrets: Secrets,
+    work_dir: Path,
+    reporter: Reporter,
+    *,
+    cancelled: threading.Event | None = None,
+    transfer: Transfer = DEFAULT_TRANSFER,
 ) -> FetchedModel | None:
     """The base model's directory, complete; None for a smoke run, where prepare makes the model."""
+    cancelled = cancelled or threading.Event()
+    reporter = _Stoppable(reporter, cancelled)
     model = spec.base_model
     model_id, revision = None, None
     match model:
         case SmokeModel():
             return None
         case HubModel():
-            repository = _HubRepository(
+            repository = HubRepository(
                 model, secrets.hf_token, trust_remote_code=spec.trust_remote_code, reporter=reporter
             )
-            directory, revision = repository.fetch(transfer)
+            directory, revision = repository.fetch(transfer, cancelled)
             model_id = model.id
         case LocalModel():
             directory, model_id, revision = Path(model.path), model.id, model.revision
@@ -185,9 +305,6 @@ def _relative(work_dir: Path, path: Path) -> str:
 
 # ── files, volumes, images ───────────────────────────────────────────────────────────────────────────────────────────
 
-_DATA_ENDINGS = (".parquet", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".arrow", ".feather", ".txt", ".text")
-_SIDECARS = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
-
 
 def _fetch_file(source: FileSource, work_dir: Path) -> FetchedFile:
     path = Path(source.path)
@@ -203,18 +320,11 @@ def _data_files(directory: Path, source: str, work_dir: Path) -> tuple[FetchedFi
     """Every data file below, sorted; by name where names tell, else all of them."""
     if not directory.is_dir():
         raise InputMissingError(f"{source}: no directory at {directory}")
-    visible = [
-        path
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
-        and path.name not in _SIDECARS
-        and not any(part.startswith((".", "_")) for part in path.relative_to(directory).parts)
-        and not path.name.lower().startswith(("readme", "license", "licence"))
-    ]
-    named = [path for path in visible if plain_name(path.name).endswith(_DATA_ENDINGS)]
+    names = [path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*")) if path.is_file()]
+    visible = [name for name in names if is_data_name(name)]
     if not visible:
         raise InputMissingError(f"{source}: no data file in it")
-    return tuple(_checked_file(path, source, work_dir) for path in named or visible)
+    return tuple(_checked_file(directory / name, source, work_dir) for name in named_as_data(visible) or visible)
 
 
 def _checked_file(path: Path, source: str, work_dir: Path) -> FetchedFile:
@@ -277,158 +387,3 @@ def _model_root(directory: Path, reference: str) -> Path:
     if not configs:
         raise InputMissingError(f"{reference}: no config.json in the image, so it is no model")
     return configs[0].parent
-
-
-class _HubRepository:
-    """A model on the Hugging Face Hub, or what an earlier run left of it in the cache.
-
-    HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE mean what they always mean. A partly fetched file is gone on with.
-    """
-
-    def __init__(self, model: HubModel, token: str | None, *, trust_remote_code: bool, reporter: Reporter) -> None:
-        from huggingface_hub import constants
-        from huggingface_hub.utils import logging as hub_logging
-
-        hub_logging.set_verbosity_error()  # its warnings name signed addresses
-        self._model = model
-        self._token = token or False  # False: never the token of whoever once logged in here
-        self._patterns = (*MODEL_FILES, "*.tiktoken", *(("*.py",) if trust_remote_code else ()))
-        self._reporter = reporter
-        self._cache = Path(constants.HF_HUB_CACHE)
-
-    def fetch(self, transfer: Transfer) -> tuple[Path, str]:
-        """The model's directory in the cache, complete, and its commit."""
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-        try:
-            with disk_errors(self._cache):
-                directory = _patiently(self._fetch_online, transfer)
-        except OfflineModeIsEnabled:
-            directory = self._from_cache("HF_HUB_OFFLINE is set")
-        except (HfHubHTTPError, httpx2.TransportError, LocalEntryNotFoundError) as error:
-            if not _may_pass(error):
-                # None: the Hub's own text may name signed addresses
-                raise _hub_error(self._model, error.response.status_code, error, self._token) from None
-            reason = "the Hub cannot be reached"
-            if isinstance(error, HfHubHTTPError):
-                reason = f"the Hub answered {error.response.status_code}"
-            try:
-                directory = self._from_cache(reason)
-            except InputMissingError as missing:
-                raise ServiceError(missing.message, hint="run again: it goes on from here") from None
-            self._reporter.warn(f"{self._model.id}: {reason}; what the cache holds is used")
-        return directory, directory.name  # the cache names it by its commit
-
-    def _fetch_online(self) -> Path:
-        from huggingface_hub import HfApi, try_to_load_from_cache
-
-        name = self._model.id
-        info = HfApi(token=self._token).model_info(name, revision=self._model.revision, files_metadata=True)
-        siblings = info.siblings or ()
-        check_has_safetensors([file.rfilename for file in siblings], name)
-        sizes = {file.rfilename: file.size or 0 for file in siblings if self._is_wanted(file.rfilename)}
-        missing = sum(
-            size
-            for file, size in sizes.items()
-            if not isinstance(try_to_load_from_cache(name, file, revision=info.sha), str)
-        )
-        self._cache.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self._cache).free
-        if missing > free:
-            raise no_space(self._cache, missing, free)
-        return self._snapshot(total=sum(sizes.values()))
-
-    def _from_cache(self, reason: str) -> Path:
-        from huggingface_hub.errors import LocalEntryNotFoundError
-
-        try:
-            return self._snapshot(local_files_only=True)
-        except LocalEntryNotFoundError:
-            raise InputMissingError(
-                f"{self._model.id}@{self._model.revision}: {reason}, and the cache at {self._cache} has not all of it",
-                hint="fetch it where the Hub can be reached and set HF_HOME to that cache, or give --base-model DIR",
-            ) from None
-
-    def _snapshot(self, *, total: int | None = None, local_files_only: bool = False) -> Path:
-        from huggingface_hub import snapshot_download
-
-        return Path(
-            snapshot_download(
-                self._model.id,
-                revision=self._model.revision,  # not the commit: by this name an offline run looks for it
-                token=self._token,
-                allow_patterns=list(self._patterns),
-                ignore_patterns=["*/*", DUPLICATE_WEIGHTS],
-                local_files_only=local_files_only,
-                tqdm_class=_reporting_bar(self._reporter, self._model.id, total),
-            )
-        )
-
-    def _is_wanted(self, name: str) -> bool:
-        return (
-            "/" not in name
-            and not fnmatch(name, DUPLICATE_WEIGHTS)
-            and any(fnmatch(name, pattern) for pattern in self._patterns)
-        )
-
-
-def _patiently(action: Callable[[], T], transfer: Transfer) -> T:
-    """Again after failures of the wire, of a busy or of a broken Hub."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    for failures in range(1, transfer.attempts):
-        try:
-            return action()
-        except (HfHubHTTPError, httpx2.TransportError, LocalEntryNotFoundError) as error:
-            if not _may_pass(error):
-                raise
-        time.sleep(transfer.backoff_s * 2 ** (failures - 1))
-    return action()
-
-
-def _may_pass(error: Exception) -> bool:
-    from huggingface_hub.errors import HfHubHTTPError
-
-    if not isinstance(error, HfHubHTTPError):
-        return True
-    return bool(error.response.status_code == 429 or error.response.status_code >= 500)
-
-
-def _hub_error(model: HubModel, status: int, error: Exception, token: str | bool) -> TunerError:
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-
-    name = model.id
-    if isinstance(error, GatedRepoError):
-        return DeniedError(
-            f"{name}: this model is gated, and {'the token has no access' if token else 'there is no token'}",
-            hint=f"accept the licence at https://huggingface.co/{name} and set HF_TOKEN",
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return InputMissingError(f"{name}: it has no revision {model.revision}")
-    if isinstance(error, RepositoryNotFoundError):
-        hint = "is the id right?" if token else "is the id right? A private model needs HF_TOKEN"
-        return InputMissingError(f"{name}: not found on the Hub", hint=hint)
-    if status in (401, 403):
-        return DeniedError(f"{name}: the Hub answered {status}", hint="is HF_TOKEN valid, and may it read this model?")
-    return InputMissingError(f"{name}: the Hub answered {status}")
-
-
-def _reporting_bar(reporter: Reporter, task: str, total: int | None) -> type:
-    """A tqdm class that draws nothing and tells the reporter how many bytes have come."""
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
-
-    done = 0
-
-    class ReportingBar(tqdm):  # type: ignore[misc]
-        def __init__(self, *args: object, **kwargs: object) -> None:
-            self._counts_bytes = kwargs.get("unit") == "B"
-            super().__init__(*args, **{**kwargs, "disable": True})
-
-        def update(self, n: float | None = 1) -> None:
-            nonlocal done
-            self.n += n or 0
-            if self._counts_bytes and self.n > done:  # several bars count the same bytes at different points
-                done = int(self.n)
-                reporter.progress(Progress(stage="fetch", task=task, done=done, total=total, unit="B"))
-
-    return ReportingBar
