@@ -299,7 +299,7 @@ def test_a_name_that_dns_cannot_have_is_a_config_error(fetching: Fetching) -> No
 
 def fetch_with_headers(server: HttpServer, work_dir: Path, url: str, document: object) -> None:
     (source,), secrets = url_sources(url)
-    object.__setattr__(secrets, "source_headers", (json.dumps(document),))
+    secrets = replace(secrets, source_headers=(json.dumps(document),))
     fetch_sources(a_spec(source, network=LOOPBACK), secrets, work_dir, Recording(), transfer=QUICK)
 
 

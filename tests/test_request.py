@@ -28,7 +28,7 @@ from tuner.runspec import (
     VolumeSource,
 )
 from tuner.urls import Allowed
-from tuner.workspace import make_workspace, parse_workspace_text
+from tuner.workspace import WorkspaceFile, make_workspace, parse_workspace_text
 
 PRESET = "phi-3-mini-4k-instruct"
 URL = "https://data.example.org/train.parquet"
@@ -568,3 +568,51 @@ def test_where_a_setting_is_written_does_not_count(build: Build, tmp_path: Path)
     ]
     assert len({run.spec.digest for run in runs}) == 1
     assert len({run.spec.training.settings["LoraConfig"]["r"].origin for run in runs}) == 3
+
+
+# ── private sources ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_headers_for_private_sources_come_from_the_flag_and_from_the_secret_that_an_annotation_names(
+    tmp_path: Path,
+) -> None:
+    from tuner.request import SOURCES_ANNOTATION
+
+    flagged = tmp_path / "headers.json"
+    flagged.write_text('{"https://a.example.org": {"bearer": "flag-token"}}', encoding="utf-8")
+    text = f"""\
+apiVersion: kaito.sh/v1beta1
+kind: Workspace
+metadata:
+  name: private
+  annotations: {{{SOURCES_ANNOTATION}: data-access}}
+resource: {{labelSelector: {{matchLabels: {{app: x}}}}}}
+tuning:
+  preset: {{name: phi-4}}
+  method: qlora
+  input: {{urls: ["https://a.example.org/train.parquet"]}}
+---
+apiVersion: v1
+kind: Secret
+metadata: {{name: data-access}}
+stringData:
+  sources.json: '{{"https://a.example.org": {{"bearer": "secret-token"}}}}'
+"""
+    file = parse_workspace_text(text, "w.yaml", output_given=True)
+    run = build_run(file, Request(source_headers=flagged, output=str(tmp_path / "out")), tmp_path, {})
+    assert [json.loads(each)["https://a.example.org"]["bearer"] for each in run.secrets.source_headers] == [
+        "flag-token",
+        "secret-token",
+    ]
+    said = repr(run.secrets) + run.spec.model_dump_json()
+    assert not any(secret in said for secret in ("flag-token", "secret-token"))
+
+
+def test_a_malformed_header_file_is_said_without_a_word_of_it(tmp_path: Path) -> None:
+    flagged = tmp_path / "headers.json"
+    flagged.write_text('{"https://a.example.org": {"bearer": ["hunter2"]}}', encoding="utf-8")
+    file = WorkspaceFile(workspace=make_workspace("phi-4", ["https://a.example.org/x.parquet"], str(tmp_path / "o")))
+    with pytest.raises(ConfigError) as caught:
+        build_run(file, Request(source_headers=flagged, output=str(tmp_path / "out")), tmp_path, {})
+    assert "hunter2" not in str(caught.value)
+    assert "https://a.example.org" in str(caught.value)

@@ -77,6 +77,9 @@ WorkDir = Annotated[
 DockerConfig = Annotated[
     Path | None, typer.Option("--docker-config", metavar="F", help="docker config.json with the push credential")
 ]
+SourceHeaders = Annotated[
+    Path | None, typer.Option("--source-headers", metavar="F", help="JSON: which URLs get which headers or token")
+]
 PlainHttp = Annotated[bool, typer.Option("--plain-http", help="speak http to the registry")]
 Ca = Annotated[Path | None, typer.Option("--ca", metavar="F", help="CA certificates to trust, PEM")]
 AllowPrivate = Annotated[
@@ -269,6 +272,7 @@ def run(
     set_: Set = None,
     work_dir: WorkDir = None,
     docker_config: DockerConfig = None,
+    source_headers: SourceHeaders = None,
     plain_http: PlainHttp = False,
     ca: Ca = None,
     allow_private_urls: AllowPrivate = False,
@@ -335,6 +339,7 @@ def check(
     set_: Set = None,
     work_dir: WorkDir = None,
     docker_config: DockerConfig = None,
+    source_headers: SourceHeaders = None,
     plain_http: PlainHttp = False,
     ca: Ca = None,
     allow_private_urls: AllowPrivate = False,
@@ -420,6 +425,7 @@ def _request(typed: Mapping[str, Any]) -> "Request":
         overrides=tuple(typed["set_"] or ()),
         output=typed["output"],
         docker_config=typed["docker_config"],
+        source_headers=typed["source_headers"],
         network=_network(
             typed["plain_http"], typed["ca"], tuple(typed["allow_cidr"] or ()), typed["allow_private_urls"]
         ),

@@ -34,6 +34,7 @@ from tuner.runspec import (
     UrlSource,
     VolumeSource,
 )
+from tuner.source_headers import SOURCES_KEY, parse_source_headers
 from tuner.training_config import TYPED, ConfigSource, Setting, TrainingConfig, resolve_training_config
 from tuner.urls import Allowed, redacted, source_name, split_url
 from tuner.workspace import (
@@ -52,6 +53,7 @@ from tuner.workspace import (
 P = ParamSpec("P")
 T = TypeVar("T")
 
+SOURCES_ANNOTATION = "tuner/sources-secret"  # names a Secret with the key sources.json
 SMOKE_STEPS = 4
 SMOKE_OVERRIDES = (f"TrainingArguments.max_steps={SMOKE_STEPS}", "DatasetConfig.over_length=truncate")
 HF_TOKEN = "HF_TOKEN"  # the name of the variable, and KAITO's key in the Secret
@@ -67,6 +69,7 @@ class Request:
     overrides: tuple[str, ...] = ()
     output: str | None = None
     docker_config: Path | None = None
+    source_headers: Path | None = None
     network: Network = field(default_factory=Network)
     overwrite: bool = True
     preflight: bool = True
@@ -111,8 +114,9 @@ def build_run(file: WorkspaceFile, request: Request, work_dir: Path, env: Mappin
     _attempt(errors, _check_ca, request.network)
     push = _attempt(errors, _push_credentials, file, tuning, request, probe or destination, env)
     pull = _attempt(errors, _pull_credentials, file, tuning, sources, base_model, request, env)
-    hub = _attempt(errors, _hub_token, file, tuning, base_model, env)
-    if errors or not (preset and training and base_model and destination and push and pull and hub):
+    hub = _attempt(errors, _hub_token, file, tuning, sources, base_model, env)
+    headers = _attempt(errors, _source_headers, file, request)
+    if errors or not (preset and training and base_model and destination and push and pull and hub and headers):
         raise all_at_once(errors)
     spec = RunSpec(
         name=file.workspace.metadata.name,
@@ -134,6 +138,7 @@ def build_run(file: WorkspaceFile, request: Request, work_dir: Path, env: Mappin
         docker_configs=push.texts,
         pull_docker_configs=pull.texts,
         hf_token="".join(hub.texts) or None,
+        source_headers=headers.texts,
         push_docker_config_file=push.file,
     )
     notes = (*file.notes, *training.notes, *_notes(tuning, training, request, work_dir))
@@ -515,10 +520,17 @@ def _pull_credentials(
 
 
 def _hub_token(
-    file: WorkspaceFile, tuning: Tuning, base_model: BaseModelSource | None, env: Mapping[str, str]
+    file: WorkspaceFile,
+    tuning: Tuning,
+    sources: Sequence[Source],
+    base_model: BaseModelSource | None,
+    env: Mapping[str, str],
 ) -> _Found:
     """The token of the Secret that the Workspace names, else of the environment."""
-    if not isinstance(base_model, HubModel):
+    if not isinstance(base_model, HubModel) and not any(
+        isinstance(source, UrlSource) and source.url.startswith(("hf://", "https://huggingface.co/"))
+        for source in sources
+    ):
         return _Found()
     name = tuning.preset.preset_options.model_access_secret
     if name and name in file.secrets:
@@ -537,6 +549,30 @@ def _hub_token(
     if not re.fullmatch(r"[!-~]+", token):
         raise ConfigError(f"{HF_TOKEN} ({origin}): is empty, or has characters that no token has")
     return _Found((token,), origin)
+
+
+def _source_headers(file: WorkspaceFile, request: Request) -> _Found:
+    """What private sources are sent: --source-headers, and the Secret that the Workspace's annotation names."""
+    found: list[_Found] = []
+    if request.source_headers:
+        try:
+            text = request.source_headers.expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputMissingError(
+                f"--source-headers {request.source_headers}: cannot be read: {_reason(error)}"
+            ) from None
+        found.append(_Found((text,), f"--source-headers {request.source_headers}"))
+    name = file.workspace.metadata.annotations.get(SOURCES_ANNOTATION)
+    if name and name in file.secrets:
+        found.append(_Found((file.secrets[name].value(SOURCES_KEY),), f"Secret {name!r} in the Workspace's file"))
+    elif name and not found:
+        raise InputMissingError(
+            f"metadata.annotations[{SOURCES_ANNOTATION}]: Secret {name!r} is not in the Workspace's file",
+            hint="put the Secret into the file, or give --source-headers FILE",
+        )
+    for each in found:
+        parse_source_headers(each.texts[0], each.origin)
+    return _Found(tuple(each.texts[0] for each in found), ", ".join(each.origin for each in found) or "none needed")
 
 
 def _no_secret(field_path: str, name: str) -> InputMissingError:

@@ -219,6 +219,7 @@ class Secrets:
     docker_configs: tuple[str, ...] = field(default=(), repr=False)  # JSON texts: push, first match wins
     pull_docker_configs: tuple[str, ...] = field(default=(), repr=False)
     hf_token: str | None = field(default=None, repr=False)
+    source_headers: tuple[str, ...] = field(default=(), repr=False)  # sources.json texts, first match wins
     push_docker_config_file: str | None = None  # where docker_configs was read, if from a file
 
     def push_docker_configs(self) -> tuple[str, ...]:

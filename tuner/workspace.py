@@ -132,7 +132,7 @@ def _checked_url(url: str, info: ValidationInfo) -> str:
     if not url.strip():
         raise _fault("is empty")
     if not is_local_file(url):
-        if problem := url_problem(url, rules.allowed):
+        if problem := url_problem(url, rules.allowed, stores=rules.local_files):
             raise _fault(problem)
     elif not rules.local_files:
         raise _fault(

@@ -200,11 +200,7 @@ def _fetch_urls(
     stop = threading.Event()
     wanted: dict[int, list[Wanted]] = {}
     failures: dict[int, TunerError] = {}
-    headers = [
-        entry
-        for text in getattr(secrets, "source_headers", ())
-        for entry in parse_source_headers(text, "source headers")
-    ]
+    headers = [entry for text in secrets.source_headers for entry in parse_source_headers(text, "source headers")]
     if secrets.hf_token:
         headers += hub_headers(secrets.hf_token)
     with Web(spec.network, transfer, reporter, source_headers=headers, stop=stop) as web:

@@ -29,7 +29,7 @@ from tuner.pipeline.adapter import (
     write_json,
 )
 from tuner.pipeline.download import format_bytes
-from tuner.pipeline.fetch import fetch
+from tuner.pipeline.fetch import check_stores, fetch
 from tuner.pipeline.launch import is_worker, rank, train_in_processes
 from tuner.pipeline.libraries import check_packages, quiet
 from tuner.pipeline.package import adapter_image
@@ -153,6 +153,7 @@ def preflight(spec: RunSpec, secrets: Secrets, work_dir: Path, reporter: Reporte
         partial(_check_disk, spec, work_dir),
         partial(_check_model_access, spec, secrets),
         partial(parse_credentials, secrets.pull_docker_configs),
+        partial(check_stores, spec.sources),
         partial(_check_destination, spec.destination, spec, secrets, reporter),
     ]
     if spec.probe:
