@@ -7,7 +7,16 @@ import torch
 from tiny import tiny_base
 from torch.nn.functional import cross_entropy
 
-from tuner.pipeline.kernels import DOCUMENT_ATTENTION, document_attention, fuse_lora, summed_nll
+from tuner.pipeline.kernels import (
+    DOCUMENT_ATTENTION,
+    Exact,
+    document_attention,
+    fuse_lora,
+    has_plain_head,
+    is_packable,
+    prove,
+    summed_nll,
+)
 from tuner.pipeline.tiny_model import tiny_config
 from tuner.presets import find_preset, load_presets
 
@@ -211,3 +220,59 @@ def test_fused_lora_has_the_loss_and_gradients_of_pefts(adapted: Any) -> None:
         torch.testing.assert_close(gradient, grads[0][name], rtol=1e-4, atol=1e-6)
     with adapted.disable_adapter(), torch.no_grad():
         assert not torch.allclose(adapted(**batch).loss, losses[0])
+
+
+# ── what a short cut assumes is proved on the model ──────────────────────────────────────────────────────────────────
+
+_SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 320,
+    "pad_token_id": 0,
+}
+
+
+def of_kind(model_type: str, **shape: Any) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **(_SMALL | shape))
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation=DOCUMENT_ATTENTION
+    ).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.2, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+@pytest.mark.parametrize("preset", ["phi-3-mini-4k-instruct", "gemma-3-1b-it", "qwen3-4b", "mistral-7b"])
+def test_presets_are_packed_and_scored_where_something_is_learnt(preset: str) -> None:
+    model = tiny_model(preset, DOCUMENT_ATTENTION).requires_grad_(False)
+    assert prove(model) == Exact(packs=True, learnt_head=True)
+    assert is_packable(model)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "shape"),
+    [
+        ("gemma2", {"attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 16}),
+        ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1, "layer_types": ["full_attention"] * 2}),
+    ],
+)
+def test_a_model_whose_attention_is_not_ours_gets_its_own(model_type: str, shape: dict[str, Any]) -> None:
+    """Attention sinks and capped scores: packed, they would train with other numbers and no error."""
+    model = of_kind(model_type, **shape)
+    assert not prove(model).packs
+    assert model.config._attn_implementation in ("sdpa", "eager")
+
+
+def test_a_head_that_is_trained_is_not_short_cut() -> None:
+    model = of_kind("llama")
+    assert prove(model).learnt_head
+    assert has_plain_head(model)
+    model.get_output_embeddings().weight.requires_grad_(True)
+    assert not has_plain_head(model)

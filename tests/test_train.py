@@ -490,3 +490,16 @@ def test_without_held_out_rows_the_users_evaluations_are_left_out(tmp_path: Path
     outcome = trial(tmp_path, config).train()
     assert outcome.eval_loss_before is None
     assert outcome.eval_loss_after is None
+
+
+def test_a_head_in_modules_to_save_is_trained(tmp_path: Path) -> None:
+    """The short cut over a frozen head would leave it as it was, in silence."""
+    from safetensors.torch import load_file
+
+    config = arguments(max_steps=4, learning_rate=0.01) | {"LoraConfig": {"modules_to_save": ["lm_head"]}}
+    tried = trial(tmp_path, config)
+    tried.train()
+    saved = load_file(tried.adapter_dir / "adapter_model.safetensors")
+    (head,) = [tensor for name, tensor in saved.items() if "lm_head" in name]
+    before = load_file(tiny_base() / "model.safetensors")["lm_head.weight"]
+    assert float((head.float() - before).abs().max()) > 0.005

@@ -4,6 +4,7 @@ Attention within documents, the output head where something is learnt, and LoRA 
 """
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -20,6 +21,7 @@ from transformers import AttentionInterface
 from tuner.memory import head_chunk_tokens
 
 DOCUMENT_ATTENTION = "tuner_documents"
+_LARGEST_FLASH_HEAD = 256
 
 
 def document_attention(
@@ -41,9 +43,14 @@ def document_attention(
     """
     if attention_mask is not None or dropout:
         raise ValueError("packed documents take neither an attention mask nor attention dropout")
+    if boundaries.get("s_aux") is not None or boundaries.get("softcap"):
+        raise ValueError("attention sinks and capped scores are not computed here")  # gpt-oss, Gemma 2
     cu_seq_lens: torch.Tensor | None = boundaries.get("cu_seq_lens_q")
     if cu_seq_lens is not None and query.is_cuda and has_varlen_kernel(query.device.index):
-        return _varlen(query, key, value, cu_seq_lens, boundaries["max_length_q"], scaling, sliding_window), None
+        dtype = _flash_dtype(value)
+        if dtype is not None and query.shape[-1] % 8 == 0 and query.shape[-1] <= _LARGEST_FLASH_HEAD:
+            states = (query.to(dtype), key.to(dtype), value.to(dtype))
+            return _varlen(*states, cu_seq_lens, boundaries["max_length_q"], scaling, sliding_window), None
     edges = [0, query.shape[2]] if cu_seq_lens is None else cu_seq_lens.tolist()
     grouped = query.shape[1] != key.shape[1]
     parts = []
@@ -66,8 +73,19 @@ def document_attention(
 
 @cache
 def has_varlen_kernel(gpu: int) -> bool:
-    """Whether torch's flash attention over sequences of different length runs there: torch ≥ 2.10, capability ≥ 8.0."""
-    return find_spec("torch.nn.attention.varlen") is not None and torch.cuda.get_device_capability(gpu) >= (8, 0)
+    """Whether torch's flash attention over sequences of different length runs there: torch ≥ 2.11, capability ≥ 8.0."""
+    if find_spec("torch.nn.attention.varlen") is None or torch.cuda.get_device_capability(gpu) < (8, 0):
+        return False
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"scale", "window_size"} <= set(inspect.signature(varlen_attn).parameters)
+
+
+def _flash_dtype(value: torch.Tensor) -> torch.dtype | None:
+    """The 16-bit type to compute in; None in fp32. Rotary embeddings may leave query and key in another one."""
+    if value.dtype in (torch.float16, torch.bfloat16):
+        return value.dtype
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
 
 
 def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
@@ -88,16 +106,12 @@ def _varlen(
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """The same on a GPU, in one kernel: torch's own flash attention over sequences of different length (≥ 2.10)."""
+    """The same on a GPU, in one kernel: torch's own flash attention over sequences of different length."""
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
     parameters = inspect.signature(varlen_attn).parameters
-    options: dict[str, Any] = {"scale": scaling}
-    if "window_size" in parameters:
-        options["window_size"] = (-1 if window is None else window - 1, 0)
-    else:
-        options["is_causal"] = True
+    options: dict[str, Any] = {"scale": scaling, "window_size": (-1 if window is None else window - 1, 0)}
     if q.shape[1] != k.shape[1]:
         if "enable_gqa" in parameters:
             options["enable_gqa"] = True
@@ -152,7 +166,8 @@ class _SummedNll(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream[0], None, None, None, None, None
+        # in fp32: the factor, one over the tokens of a step, has no exact half
+        return (gradient.float() * upstream[0]).to(gradient.dtype), None, None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -170,30 +185,38 @@ class Exact:
 
 
 def prove(model: Any) -> Exact:
-    """Try the short cuts on a few tokens of the model itself: architectures are many, and what a lever assumes of one
-    may be wrong of another. Changes the attention back to sdpa where packing does not hold."""
+    """Try the short cuts on a few tokens of the model itself, beside its own attention and loss: architectures are
+    many, and what is right of one may be wrong of another. Leaves the model with the attention that its answer means.
+    """
     training = model.training
     model.eval()
     generator = torch.Generator().manual_seed(0)
     words = model.config.get_text_config().vocab_size
-    first, second = (torch.randint(0, words, (length,), generator=generator) for length in (19, 23))
     device = model.get_input_embeddings().weight.device
+    first, second = (torch.randint(0, words, (length,), generator=generator).to(device) for length in (19, 23))
     with torch.no_grad():
-        alone = _hidden(model, [second], device)
-        packs = is_packable(model) and _agree(_hidden(model, [first, second], device)[-len(second) :], alone)
-        if not packs:
-            model.set_attn_implementation("sdpa")
-        loss = float(model(input_ids=second[None].to(device), labels=second[None].to(device)).loss) * (len(second) - 1)
-        ours = summed_nll(
-            model,
-            {
-                "input_ids": second[None].to(device),
-                "learnt": torch.arange(len(second) - 1, device=device),
-                "targets": second[1:].to(device),
-            },
-        )
+        packed = _tried(lambda: _packed_hidden(model, [first, second])) if is_packable(model) else None
+        _take_plain_attention(model)
+        alone = _tried(lambda: model.base_model(input_ids=second[None], use_cache=False).last_hidden_state[0].float())
+        packs = packed is not None and alone is not None and _agree(packed[-len(second) :], alone)
+        loss = float(model(input_ids=second[None], labels=second[None]).loss) * (len(second) - 1)
+        learnt = torch.arange(len(second) - 1, device=device)
+        batch = {"input_ids": second[None], "learnt": learnt, "targets": second[1:]}
+        ours = _tried(lambda: summed_nll(model, batch)) if has_plain_head(model) else None
+    if packs:
+        model.set_attn_implementation(DOCUMENT_ATTENTION)
     model.train(training)
-    return Exact(packs=packs, learnt_head=abs(float(ours) - loss) <= 0.02 * abs(loss))
+    return Exact(packs=packs, learnt_head=ours is not None and abs(float(ours) - loss) <= 0.02 * abs(loss))
+
+
+def _tried(compute: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+    """What it gives, or None where the architecture is not made for it."""
+    try:
+        return compute()
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return None
 
 
 def is_packable(model: Any) -> bool:
@@ -202,20 +225,33 @@ def is_packable(model: Any) -> bool:
     return config._attn_implementation == DOCUMENT_ATTENTION and not getattr(config, "attention_dropout", 0.0)
 
 
-def _hidden(model: Any, documents: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+def has_plain_head(model: Any) -> bool:
+    """Whether the head is a frozen matrix: not quantized, adapted or trained."""
+    head = model.get_output_embeddings()
+    return type(head) is nn.Linear and not any(parameter.requires_grad for parameter in head.parameters())
+
+
+def _take_plain_attention(model: Any) -> None:
+    try:
+        model.set_attn_implementation("sdpa")
+    except (ValueError, ImportError):
+        model.set_attn_implementation("eager")
+
+
+def _packed_hidden(model: Any, documents: list[torch.Tensor]) -> torch.Tensor:
     """(T, d) in fp32: what the last layer says of each token of the packed documents."""
     lengths = [len(document) for document in documents]
-    inputs: dict[str, Any] = {"input_ids": torch.cat(documents)[None].to(device)}
-    if is_packable(model):
-        edges = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
-        inputs |= {
-            "position_ids": torch.cat([torch.arange(length) for length in lengths])[None].to(device),
-            "cu_seq_lens_q": edges,
-            "cu_seq_lens_k": edges,
-            "max_length_q": max(lengths),
-            "max_length_k": max(lengths),
-        }
-    hidden: torch.Tensor = model.base_model(**inputs, use_cache=False).last_hidden_state[0]
+    device = documents[0].device
+    edges = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    hidden: torch.Tensor = model.base_model(
+        input_ids=torch.cat(documents)[None],
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[None].to(device),
+        cu_seq_lens_q=edges,
+        cu_seq_lens_k=edges,
+        max_length_q=max(lengths),
+        max_length_k=max(lengths),
+        use_cache=False,
+    ).last_hidden_state[0]
     return hidden.float()
 
 

@@ -49,6 +49,23 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def world_size() -> int:
+    """How many training processes there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def end_with_parent() -> None:
+    """End this process when the one that started it is gone: nobody else would."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(128 + signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def is_worker() -> bool:
     return "RANK" in os.environ
 

@@ -44,6 +44,7 @@ def pick_device() -> Device:
     if not torch.cuda.is_available():
         return Device(torch.device("cpu"), torch.float32, "CPU")
     number = int(os.environ.get("LOCAL_RANK", "0"))
+    torch.cuda.set_device(number)
     capability = torch.cuda.get_device_capability(number)
     name = torch.cuda.get_device_name(number)
     problem = kernel_problem(name, capability, torch.cuda.get_arch_list())

@@ -30,7 +30,7 @@ from tuner.pipeline.adapter import (
 )
 from tuner.pipeline.download import format_bytes
 from tuner.pipeline.fetch import check_stores, fetch
-from tuner.pipeline.launch import is_worker, rank, train_in_processes
+from tuner.pipeline.launch import end_with_parent, is_worker, rank, train_in_processes, world_size
 from tuner.pipeline.libraries import check_packages, quiet
 from tuner.pipeline.package import adapter_image
 from tuner.pipeline.prepare import prepare
@@ -99,6 +99,8 @@ def run_stage(
     Raises what the stage raises; InputMissingError when the stage before it has not run, ConfigError when that was of
     another run.
     """
+    if is_worker():
+        end_with_parent()
     match name:
         case "preflight":
             preflight(spec, secrets, work_dir, reporter, trains=False)
@@ -272,16 +274,17 @@ def train(spec: RunSpec, fetched: Fetched, prepared: Prepared, work_dir: Path, r
         return done
     quiet()
     from tuner.pipeline.model import gpu_count
-    from tuner.pipeline.train import Stop, optimise
+    from tuner.pipeline.train import Stop, newest_checkpoint, optimise
 
+    checkpoints = checkpoints_of(inputs, work_dir, world_size() if is_worker() else max(1, gpu_count()))
     if not is_worker() and gpu_count() > 1:
+        newest_checkpoint(checkpoints, reporter)  # removes damaged ones, before several processes look at them
         train_in_processes(spec, work_dir, gpu_count(), reporter)
         return Trained.load(work_dir / TRAINED)
     # A name of its own, so that an adapter of other inputs in the same work directory stays.
     adapter_dir = work_dir / f"adapter-{inputs[:12]}"
     if adapter_dir.exists():
         shutil.rmtree(adapter_dir)
-    checkpoints = work_dir / "checkpoints" / inputs[:12]
     with Stop(reporter.warn).listening() as stop:
         outcome = optimise(spec, prepared, work_dir, adapter_dir, checkpoints, stop, reporter)
     base = _base_to_name(spec, fetched)
@@ -338,9 +341,15 @@ def _help_train(spec: RunSpec, work_dir: Path) -> None:
 
     fetched = _left(Fetched, work_dir / FETCHED, spec)
     prepared = _left(Prepared, work_dir / PREPARED, spec)
-    checkpoints = work_dir / "checkpoints" / inputs_digest(fetched)[:12]
+    checkpoints = checkpoints_of(inputs_digest(fetched), work_dir, world_size())
     with TemporaryDirectory() as nowhere, Stop(lambda _: None).listening() as stop:
         optimise(spec, prepared, work_dir, Path(nowhere), checkpoints, stop, Silent())
+
+
+def checkpoints_of(inputs: str, work_dir: Path, processes: int) -> Path:
+    """Where a run of these inputs keeps its checkpoints. Another number of processes goes through the rows in other
+    steps, so it begins anew."""
+    return work_dir / "checkpoints" / (inputs[:12] if processes == 1 else f"{inputs[:12]}-{processes}")
 
 
 def inputs_digest(fetched: Fetched) -> str:

@@ -7,7 +7,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from trl import SFTConfig
 from tuner.errors import ConfigError, InterruptedRunError, OutOfGpuMemoryError
 from tuner.memory import read_shape
 from tuner.pipeline.adapter import ADAPTER_WEIGHTS, file_digests, write_json
-from tuner.pipeline.kernels import Exact, fuse_lora, prove
+from tuner.pipeline.kernels import Exact, fuse_lora, has_plain_head, prove
 from tuner.pipeline.launch import is_worker
 from tuner.pipeline.libraries import versions
 from tuner.pipeline.model import Coverage, Device, attach_lora, load_base_model, pick_device
@@ -202,7 +202,8 @@ def metrics(log_history: list[dict[str, float]]) -> list[dict[str, float]]:
         "eval_loss": "eval_loss",
     }
     return [
-        {names[key]: entry[key] for key in names if key in entry}
+        # fp16 skips a step whose gradient overflows: its norm is no number, and no JSON
+        {names[key]: entry[key] for key in names if key in entry and (key != "grad_norm" or math.isfinite(entry[key]))}
         for entry in log_history
         if "loss" in entry or "eval_loss" in entry
     ]
@@ -224,6 +225,7 @@ class _Trainer(PackedTrainer):
 
     def finish_from(self, checkpoint: Path) -> None:
         """Be as train() leaves it, from the checkpoint of the last step."""
+        self.accelerator.prepare_model(self.model, evaluation_mode=True)  # autocast, as train() would have put on it
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
@@ -470,9 +472,12 @@ def _model(
     base = load_base_model(
         work_dir / prepared.base_model_dir, spec.training, device, trust_remote_code=spec.trust_remote_code
     )
-    exact = prove(base)
+    with torch.autocast("cuda", device.dtype) if device.is_cuda else nullcontext():
+        exact = prove(base)
     transformers.set_seed(seed)  # however many numbers loading drew
     model, coverage, renamed = attach_lora(base, spec.training)
+    if not has_plain_head(model.get_base_model()):
+        exact = replace(exact, learnt_head=False)  # modules_to_save has made the head one that is trained
     for asked, got in renamed.items():
         reporter.note(f"LoraConfig.target_modules: {asked} is part of {got} in this model")
     reporter.note(str(coverage))

@@ -6,6 +6,7 @@ fewer when the GPU's memory does not hold them. The loss is the sum over learnt 
 whole step, on all ranks, so that no way of splitting the documents changes a gradient.
 """
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -92,6 +93,7 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
                 if not self._give_way(documents):
                     raise
             model.zero_grad()
+            gc.collect()  # what the failed step still holds in cycles
             torch.cuda.empty_cache()
 
     def _accumulate(self, model: Any, documents: list[Document], count: torch.Tensor) -> torch.Tensor:
@@ -123,7 +125,8 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
             self._say(f"out of memory: going on with {self.micro_batch_tokens:,} tokens at once, the same step")
             return True
         base = self._base_model()
-        if not any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
+        recomputes = any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
+        if not recomputes and base.supports_gradient_checkpointing:
             base.enable_input_require_grads()
             base.gradient_checkpointing_enable()
             self._say("out of memory: going on with recomputed activations, the same step")
