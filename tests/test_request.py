@@ -616,3 +616,10 @@ def test_a_malformed_header_file_is_said_without_a_word_of_it(tmp_path: Path) ->
         build_run(file, Request(source_headers=flagged, output=str(tmp_path / "out")), tmp_path, {})
     assert "hunter2" not in str(caught.value)
     assert "https://a.example.org" in str(caught.value)
+
+
+def test_a_smoke_run_never_takes_the_workspaces_own_tag(tmp_path: Path) -> None:
+    workspace = make_workspace("phi-4", ["https://a.example.org/x.parquet"], "reg.azurecr.io/team/adapter:1")
+    request = Request(smoke=True, output="reg.azurecr.io/team/adapter:1")
+    with pytest.raises(ConfigError, match="the Workspace's own image"):
+        build_run(WorkspaceFile(workspace=workspace), request, tmp_path, {})

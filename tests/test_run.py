@@ -131,3 +131,31 @@ def test_every_preset_runs_under_smoke(preset: str, tmp_path: Path) -> None:
     lock = json.loads((job.work_dir / trained.adapter_dir / "run.lock.json").read_text())
     assert lock["smoke"] is True
     assert "Smoke run" in (job.work_dir / trained.adapter_dir / "README.md").read_text()
+
+
+def test_two_runs_do_not_work_in_one_directory(tmp_path: Path) -> None:
+    from tuner.pipeline.run import _alone_in
+
+    with (
+        _alone_in(tmp_path),
+        pytest.raises(ConfigError, match="another tuner run is at work in it"),
+        _alone_in(tmp_path),
+    ):
+        raise AssertionError("never here")
+    with _alone_in(tmp_path):
+        pass
+
+
+def test_an_output_directory_with_somebodys_files_is_left_alone(tmp_path: Path) -> None:
+    from tuner.pipeline.run import _check_only_ours
+
+    (tmp_path / "README.md").write_text("mine", encoding="utf-8")
+    with pytest.raises(ConfigError, match="not an adapter of ours"):
+        _check_only_ours(tmp_path, Heard())
+    (tmp_path / "run.lock.json").write_text("{}", encoding="utf-8")
+    heard = Heard()
+    _check_only_ours(tmp_path, heard)
+    assert "will be replaced" in heard.notes[0]
+    (tmp_path / "thesis.tex").write_text("mine", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"thesis\.tex"):
+        _check_only_ours(tmp_path, Heard())

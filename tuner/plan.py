@@ -384,7 +384,7 @@ def _assumptions(
 def describe_plan(plan: Plan) -> str:
     """The plan as people read it, several lines without a line end."""
     estimate, gpu = plan.estimate, plan.machine.gpu
-    data = f"{'' if plan.workload.is_known else 'for each '}{plan.workload.rows:,} rows"
+    data = f"{'' if plan.workload.is_known else 'for each '}{plan.workload.rows:,} rows,"
     trained = f"{plan.trained_parameters / 1e6:,.1f} M of {plan.parameters.total / 1e9:,.2f} B parameters trained"
     lines = [
         f"{plan.model}, {plan.method}, {_weights_words(plan.setup)}, LoRA r {plan.setup.rank} on "

@@ -420,7 +420,14 @@ def _language_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _destination(tuning: Tuning, request: Request, work_dir: Path) -> Destination:
     if request.output:
-        return parse_output(request.output, overwrite=request.overwrite)
+        destination = parse_output(request.output, overwrite=request.overwrite)
+        own = str(parse_reference(tuning.output.image)) if isinstance(tuning.output, ImageOutput) else None
+        if request.smoke and isinstance(destination, ImageDestination) and destination.reference == own:
+            raise ConfigError(
+                f"--output {request.output}: is the Workspace's own image, and this is a smoke run",
+                hint="give another tag: a tiny random model's adapter must not be served",
+            )
+        return destination
     if request.smoke:
         return LayoutDestination(path=str((work_dir / "image").absolute()), tag="smoke")
     match tuning.output:
@@ -578,7 +585,8 @@ def _source_headers(file: WorkspaceFile, request: Request) -> _Found:
 def _no_secret(field_path: str, name: str) -> InputMissingError:
     return InputMissingError(
         f"{field_path}: Secret {name!r} is not in the Workspace's file, and there is no docker config",
-        hint="put the Secret into the file, run docker login, or give --docker-config FILE",
+        hint="put the Secret into the file, run docker login, or give --docker-config FILE; "
+        "a smoke run can do without: --no-preflight",
     )
 
 
@@ -630,6 +638,8 @@ def _reason(error: OSError | UnicodeDecodeError) -> str:
 
 
 def _notes(tuning: Tuning, training: TrainingConfig, request: Request, work_dir: Path) -> Iterator[str]:
+    if request.smoke and request.output:
+        yield f"--smoke with --output: an adapter of a tiny random model goes to {request.output}"
     if training.is_written("TrainingArguments", "output_dir"):
         directory = training.value("TrainingArguments", "output_dir")
         yield f"TrainingArguments.output_dir {directory}: on this machine checkpoints and adapter are in {work_dir}"

@@ -1200,7 +1200,6 @@ def template_workspace(preset: str = "phi-3-mini-4k-instruct") -> str:
 #   tuner check workspace.yaml          what is wrong or missing, without a GPU
 #   tuner run --smoke workspace.yaml    the whole run with a tiny model, without a GPU
 #   tuner run workspace.yaml            the run, on this machine's GPU
-#   tuner submit workspace.yaml         the run, as a Job in the cluster that kubectl talks to
 apiVersion: {API_VERSIONS[0]}
 kind: Workspace
 metadata:

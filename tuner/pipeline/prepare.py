@@ -76,7 +76,8 @@ def prepare(spec: RunSpec, fetched: Fetched, work_dir: Path, reporter: Reporter)
     if settings.over_length == "drop" and over > MOST_OVER_LENGTH * count:
         raise DataError(
             f"{over:,} of {count:,} rows ({over / count:.0%}) are longer than {limit:,} tokens",
-            hint="raise TrainingArguments.max_length, or set DatasetConfig.over_length to truncate; " + listed,
+            hint="raise TrainingArguments.max_length; DatasetConfig.over_length: truncate cuts their ends, where the "
+            "answers are; " + listed,
         )
     rows = tallies["training"].rows
     if not rows:

@@ -7,10 +7,12 @@ train      4-bit base + LoRA; checkpoints; evaluation             no credentials
 push       package, blobs, manifest by digest, tag                never retrains
 """
 
+import fcntl
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -32,7 +34,7 @@ from tuner.pipeline.download import format_bytes
 from tuner.pipeline.fetch import check_stores, fetch
 from tuner.pipeline.launch import end_with_parent, is_worker, rank, train_in_processes, world_size
 from tuner.pipeline.libraries import check_packages, quiet
-from tuner.pipeline.package import adapter_image
+from tuner.pipeline.package import LOCK, PACKAGED_FILES, adapter_image
 from tuner.pipeline.prepare import prepare
 from tuner.reference import LayoutReference, parse_reference
 from tuner.registry import client_for
@@ -78,6 +80,33 @@ def run(
 ) -> RunResult:
     """Everything, in one process. `on_stage` is told as each stage begins. Raises the TunerError of what failed."""
     started = time.monotonic()
+    with _alone_in(work_dir):
+        return _run(spec, secrets, work_dir, reporter, on_stage, options, started)
+
+
+@contextmanager
+def _alone_in(work_dir: Path) -> Iterator[None]:
+    """Two runs in one work directory would write over each other's tokens and checkpoints."""
+    _check_writable(work_dir)
+    with (work_dir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{work_dir}: another tuner run is at work in it", hint="wait for it, or give another --work-dir"
+            ) from None
+        yield
+
+
+def _run(
+    spec: RunSpec,
+    secrets: Secrets,
+    work_dir: Path,
+    reporter: Reporter,
+    on_stage: Callable[[StageName], None],
+    options: PushOptions | None,
+    started: float,
+) -> RunResult:
     on_stage("preflight")
     preflight(spec, secrets, work_dir, reporter)
     on_stage("fetch")
@@ -183,7 +212,21 @@ def _check_destination(destination: Destination, spec: RunSpec, secrets: Secrets
                 raise _exists(f"oci:{path}:{tag}", existing)
             _check_writable(Path(path))
         case DirectoryDestination(path=path):
+            _check_only_ours(Path(path), reporter)
             _check_writable(Path(path))
+
+
+def _check_only_ours(directory: Path, reporter: Reporter) -> None:
+    """An adapter of ours in an output directory is replaced, and that is said; other files are not touched."""
+    if not directory.is_dir() or not any(directory.iterdir()):
+        return
+    others = sorted({path.name for path in directory.iterdir()} - PACKAGED_FILES)
+    if others or not (directory / LOCK).is_file():
+        raise ConfigError(
+            f"{directory}: is not empty, and not an adapter of ours ({', '.join(others[:3]) or 'no ' + LOCK})",
+            hint="give a new or an empty directory",
+        )
+    reporter.note(f"{directory} has an adapter, which will be replaced")
 
 
 def _check_gpu() -> None:
@@ -244,6 +287,8 @@ def _exists(reference: str, digest: str) -> ConfigError:
 
 def _probe(destination: ImageDestination, spec: RunSpec, secrets: Secrets, reporter: Reporter) -> None:
     reference = parse_reference(destination.reference)
+    if secrets.docker_configs and not parse_credentials(secrets.docker_configs).find(reference):
+        reporter.warn(f"the docker config to push with has no entry for {reference.registry}")
     with client_for(reference, spec.network, secrets.docker_configs, reporter=reporter) as client:
         found = probe_push(reference, client)
     if found.existing_digest and not destination.overwrite:
@@ -303,7 +348,7 @@ def train(spec: RunSpec, fetched: Fetched, prepared: Prepared, work_dir: Path, r
     }
     write_json(adapter_dir / ADAPTER_CONFIG, config)
     write_json(
-        adapter_dir / "run.lock.json",
+        adapter_dir / LOCK,
         run_lock(spec, fetched, prepared, outcome.versions) | {"figures": figures, "name": spec.name},
     )
     card = model_card(spec, fetched, prepared, figures, str(outcome.coverage))
