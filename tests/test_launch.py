@@ -131,4 +131,5 @@ def test_an_exit_code_without_a_result_still_says_which_process(tmp_path: Path) 
     assert "rank-1.log" in str(error)
     said = StageResult(stage="train", exit_code=78, message="no such thing").to_message().encode()
     assert str(_failure(78, 0, [b"talk\n", said], tmp_path)) == "no such thing"
+    assert str(_failure(78, 1, [said], tmp_path)) == "no such thing"
     assert isinstance(_failure(130, 0, [], tmp_path), KeyboardInterrupt)

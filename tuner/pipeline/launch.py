@@ -155,7 +155,7 @@ def _failure(code: int, number: int, said: Sequence[bytes], work_dir: Path) -> B
     """What the first worker to fail would have raised in this process."""
     if code == 128 + signal.SIGINT:
         return KeyboardInterrupt()
-    if number == 0 and said and code in _BY_EXIT_CODE:
+    if said and code in _BY_EXIT_CODE:  # the first process talks for all, whichever of them ended first
         try:
             result = StageResult.model_validate_json(said[-1])
         except ValidationError:
