@@ -13,32 +13,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from tuner.errors import (
-    ConfigError,
-    DataError,
-    DeniedError,
-    GateError,
-    InputMissingError,
-    InterruptedRunError,
-    OutOfGpuMemoryError,
-    ServiceError,
-    TunerError,
-)
+from tuner.errors import InterruptedRunError, TunerError
 from tuner.runspec import Reporter, RunSpec, StageResult
 
-_BY_EXIT_CODE: dict[int, type[TunerError]] = {
-    kind.exit_code: kind
-    for kind in (
-        ConfigError,
-        DataError,
-        DeniedError,
-        GateError,
-        InputMissingError,
-        InterruptedRunError,
-        OutOfGpuMemoryError,
-        ServiceError,
-    )
-}
+_BY_EXIT_CODE = {kind.exit_code: kind for kind in TunerError.__subclasses__()}
 _POLL_S = 0.1
 _GRACE_S = 60
 _LOST_S = 5

@@ -59,7 +59,6 @@ class Outcome:
     last_train_loss: float
     eval_loss_before: float | None
     eval_loss_after: float | None
-    history: list[dict[str, float]]
     versions: dict[str, str]
 
 
@@ -458,7 +457,6 @@ def _optimise(
         last_train_loss=losses[-1],
         eval_loss_before=before,
         eval_loss_after=after,
-        history=history,
         versions=versions(),
     )
 
