@@ -1,0 +1,174 @@
+"""What was typed → the calls below it. The only place that prints or exits.
+
+stdout is data, stderr is talk. Everything but Typer is imported inside the commands: `tuner --help` is quick.
+"""
+
+import errno
+import io
+import os
+import shlex
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+
+# Their commands register themselves, in the order of `tuner --help`.
+from tuner.cli import run  # isort: skip
+from tuner.cli import cluster  # isort: skip
+from tuner.cli import look  # isort: skip
+from tuner.cli import stage  # isort: skip
+from tuner.cli import images  # isort: skip
+from tuner.cli.common import say
+from tuner.cli.options import app
+from tuner.errors import EXIT_INTERNAL, ConfigError, InterruptedRunError, NotPushedError, TunerError, UsageError
+
+__all__ = ["app", "cluster", "images", "look", "main", "run", "stage"]
+
+EXIT_SIGINT, EXIT_SIGPIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
+
+
+def main(argv: Sequence[str]) -> int:
+    """The exit code. Nothing below this function prints an error or exits."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without "→" is no reason to stop
+    try:
+        with _signals():
+            code = app(args=list(argv), prog_name="tuner", standalone_mode=False)
+            print(end="", flush=True)  # a reader that is gone shows here, and not when Python ends
+    except TunerError as error:
+        return _explain(error, argv)
+    except _TyperError as error:
+        return _explain_usage(error)
+    except (KeyboardInterrupt, typer.Abort):  # the second Ctrl-C of a training, which has said so
+        return EXIT_SIGINT
+    except _Stopped as stopped:
+        return stopped.exit_code
+    except SystemExit:  # Typer's way with a reader of stdout that is gone
+        return EXIT_SIGPIPE
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_SIGPIPE
+    except OSError as error:
+        if error.errno not in _ENVIRONMENT:
+            return _bug()
+        where = f"{error.filename}: " if error.filename else ""
+        return _explain(ConfigError(f"{where}{error.strerror}", hint=_ENVIRONMENT[error.errno]), argv)
+    except Exception:
+        return _bug()
+    return int(code or 0)
+
+
+# Typer has a copy of click in newer releases: its errors are found through one that it exports.
+_TyperError: type[Exception] = typer.BadParameter.__mro__[2]
+
+# What is wrong with a machine and not with us, wherever it shows.
+_ENVIRONMENT = {
+    errno.ENOSPC: "free some space, or give another --work-dir; what is there already is used again",
+    errno.EDQUOT: "free some space, or give another --work-dir; what is there already is used again",
+    errno.EROFS: "give another --work-dir or --output",
+    errno.EACCES: "whose is it? give another --work-dir or --output",
+    errno.EPERM: "whose is it? give another --work-dir or --output",
+    errno.ENOTDIR: "a part of this path is a file",
+    errno.EISDIR: "name a file",
+    errno.ENAMETOOLONG: None,
+}
+
+
+_PATIENCE_S = 3.0  # for an orderly end: a connection that says nothing may hold it up
+
+
+class _Stopped(BaseException):
+    """SIGINT or SIGTERM came. A BaseException, so that nobody takes it for a fault."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__()
+        self.exit_code = exit_code
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """SIGINT and SIGTERM are acknowledged and end the block, with uploads taken back and files closed.
+
+    A second one, or some seconds, end the process. The train stage has handlers of its own. Without one for SIGTERM a
+    container's first process would not end at all.
+    """
+    stopping = False
+
+    def end(number: int, _frame: object) -> None:
+        nonlocal stopping
+        exit_code = 128 + number
+        if stopping:
+            _leave(exit_code)
+        stopping = True
+        say(f"{signal.Signals(number).name}: stopping; what was downloaded and saved so far is kept")
+        patience = threading.Timer(_PATIENCE_S, _leave, (exit_code,))
+        patience.daemon = True
+        patience.start()
+        raise _Stopped(exit_code)
+
+    # What is ignored stays ignored: nohup, and jobs in the background of a script.
+    heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, end) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _leave(exit_code: int) -> None:
+    """End the process as it stands: all that is kept is on the disk already."""
+    if sys.stderr.isatty():
+        print(end="\x1b[?25h", file=sys.stderr, flush=True)  # the bars had hidden the cursor
+    os._exit(exit_code)
+
+
+def _explain(error: TunerError, argv: Sequence[str]) -> int:
+    say(f"error: {error.message}")
+    if isinstance(error, ConfigError) and len(error.problems) > 1:
+        for problem in error.problems:
+            hint = problem.hint if problem.hint and problem.hint not in problem.message else None
+            say(f"  {problem}" + (f"\n      hint: {hint}" if hint else ""))
+    if error.hint and error.hint not in error.message:
+        say(f"hint: {error.hint}")
+    if isinstance(error, InterruptedRunError | NotPushedError):
+        say(f"go on with: {shlex.join(['tuner', *argv])}")
+    return error.exit_code
+
+
+def _explain_usage(error: Exception) -> int:
+    """Typer's own words, in our form."""
+    context = getattr(error, "ctx", None)
+    message = error.format_message() if hasattr(error, "format_message") else str(error)
+    if message.startswith("Usage:"):  # no arguments at all
+        say(message)
+        return UsageError.exit_code
+    say(f"error: {message[0].lower()}{message[1:]}")
+    say(f"hint: {context.command_path if context else 'tuner'} --help")
+    return UsageError.exit_code
+
+
+def _bug() -> int:
+    say(traceback.format_exc())
+    say("error: this is a bug in tuner; the lines above say where")
+    return EXIT_INTERNAL
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from tuner import __version__
+
+        print(f"tuner {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print it")] = False,
+) -> None: ...

@@ -1,0 +1,123 @@
+"""What several commands do: read a Workspace file with its flags, talk on stderr, print a result on stdout."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tuner.errors import ConfigError, InputMissingError, UsageError
+
+if TYPE_CHECKING:
+    from tuner.registry.push_state import PushOptions
+    from tuner.request import Request, Run
+    from tuner.runspec import Destination, Network
+    from tuner.talk import Talk
+    from tuner.workspace import WorkspaceFile
+
+
+def say(text: str) -> None:
+    from tuner.talk import Lasting, without_queries
+
+    print(without_queries(text), file=Lasting(sys.stderr), flush=True)
+
+
+def make_network(
+    plain_http: bool, ca: Path | None, allow_cidrs: tuple[str, ...] = (), allow_private_urls: bool = False
+) -> "Network":
+    from tuner.runspec import Network
+
+    return Network(
+        allow_cidrs=allow_cidrs,
+        allow_private_urls=allow_private_urls,
+        plain_http=plain_http,
+        ca_file=str(ca.expanduser().absolute()) if ca else None,
+    )
+
+
+def read_workspace_file(
+    workspace: Path | None, model: str | None, data: list[str] | None, method: str | None, request: "Request"
+) -> "WorkspaceFile":
+    """The file that was named, or the one that --model and its fellows stand for."""
+    from tuner.request import all_at_once, flag_errors, with_data
+    from tuner.urls import Allowed
+    from tuner.workspace import WorkspaceFile, load_workspace_file, make_workspace
+
+    if workspace and str(workspace).lower().startswith(("http:/", "https:/")):
+        raise UsageError("a WORKSPACE is a file on this machine, not a URL", hint="download it first")
+    if workspace and (model or method):
+        flag = "--model" if model else "--method"
+        raise UsageError(
+            f"{flag} and a WORKSPACE are two ways to say the same", hint=f"leave out {flag}, or change the file"
+        )
+    output_given = bool(request.output) or request.smoke
+    if not workspace and not (model and data and output_given):
+        missing = [
+            flag for flag, given in (("--model", model), ("--data", data), ("--output", output_given)) if not given
+        ]
+        raise UsageError(
+            "give a WORKSPACE file, or --model, --data and --output"
+            + (f"; missing: {', '.join(missing)}" if len(missing) < 3 else ""),
+            hint="tuner run --model phi-3-mini-4k-instruct --data train.jsonl --output ./adapter",
+        )
+    try:
+        allowed = Allowed.of(request.network.allow_cidrs, request.network.allow_private_urls)
+        if workspace:
+            file = load_workspace_file(workspace, allowed=allowed, output_given=output_given)
+            return with_data(file, data, allowed) if data else file
+        return WorkspaceFile(make_workspace(str(model), data or (), None, method or "qlora", allowed=allowed))
+    except (ConfigError, InputMissingError) as error:
+        raise all_at_once([error, *flag_errors(request)]) from error
+
+
+def build(file: "WorkspaceFile", request: "Request", work_dir: Path | None) -> tuple["Run", Path]:
+    from tuner.request import build_run
+
+    directory = work_dir.expanduser() if work_dir else Path("tuner-work") / file.workspace.metadata.name
+    return build_run(file, request, directory, os.environ), directory
+
+
+def parse_push_options(
+    compression: str, chunk_size: int | None, deadline_s: float, modelpack: bool, provenance: bool
+) -> "PushOptions":
+    from tuner.registry.push_state import PushOptions
+
+    if compression not in ("none", "zstd", "gzip"):
+        raise UsageError(f"--compression {compression}: there is none, zstd and gzip")
+    return PushOptions.model_validate(
+        {
+            "compression": compression,
+            "chunk_bytes": chunk_size,
+            "deadline_s": deadline_s,
+            "modelpack": modelpack,
+            "provenance": provenance,
+        }
+    )
+
+
+def check_digest_file(digest_file: Path | None, destination: "Destination") -> None:
+    """Before hours of training, not after them."""
+    if digest_file is None:
+        return
+    if destination.kind == "directory":
+        raise UsageError("--digest-file: a directory has no digest", hint="--output oci:DIR:TAG makes an image on disk")
+    was_there = digest_file.exists()
+    try:
+        digest_file.open("a").close()
+        if not was_there:
+            digest_file.unlink()  # who waits for it must not find an empty one
+    except OSError as error:
+        raise ConfigError(f"--digest-file {digest_file}: cannot be written: {error.strerror}") from error
+
+
+def open_talk() -> "Talk":
+    from tuner.talk import Talk
+
+    return Talk(sys.stderr)
+
+
+def print_result(image: str, digest_file: Path | None, result: dict[str, Any] | None) -> None:
+    import json
+
+    print(json.dumps(result) if result is not None else image)
+    if digest_file:
+        digest_file.write_text(image.rpartition("@")[2] + "\n", encoding="utf-8")
