@@ -71,12 +71,13 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
         tuning: Mapping[str, Any] | None = None,
         env: Mapping[str, str] | None = None,
         name: str = "my-run",
+        annotations: Mapping[str, str] | None = None,
         **flags: Any,
     ) -> Run:
         document = {
             "apiVersion": "kaito.sh/v1beta1",
             "kind": "Workspace",
-            "metadata": {"name": name},
+            "metadata": {"name": name, "annotations": dict(annotations or {})},
             "resource": {"labelSelector": {"matchLabels": {"app": "x"}}},
             "tuning": {
                 "preset": {"name": PRESET},
@@ -317,6 +318,36 @@ def test_all_problems_come_at_once_each_once(build: Build) -> None:
     said = "\n".join(map(str, raised.value.problems))
     for each in ("LoraConfig.rr", "Nonsense", "'phi-3-mini-4'", "nope.parquet:", "nix.parquet:", "Secret 'push'"):
         assert said.count(each) == 1
+
+
+# ── gates ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_gates_are_the_flags_or_else_the_annotations(build: Build) -> None:
+    annotated = {"tuner/require": "eval_loss <= base;\n steps > 1"}
+    assert build(annotations=annotated).spec.require == ("eval_loss <= base", "steps > 1")
+    assert build(annotations=annotated, require=("steps > 2",)).spec.require == ("steps > 2",)
+    assert build().spec.require == ()
+
+
+def test_a_gate_does_not_count_for_the_digest(build: Build) -> None:
+    assert build(require=("steps > 2",)).spec.digest == build().spec.digest
+
+
+def test_a_gate_that_is_none_is_a_problem_beside_the_others(build: Build) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(require=("eval_los <= base",), overrides=("LoraConfig.rr=1",))
+    said = "\n".join(map(str, caught.value.problems))
+    assert 'did you mean "eval_loss"?' in said
+    assert "--require" in said
+    assert "LoraConfig.rr" in said
+
+
+def test_a_gate_on_held_out_rows_needs_some(build: Build) -> None:
+    none_held_out = {"overrides": ("DatasetConfig.train_test_split=1",)}
+    with pytest.raises(ConfigError, match=r"--require: 'eval_loss < base' needs held-out rows"):
+        build(require=("eval_loss < base",), **none_held_out)
+    assert build(require=("train_loss < 3",), **none_held_out).spec.require == ("train_loss < 3",)
 
 
 # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

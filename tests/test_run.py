@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tiny import Heard, Job, make_job, rows_of
 
-from tuner.errors import ConfigError, InputMissingError
+from tuner.errors import ConfigError, DataError, GateError, InputMissingError
 from tuner.pipeline.run import run, run_stage
 from tuner.presets import load_presets
 from tuner.runspec import STAGES, Fetched, Prepared, RunResult, Trained
@@ -112,6 +112,56 @@ def test_a_directory_as_the_destination_gets_the_files(tmp_path: Path) -> None:
     assert run_whole(job).image == str(tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["task_type"] == "CAUSAL_LM"
+
+
+# ── gates ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+HOPELESS, EASY = "eval_loss <= 0.01 * base", "eval_loss <= 1.5 * base"
+
+
+def test_a_gate_that_is_not_passed_keeps_the_adapter_pushes_nothing_and_shows_the_numbers(tmp_path: Path) -> None:
+    job = job_with_image(tmp_path, require=(EASY, HOPELESS))
+    with pytest.raises(GateError) as caught:
+        run_whole(job)
+    trained = Trained.load(job.work_dir / "trained.json")
+    adapter_dir = job.work_dir / trained.adapter_dir
+    assert (adapter_dir / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "image" / "index.json").exists()
+    assert caught.value.exit_code == 76
+    assert f"eval_loss {trained.eval_loss_after:.6g}, base {trained.eval_loss_before:.6g}" in caught.value.message
+    assert EASY not in caught.value.message
+    assert f"tuner push {adapter_dir} oci:{tmp_path}/image:1" in str(caught.value.hint)
+    # as a stage of its own, and at the push too: a retried push must not slip through
+    for stage in ("train", "push"):
+        with pytest.raises(GateError):
+            run_stage(stage, job.spec, job.secrets, job.work_dir, Heard())
+
+
+def test_another_gate_does_not_train_again_and_changes_no_byte(finished: tuple[Job, RunResult], tmp_path: Path) -> None:
+    strict = job_with_image(tmp_path, require=(HOPELESS,))
+    with pytest.raises(GateError):
+        run_whole(strict)
+    lenient = job_with_image(tmp_path, require=(EASY,))
+    assert lenient.spec.digest == strict.spec.digest
+    heard = Heard()
+    result = run_whole(lenient, heard)
+    assert not heard.steps
+    assert any(line.startswith(f"gate passed: {EASY}: ") for line in heard.notes)
+    assert result.image.rpartition("@")[2] == finished[1].image.rpartition("@")[2]
+
+
+def test_a_smoke_run_says_its_gates_and_passes(tmp_path: Path) -> None:
+    heard = Heard()
+    run_whole(job_with_image(tmp_path, {}, smoke=True, require=(HOPELESS,)), heard)
+    assert any(line.startswith(f"gate not passed: {HOPELESS}") for line in heard.notes)
+
+
+def test_a_gate_on_held_out_rows_without_any_is_said_before_training(tmp_path: Path) -> None:
+    job = make_job(tmp_path, rows_of("messages", 8), SHORT, output=str(tmp_path / "adapter"), require=(EASY,))
+    heard = Heard()
+    with pytest.raises(DataError, match="needs held-out rows, and of 8 rows none is held out"):
+        run_whole(job, heard)
+    assert not heard.steps
 
 
 def test_there_are_presets() -> None:

@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 from tuner.content import hash_file, model_digest
 from tuner.errors import ConfigError, DataError, InputMissingError, Problem, TunerError
+from tuner.gates import Gate, parse_gates, split_gates
 from tuner.presets import Preset, find_preset, preset_from_directory
 from tuner.reference import LayoutReference, names_registry, parse_destination, parse_reference
 from tuner.runspec import (
@@ -54,6 +55,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 SOURCES_ANNOTATION = "tuner/sources-secret"  # names a Secret with the key sources.json
+REQUIRE_ANNOTATION = "tuner/require"  # gates, as --require has them
 SMOKE_STEPS = 4
 SMOKE_OVERRIDES = (f"TrainingArguments.max_steps={SMOKE_STEPS}", "DatasetConfig.over_length=truncate")
 HF_TOKEN = "HF_TOKEN"  # the name of the variable, and KAITO's key in the Secret
@@ -75,6 +77,7 @@ class Request:
     preflight: bool = True
     trust_remote_code: bool = False
     world_size: int = 1
+    require: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,7 @@ def build_run(file: WorkspaceFile, request: Request, work_dir: Path, env: Mappin
     pull = _attempt(errors, _pull_credentials, file, tuning, sources, base_model, request, env)
     hub = _attempt(errors, _hub_token, file, tuning, sources, base_model, env)
     headers = _attempt(errors, _source_headers, file, request)
+    gates = _attempt(errors, _gates, file, request, training) or ()
     if errors or not (preset and training and base_model and destination and push and pull and hub and headers):
         raise all_at_once(errors)
     spec = RunSpec(
@@ -132,6 +136,7 @@ def build_run(file: WorkspaceFile, request: Request, work_dir: Path, env: Mappin
         smoke=request.smoke,
         preflight=request.preflight,
         trust_remote_code=request.trust_remote_code,
+        require=tuple(gate.text for gate in gates),
     )
     secrets = Secrets(
         queries=queries,
@@ -157,6 +162,7 @@ def flag_errors(request: Request) -> list[TunerError]:
     if request.docker_config:
         _attempt(errors, _read_docker_config, request.docker_config)
     _attempt(errors, _check_ca, request.network)
+    _attempt(errors, parse_gates, request.require, "--require")
     return errors
 
 
@@ -632,6 +638,25 @@ def _check_ca(network: Network) -> None:
 
 def _reason(error: OSError | UnicodeDecodeError) -> str:
     return (error.strerror or "") if isinstance(error, OSError) else "it is not UTF-8 text"
+
+
+# ── gates ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _gates(file: WorkspaceFile, request: Request, training: TrainingConfig | None) -> tuple[Gate, ...]:
+    """What `--require` says, else the Workspace's annotation."""
+    written = file.workspace.metadata.annotations.get(REQUIRE_ANNOTATION, "")
+    texts, origin = split_gates(written), f"metadata.annotations[{REQUIRE_ANNOTATION}]"
+    if request.require:
+        texts, origin = request.require, "--require"
+    gates = parse_gates(texts, origin)
+    needing = next((gate for gate in gates if gate.needs_held_out_rows), None)
+    if needing and training and training.dataset.train_fraction == 1:
+        raise ConfigError(
+            f"{origin}: {needing.text!r} needs held-out rows, and DatasetConfig.train_test_split holds none out",
+            hint="leave train_test_split out, or write less than 1",
+        )
+    return gates
 
 
 # ── what is worth a line ─────────────────────────────────────────────────────────────────────────────────────────────

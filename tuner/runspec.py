@@ -8,14 +8,16 @@ RunSpec, Fetched, Prepared and Trained are JSON files that another process reads
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from tuner.errors import ConfigError, InputMissingError
+from tuner.gates import Gate, parse_gates
 from tuner.presets import Preset
 from tuner.training_config import TrainingConfig
 
@@ -196,11 +198,27 @@ class RunSpec(Contract):
     smoke: bool = False
     preflight: bool = Field(default=True, description="False: --no-preflight, no push-permission probe")
     trust_remote_code: bool = False
+    require: tuple[str, ...] = Field(default=(), description="gates, as gates.py reads them")
+
+    @field_validator("require")
+    @classmethod
+    def _are_gates(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            parse_gates(texts, "require")
+        except ConfigError as error:
+            raise ValueError(error.message) from None
+        return texts
+
+    @property
+    def gates(self) -> tuple[Gate, ...]:
+        """What the adapter must reach to be pushed."""
+        return parse_gates(self.require, "require")
 
     @property
     def digest(self) -> str:
-        """`sha256:…` over everything that decides the adapter: not where it goes, nor how it is reached."""
-        inputs = self.model_dump(mode="json", exclude={"destination", "probe", "network", "preflight"})
+        """`sha256:…` over everything that decides the adapter: not where it goes, nor how it is reached, nor what it
+        must reach to go there."""
+        inputs = self.model_dump(mode="json", exclude={"destination", "probe", "network", "preflight", "require"})
         del inputs["training"]["notes"]
         for settings in inputs["training"]["settings"].values():
             for setting in settings.values():
@@ -333,6 +351,32 @@ class Trained(Contract):
     modules: dict[str, int] = Field(description="LoRA module name → how many layers have it")
     trainable_parameters: int
     total_parameters: int
+
+    @property
+    def figures(self) -> dict[str, float | None]:
+        """What gates.METRICS names."""
+        return {
+            "eval_loss": self.eval_loss_after,
+            "base": self.eval_loss_before,
+            "eval_perplexity": perplexity(self.eval_loss_after),
+            "base_perplexity": perplexity(self.eval_loss_before),
+            "train_loss": self.last_train_loss,
+            "first_train_loss": self.first_train_loss,
+            "steps": self.steps,
+            "epochs": self.epochs,
+            "examples": self.examples,
+            "tokens": self.tokens,
+        }
+
+
+def perplexity(loss: float | None) -> float | None:
+    """How many tokens the model wavers between, of a mean loss in nats a token."""
+    if loss is None:
+        return None
+    return math.exp(loss) if loss < _GREATEST_EXPONENT else math.inf
+
+
+_GREATEST_EXPONENT = 700  # e to the power of more is no float
 
 
 # ── out ──────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -57,6 +57,10 @@ AllowCidr = Annotated[
 ]
 NoOverwrite = Annotated[bool, typer.Option("--no-overwrite", help="stop at once when the tag is there already")]
 NoPreflight = Annotated[bool, typer.Option("--no-preflight", help="do not ask the registry for push permission first")]
+Require = Annotated[
+    list[str] | None,
+    typer.Option("--require", metavar="GATE", help="push only if, e.g. 'eval_loss <= 0.98 * base'; repeatable"),
+]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run Python from the model's repository")]
 DigestFile = Annotated[
     Path | None, typer.Option("--digest-file", metavar="F", help="write the pushed digest to this file")

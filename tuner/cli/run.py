@@ -38,6 +38,7 @@ from tuner.cli.options import (
     PlainHttp,
     Provenance,
     PushDeadline,
+    Require,
     Set,
     Smoke,
     SourceHeaders,
@@ -73,6 +74,7 @@ def run(
     allow_cidr: AllowCidr = None,
     no_overwrite: NoOverwrite = False,
     no_preflight: NoPreflight = False,
+    require: Require = None,
     trust_remote_code: TrustRemoteCode = False,
     digest_file: DigestFile = None,
     compression: Compression = "none",
@@ -122,6 +124,7 @@ def check(
     allow_cidr: AllowCidr = None,
     no_overwrite: NoOverwrite = False,
     no_preflight: NoPreflight = False,
+    require: Require = None,
     trust_remote_code: TrustRemoteCode = False,
     spec_file: Annotated[
         Path | None, typer.Option("--write-spec", metavar="FILE", hidden=True, help="RunSpec; FILE.secrets beside it")
@@ -209,6 +212,7 @@ def _request(typed: Mapping[str, Any]) -> "Request":
         preflight=not typed["no_preflight"],
         trust_remote_code=typed["trust_remote_code"],
         world_size=_gpu_count(),
+        require=tuple(typed["require"] or ()),
     )
 
 
@@ -287,7 +291,7 @@ def _print_check(built: "Run", work_dir: Path, prepared: "Prepared | None", as_j
         from dataclasses import asdict
 
         about = spec.model_dump(
-            mode="json", include={"name", "method", "base_model", "sources", "destination", "probe", "smoke"}
+            mode="json", include={"name", "method", "base_model", "sources", "destination", "probe", "smoke", "require"}
         )
         settings = [
             {"setting": name, "value": value, "origin": origin} for name, value, origin in spec.training.origins()
@@ -309,6 +313,7 @@ def _print_check(built: "Run", work_dir: Path, prepared: "Prepared | None", as_j
         ("base model", _base_model(spec)),
         *(("data", _source(source)) for source in spec.sources),
         ("training", _plan(spec)),
+        *(("gate", gate) for gate in spec.require),
         ("destination", _destination(spec.destination)),
         ("to push", built.credentials.push),
         ("to pull", built.credentials.pull),

@@ -86,6 +86,12 @@ def prepare(spec: RunSpec, fetched: Fetched, work_dir: Path, reporter: Reporter)
     if straddles:
         reporter.warn(f"in {straddles:,} answers the first token begins in the prompt: the template ends it mid-word")
     held_out = tallies["held-out"].rows
+    needing = next((gate for gate in spec.gates if gate.needs_held_out_rows), None)
+    if needing and not held_out:
+        raise DataError(
+            f"the gate {needing.text!r} needs held-out rows, and of {count:,} rows none is held out",
+            hint="give more rows, or DatasetConfig.train_test_split below 1",
+        )
     result = Prepared(
         run_digest=spec.digest,
         train=_write_split(rows, directory / "train.arrow", work_dir),

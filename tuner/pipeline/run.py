@@ -3,12 +3,13 @@
 preflight  spec, GPU, disk, secrets, the tag, push permission     seconds; no data, no GPU work
 fetch      every URL, verified; base weights                      no push secret
 prepare    every row: shape, template, labels, lengths, split     CPU
-train      4-bit base + LoRA; checkpoints; evaluation             no credentials
+train      4-bit base + LoRA; checkpoints; evaluation; gates      no credentials
 push       package, blobs, manifest by digest, tag                never retrains
 """
 
 import fcntl
 import hashlib
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
 
-from tuner.errors import ConfigError, DeniedError, InputMissingError, TunerError
+from tuner.errors import ConfigError, DeniedError, GateError, InputMissingError, TunerError
 from tuner.pipeline.adapter import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -116,6 +117,7 @@ def _run(
     prepared = prepare(spec, fetched, work_dir, reporter)
     on_stage("train")
     trained = train(spec, fetched, prepared, work_dir, reporter)
+    check_gates(spec, trained, work_dir, reporter)
     on_stage("push")
     return push(spec, secrets, trained, work_dir, reporter, started=started, options=options)
 
@@ -147,9 +149,12 @@ def run_stage(
         case "train":
             fetched = _left(Fetched, work_dir / FETCHED, spec)
             trained = train(spec, fetched, _left(Prepared, work_dir / PREPARED, spec), work_dir, reporter)
+            if not is_worker():  # the process that started it looks
+                check_gates(spec, trained, work_dir, reporter)
             return {"steps": trained.steps, "loss": trained.last_train_loss, "eval_loss": trained.eval_loss_after}
         case "push":
             trained = _left(Trained, work_dir / TRAINED, spec)
+            check_gates(spec, trained, work_dir, reporter)
             result = push(spec, secrets, trained, work_dir, reporter, started=time.monotonic())
             return {"image": result.image, "previous_digest": result.previous_digest}
 
@@ -414,6 +419,32 @@ def finished_adapter(inputs: str, work_dir: Path) -> Trained | None:
     if trained.inputs_digest != inputs or not adapter_dir.is_dir():
         return None
     return trained if file_digests(adapter_dir) == trained.files else None
+
+
+def check_gates(spec: RunSpec, trained: Trained, work_dir: Path, reporter: Reporter) -> None:
+    """Raises GateError, with every gate's numbers, when the adapter must not be pushed. A smoke run only says them: its
+    tiny random model proves nothing about the real one."""
+    verdicts = [gate.judge(trained.figures) for gate in spec.gates]
+    failed = [verdict.sentence for verdict in verdicts if not verdict.passed]
+    if failed and not spec.smoke:
+        adapter_dir = work_dir / trained.adapter_dir
+        raise GateError(
+            f"trained, but not pushed: {'; '.join(failed)} does not hold. The adapter is in {adapter_dir}",
+            hint=f"to push it all the same: {_push_command(adapter_dir, spec.destination)}; with another --require the "
+            "same command does not train again",
+        )
+    for verdict in verdicts:
+        reporter.note(f"gate {'passed' if verdict.passed else 'not passed'}: {verdict.sentence}")
+
+
+def _push_command(adapter_dir: Path, destination: Destination) -> str:
+    match destination:
+        case ImageDestination(reference=reference):
+            return shlex.join(["tuner", "push", str(adapter_dir), reference])
+        case LayoutDestination(path=path, tag=tag):
+            return shlex.join(["tuner", "push", str(adapter_dir), f"oci:{path}:{tag}"])
+        case DirectoryDestination(path=path):
+            return shlex.join(["cp", "-r", f"{adapter_dir}/.", path])
 
 
 def _base_to_name(spec: RunSpec, fetched: Fetched) -> FetchedModel | None:

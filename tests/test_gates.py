@@ -1,0 +1,99 @@
+"""Gates: what is a comparison of figures and what is not, and what they say of numbers."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tuner.errors import ConfigError
+from tuner.gates import METRICS, parse_gate, parse_gates, split_gates
+
+FIGURES = {"eval_loss": 1.5, "base": 2.0, "steps": 100, "train_loss": 1.25}
+
+
+@pytest.mark.parametrize(
+    ("text", "passed"),
+    [
+        ("eval_loss <= 0.98 * base", True),
+        ("eval_loss < 0.75*base", False),
+        ("eval_loss <= .75 * base", True),
+        ("base - eval_loss >= 0.5", True),
+        ("base - eval_loss > 5e-1", False),
+        ("(base - eval_loss) / base >= 0.25", True),
+        ("base - 0.25 - 0.25 == eval_loss", True),  # from the left
+        ("base / 2 / 2 == 0.5", True),
+        ("1 + 2 * steps == 201", True),
+        ("-eval_loss < - 1", True),
+        ("train_loss<=eval_loss", True),
+        ("eval_loss - train_loss > 1 / (base - 2)", False),  # no number
+        ("steps >= 100", True),
+    ],
+)
+def test_a_gate_is_a_comparison_of_figures(text: str, passed: bool) -> None:
+    assert parse_gate(text).judge(FIGURES).passed is passed
+
+
+@given(st.floats(0.01, 100), st.floats(0.01, 100), st.floats(0.01, 2))
+def test_a_gate_agrees_with_python(loss: float, base: float, share: float) -> None:
+    gate = parse_gate(f"eval_loss <= {share!r} * base")
+    assert gate.judge({"eval_loss": loss, "base": base}).passed is (loss <= share * base)
+
+
+def test_the_sentence_shows_both_sides_and_every_figure() -> None:
+    verdict = parse_gate("eval_loss  <= 0.5 * base").judge({"eval_loss": 1.5, "base": 2.0})
+    assert verdict.sentence == "eval_loss <= 0.5 * base: 1.5 <= 1 (eval_loss 1.5, base 2)"
+
+
+@pytest.mark.parametrize("value", [None, math.nan])
+@pytest.mark.parametrize("comparison", ["<=", ">", "=="])
+def test_what_was_not_measured_passes_no_gate(value: float | None, comparison: str) -> None:
+    verdict = parse_gate(f"eval_loss {comparison} 3").judge({"eval_loss": value})
+    assert not verdict.passed
+    assert "eval_loss unknown" in verdict.sentence
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("eval_los <= 2", r"no metric 'eval_los', did you mean \"eval_loss\"\?"),
+        ("accuracy >= 0.9", "no metric 'accuracy'"),
+        ("__import__('os') > 0", "what is"),
+        ("eval_loss", "a comparison .* must follow, and it ends there"),
+        ("eval_loss = 2", "what is '= 2'"),
+        ("eval_loss <= 2 <= base", "'<=' is too much"),
+        ("eval_loss <= base and steps > 2", "'and' is too much"),
+        ("eval_loss <= 2 base", "'base' is too much"),
+        ("eval_loss <= ", "a number or a metric is missing at its end"),
+        ("<= 2", "a number or a metric is missing before '<='"),
+        ("(eval_loss <= 2", r"a \) is missing"),
+        ("1 < 2", "only numbers"),
+        ("", "is missing at its end"),
+        ("(" * 50 + "eval_loss" + ")" * 50 + " < 2", "nested too deeply"),
+        ("-" * 50 + "eval_loss < 2", "nested too deeply"),
+        ("eval_loss ** 2 < 4", "is missing before '\\*'"),
+        ("eval_loss <= 2; steps > 1", "what is '; steps > 1'"),
+    ],
+)
+def test_what_is_no_gate_is_refused_with_why(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse_gate(text)
+    assert caught.value.hint
+
+
+def test_the_problems_of_all_gates_come_at_once_each_with_where_it_stands() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_gates(["eval_los < 1", "steps > 0", "loss < 1"], "--require")
+    assert [problem.path for problem in caught.value.problems] == ["--require", "--require"]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_every_metric_can_stand_in_a_gate_and_says_whether_it_is_of_held_out_rows(metric: str) -> None:
+    gate = parse_gate(f"2 * {metric} > 1")
+    assert gate.metrics == (metric,)
+    assert gate.needs_held_out_rows is metric.startswith(("eval_", "base"))
+    assert gate.judge({metric: 1.0}).passed
+
+
+def test_an_annotation_holds_several() -> None:
+    assert split_gates("eval_loss <= base;\n steps > 10 \n\n") == ("eval_loss <= base", "steps > 10")
