@@ -17,7 +17,7 @@ from tuner.errors import ConfigError
 Address = IPv4Address | IPv6Address
 AddressRange = IPv4Network | IPv6Network
 
-_METADATA_HOSTS = frozenset(
+METADATA_HOSTS = frozenset(
     {
         "metadata",
         "metadata.google",
@@ -31,10 +31,10 @@ _METADATA_HOSTS = frozenset(
         "rancher-metadata",
     }
 )
-_LOCAL_HOSTS = frozenset({"localhost", "localhost.localdomain", "localhost6", "ip6-localhost", "ip6-loopback"})
+LOCAL_HOSTS = frozenset({"localhost", "localhost.localdomain", "localhost6", "ip6-localhost", "ip6-loopback"})
 
 # Where clouds hand out credentials to whoever asks. Nothing opens these.
-_NEVER: tuple[tuple[AddressRange, str], ...] = (
+NEVER: tuple[tuple[AddressRange, str], ...] = (
     (ip_network("168.63.129.16/32"), "Azure's platform address"),
     (ip_network("169.254.0.0/16"), "a link-local address, where clouds keep instance metadata"),
     (ip_network("100.100.100.200/32"), "a cloud's metadata address"),
@@ -47,7 +47,7 @@ _NEVER: tuple[tuple[AddressRange, str], ...] = (
     (ip_network("255.255.255.255/32"), "the broadcast address"),
     (ip_network("ff00::/8"), "a multicast address"),
 )
-_LOOPBACK: tuple[AddressRange, ...] = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
+LOOPBACK: tuple[AddressRange, ...] = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
 
 # IPv6 addresses that carry an IPv4 address in their last 32 bits.
 _IPV4_AT_END: tuple[IPv6Network, ...] = (
@@ -89,6 +89,21 @@ STORE_PACKAGES = {
 HUB_DATASET = re.compile(r"hf://datasets/(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/@]+))?(?:/(?P<path>.*))?")
 
 _PIN = re.compile(r"[0-9a-f]{64}")
+# What the guard says. `{}` is filled in here, and by CEL in tuner/cluster/rules.py: the CRD says the same words.
+INVALID = "invalid data source URL"
+BAD_CHARACTER = f"{INVALID}: it has a space, a control character or a backslash"
+BAD_SCHEME = "a data source URL must use HTTP or HTTPS"
+NO_HOST = f"{INVALID}: it has no host"
+USERINFO = "a data source URL must not hold a user name or password"
+NOT_A_HOST = f"{INVALID}: {{}} is not a host name"
+NOT_AN_ADDRESS = f"{INVALID}: {{}} is not an IP address in four decimal numbers"
+WRAPPED = f"{INVALID}: write the IPv4 address itself, without IPv6 around it"
+NEVER_A_HOST = "{} is a metadata endpoint; it is never fetched from"
+NEVER_AN_ADDRESS = "{} is {}; it is never fetched from"
+THIS_MACHINE = "{} is this machine; --allow-cidr 127.0.0.1/32 opens it"
+LOOPBACK_ADDRESS = "{} is a loopback address; --allow-cidr {}/{} opens it"
+PRIVATE_ADDRESS = "{} is a private or reserved address; --allow-cidr {}/{} opens it"
+
 _UNSAFE_IN_NAME = re.compile(r"[^A-Za-z0-9._+=-]+")
 _NAME_CHARACTERS = 100
 
@@ -117,9 +132,7 @@ class Allowed:
 
     def opens_some_loopback(self) -> bool:
         return self.private or any(
-            loopback.version == cidr.version and loopback.overlaps(cidr)
-            for cidr in self.cidrs
-            for loopback in _LOOPBACK
+            loopback.version == cidr.version and loopback.overlaps(cidr) for cidr in self.cidrs for loopback in LOOPBACK
         )
 
 
@@ -130,7 +143,7 @@ def _parse_cidr(text: str) -> AddressRange:
         raise ConfigError(
             f"--allow-cidr {text}: not a range of IP addresses", hint="write it as 10.1.0.0/16 or fd12:3456::/32"
         ) from error
-    for never, what in _NEVER:
+    for never, what in NEVER:
         if cidr.version == never.version and cidr.subnet_of(never):  # type: ignore[arg-type]  # same version
             raise ConfigError(f"--allow-cidr {text}: {what}; it is never opened")
     return cidr
@@ -143,20 +156,20 @@ def url_problem(url: str, allowed: Allowed, *, stores: bool = False) -> str | No
     and az:// will do as well, which is so on a box only.
     """
     if url != url.strip() or any(ord(character) <= 32 or character in "\\\x7f" for character in url):
-        return "invalid data source URL: it has a space, a control character or a backslash"
+        return BAD_CHARACTER
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port  # .port raises for a bad one
     except ValueError:
-        return "invalid data source URL"
+        return INVALID
     if stores and parts.scheme in STORE_PACKAGES:
         return _store_problem(url)
     if parts.scheme not in ("http", "https"):
-        return "a data source URL must use HTTP or HTTPS"
+        return BAD_SCHEME
     if not host:
-        return "invalid data source URL: it has no host"
+        return NO_HOST
     if "@" in parts.netloc:
-        return "a data source URL must not hold a user name or password"
+        return USERINFO
     return _host_problem(host, allowed)
 
 
@@ -171,17 +184,16 @@ def address_problem(address: str, allowed: Allowed, *, by_name: bool) -> str | N
         return f"{address} is not an IP address that we read"  # a zone id, say
     real = _unwrapped(written)
     shown = str(written) if real == written else f"{written} ({real})"
-    for never, what in _NEVER:
+    for never, what in NEVER:
         if real in never:
-            return f"{shown} is {what}; it is never fetched from"
+            return NEVER_AN_ADDRESS.format(shown, what)
     if allowed.opens(real) or allowed.opens(written):
         return None
-    opening = f"--allow-cidr {real}/{real.max_prefixlen} opens it"
-    if any(real in loopback for loopback in _LOOPBACK):
-        return None if allowed.private else f"{shown} is a loopback address; {opening}"
+    if any(real in loopback for loopback in LOOPBACK):
+        return None if allowed.private else LOOPBACK_ADDRESS.format(shown, real, real.max_prefixlen)
     if real.is_global or by_name or allowed.private:
         return None
-    return f"{shown} is a private or reserved address; {opening}"
+    return PRIVATE_ADDRESS.format(shown, real, real.max_prefixlen)
 
 
 def _store_problem(url: str) -> str | None:
@@ -193,7 +205,7 @@ def _store_problem(url: str) -> str | None:
         )
     parts = urlsplit(url)
     if "@" in parts.netloc:
-        return "a data source URL must not hold a user name or password"
+        return USERINFO
     return None if parts.netloc and parts.path.strip("/") else "invalid data source URL: write bucket and path"
 
 
@@ -201,21 +213,37 @@ def _host_problem(host: str, allowed: Allowed) -> str | None:
     # Browsers and resolvers read 127。0。0。1 and full-width digits as plain ones, so we do too.
     name = unicodedata.normalize("NFKC", host).replace("。", ".").lower().rstrip(".")
     if ":" in name:
-        return address_problem(name, allowed, by_name=False)
+        return _ipv6_problem(name, allowed)
     if not name or "%" in name or ".." in name:
-        return f"invalid data source URL: {host} is not a host name"
-    if name in _METADATA_HOSTS:
-        return f"{name} is a metadata endpoint; it is never fetched from"
-    if name in _LOCAL_HOSTS or name.endswith(".localhost"):
-        if allowed.opens_some_loopback():
-            return None
-        return f"{name} is this machine; --allow-cidr 127.0.0.1/32 opens it"
+        return NOT_A_HOST.format(host)
+    if name in METADATA_HOSTS:
+        return NEVER_A_HOST.format(name)
+    if name in LOCAL_HOSTS or name.endswith(".localhost"):
+        return None if allowed.opens_some_loopback() else THIS_MACHINE.format(name)
     if _is_number(name.rsplit(".", 1)[-1]):
         literal = _ipv4_literal(name)
-        if literal is None:
-            return f"invalid data source URL: {name} is not an IP address"
+        if literal is None or (str(literal) != name and not _opened(literal, allowed)):
+            return NOT_AN_ADDRESS.format(name)
         return address_problem(str(literal), allowed, by_name=False)
     return None
+
+
+def _ipv6_problem(name: str, allowed: Allowed) -> str | None:
+    try:
+        real = _unwrapped(ip_address(name))
+    except ValueError:
+        return address_problem(name, allowed, by_name=False)
+    if isinstance(real, IPv4Address) and not _opened(real, allowed):
+        return WRAPPED
+    return address_problem(name, allowed, by_name=False)
+
+
+def _opened(address: Address, allowed: Allowed) -> bool:
+    """An address in disguise (0x7f.1, ::ffff:7f00:1) is taken for what it is only where it is opened on purpose.
+
+    Nobody needs the disguise, and CEL, which guards `kubectl apply`, cannot see through it.
+    """
+    return allowed.private or allowed.opens(address)
 
 
 def _is_number(label: str) -> bool:

@@ -54,35 +54,40 @@ def _fault(message: str, hint: str | None = None) -> PydanticCustomError:
     return PydanticCustomError("fault", "{message}", {"message": message, "hint": hint})
 
 
-_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
-_SUBDOMAIN = re.compile(rf"{_LABEL.pattern}(\.{_LABEL.pattern})*")
+# The rules below are held by the API server too, where our CRD is: tuner/cluster/rules.py has each in CEL, under the
+# validator's name, and says it in the words that stand here as constants. `{}` is filled in.
+LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
+SUBDOMAIN = re.compile(rf"{LABEL.pattern}(\.{LABEL.pattern})*")
+LABEL_CHARACTERS = 63
+OBJECT_NAME_CHARACTERS = 253
+EMPTY = "is empty"
+TOO_LONG = "{} characters are too long; at most {}"
+NOT_A_LABEL = "{} must be a DNS-1123 label: a-z, 0-9 and -, a letter or digit at both ends"
+NOT_AN_OBJECT_NAME = "must be the name of a Kubernetes object: a-z, 0-9, - and ., a letter or digit at both ends"
 
 
-def _checked_label(name: str) -> str:
-    if len(name) > 63:
-        raise _fault(f"{len(name)} characters are too long; at most 63")
-    if not _LABEL.fullmatch(name):
-        raise _fault(
-            f"{name!r} must be a DNS-1123 label: a-z, 0-9 and -, a letter or digit at both ends",
-            f'for example "{name_for(name)}"',
-        )
+def checked_label(name: str) -> str:
+    if len(name) > LABEL_CHARACTERS:
+        raise _fault(TOO_LONG.format(len(name), LABEL_CHARACTERS))
+    if not LABEL.fullmatch(name):
+        raise _fault(NOT_A_LABEL.format(repr(name)), f'for example "{name_for(name)}"')
     return name
 
 
-def _checked_object_name(name: str) -> str:
+def checked_object_name(name: str) -> str:
     """The value is not shown: where a Secret's name belongs, somebody may have put what is in it."""
-    if len(name) > 253 or not _SUBDOMAIN.fullmatch(name):
-        raise _fault("must be the name of a Kubernetes object: a-z, 0-9, - and ., a letter or digit at both ends")
+    if len(name) > OBJECT_NAME_CHARACTERS or not SUBDOMAIN.fullmatch(name):
+        raise _fault(NOT_AN_OBJECT_NAME)
     return name
 
 
 def name_for(text: str) -> str:
     """The nearest name that a Workspace can have: `Phi-3.5_mini` → `phi-3-5-mini`"""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:63].strip("-") or "tuning"
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:LABEL_CHARACTERS].strip("-") or "tuning"
 
 
-LabelName = Annotated[str, AfterValidator(_checked_label)]
-ObjectName = Annotated[str, AfterValidator(_checked_object_name)]
+LabelName = Annotated[str, AfterValidator(checked_label)]
+ObjectName = Annotated[str, AfterValidator(checked_object_name)]
 
 
 def _empty_is_none(value: object) -> object:
@@ -93,9 +98,13 @@ OptionalName = Annotated[ObjectName | None, BeforeValidator(_empty_is_none)]
 OptionalText = Annotated[str | None, BeforeValidator(_empty_is_none)]
 
 
-def _checked_image(image: str) -> str:
+A_URL = "a URL, where an image reference belongs"
+NAMES_DIGEST = "{} names a digest, which only a push can know"
+
+
+def checked_image(image: str) -> str:
     if "://" in image:  # not for parse_reference: its message would show a signed query
-        raise _fault("a URL, where an image reference belongs", "write it like myregistry.azurecr.io/adapters/phi-3:v1")
+        raise _fault(A_URL, "write it like myregistry.azurecr.io/adapters/phi-3:v1")
     try:
         parse_reference(image)
     except ConfigError as error:
@@ -103,13 +112,13 @@ def _checked_image(image: str) -> str:
     return image
 
 
-def _checked_output_image(image: str) -> str:
+def checked_output_image(image: str) -> str:
     if parse_reference(image).digest:
-        raise _fault(f"{image!r} names a digest, which only a push can know", "leave out @sha256:…, give a tag")
+        raise _fault(NAMES_DIGEST.format(repr(image)), "leave out @sha256:…, give a tag")
     return image
 
 
-ImageText = Annotated[str, AfterValidator(_checked_image)]
+ImageText = Annotated[str, AfterValidator(checked_image)]
 OptionalImage = Annotated[ImageText | None, BeforeValidator(_empty_is_none)]
 
 
@@ -126,56 +135,64 @@ class _Rules:
     local_files: bool
 
 
-def _checked_url(url: str, info: ValidationInfo) -> str:
+LOCAL_FILE = "names a file of one machine, which a pod cannot read"
+
+
+def checked_url(url: str, info: ValidationInfo) -> str:
     rules = info.context
     assert isinstance(rules, _Rules)
     if not url.strip():
-        raise _fault("is empty")
+        raise _fault(EMPTY)
     if not is_local_file(url):
         if problem := url_problem(url, rules.allowed, stores=rules.local_files):
             raise _fault(problem)
     elif not rules.local_files:
         raise _fault(
-            "names a file of one machine, which a pod cannot read",
+            LOCAL_FILE,
             "write an https:// URL, or put the data into an image (input.image) or a volume (input.volumeSource)",
         )
     return url
 
 
-Url = Annotated[str, AfterValidator(_checked_url)]
+Url = Annotated[str, AfterValidator(checked_url)]
 
-_VOLUME_KINDS = frozenset((
+VOLUME_KINDS = frozenset((
     "awsElasticBlockStore", "azureDisk", "azureFile", "cephfs", "cinder", "configMap", "csi", "downwardAPI", "emptyDir",
     "ephemeral", "fc", "flexVolume", "gcePersistentDisk", "glusterfs", "hostPath", "image", "iscsi", "nfs",
     "persistentVolumeClaim", "portworxVolume", "projected", "rbd", "secret", "vsphereVolume",
 ))  # fmt: skip
-_READ_ONLY_VOLUME_KINDS = frozenset({"configMap", "downwardAPI", "image", "projected", "secret"})
+READ_ONLY_VOLUME_KINDS = frozenset({"configMap", "downwardAPI", "image", "projected", "secret"})
+REQUIRED_OF_VOLUME = {"persistentVolumeClaim": "claimName", "hostPath": "path"}
+NO_VOLUME = "must name exactly one kind of volume; it names none"
+SEVERAL_VOLUMES = "must name exactly one kind of volume"
+INCOMPLETE_VOLUME = "{} has no {}"
+READ_ONLY_VOLUME = "{} volumes are read-only: no adapter can be saved there"
 
 
-def _checked_volume(source: dict[str, Any]) -> dict[str, Any]:
+def checked_volume(source: dict[str, Any]) -> dict[str, Any]:
     if len(source) != 1:
         raise _fault(
-            f"must name exactly one kind of volume; it names {', '.join(sorted(source)) or 'none'}",
-            "for example persistentVolumeClaim: {claimName: my-claim}",
+            SEVERAL_VOLUMES if source else NO_VOLUME,
+            f"it names {', '.join(sorted(source))}" if source else "persistentVolumeClaim: {claimName: my-claim}",
         )
     kind, settings = next(iter(source.items()))
-    if kind not in _VOLUME_KINDS:
-        raise _fault(f"{kind!r} is no kind of Kubernetes volume", did_you_mean(kind, _VOLUME_KINDS))
+    if kind not in VOLUME_KINDS:
+        raise _fault(f"{kind!r} is no kind of Kubernetes volume", did_you_mean(kind, VOLUME_KINDS))
     if not isinstance(settings, dict):
         raise _fault(f"{kind} must be a mapping, not {_what_is(settings)}")
-    required = {"persistentVolumeClaim": "claimName", "hostPath": "path"}.get(kind)
+    required = REQUIRED_OF_VOLUME.get(kind)
     if required and not (isinstance(settings.get(required), str) and settings[required]):
-        raise _fault(f"{kind} has no {required}")
+        raise _fault(INCOMPLETE_VOLUME.format(kind, required))
     return source
 
 
-def _checked_output_volume(source: dict[str, Any]) -> dict[str, Any]:
-    if kinds := sorted(source.keys() & _READ_ONLY_VOLUME_KINDS):
-        raise _fault(f"{kinds[0]} volumes are read-only: no adapter can be saved there")
+def checked_output_volume(source: dict[str, Any]) -> dict[str, Any]:
+    if kinds := sorted(source.keys() & READ_ONLY_VOLUME_KINDS):
+        raise _fault(READ_ONLY_VOLUME.format(kinds[0]))
     return source
 
 
-VolumeText = Annotated[dict[str, Any], AfterValidator(_checked_volume)]
+VolumeText = Annotated[dict[str, Any], AfterValidator(checked_volume)]
 
 
 class _FromYaml(BaseModel):
@@ -253,14 +270,14 @@ class VolumeInput(_FromYaml):
 
 
 class ImageOutput(_FromYaml):
-    image: Annotated[ImageText, AfterValidator(_checked_output_image)]
+    image: Annotated[ImageText, AfterValidator(checked_output_image)]
     image_push_secret: OptionalName = None
 
 
 class VolumeOutput(_FromYaml):
     """A Kubernetes volume; `hostPath` also is how `--output DIR` looks as a Workspace."""
 
-    volume_source: Annotated[VolumeText, AfterValidator(_checked_output_volume)]
+    volume_source: Annotated[VolumeText, AfterValidator(checked_output_volume)]
 
 
 INPUT_VARIANTS: dict[str, type[_FromYaml]] = {"urls": UrlInput, "image": ImageInput, "volumeSource": VolumeInput}
@@ -269,10 +286,11 @@ _VARIANTS: dict[Location, dict[str, type[_FromYaml]]] = {
     ("tuning", "input"): INPUT_VARIANTS,
     ("tuning", "output"): OUTPUT_VARIANTS,
 }
-_EXACTLY_ONE: dict[Location, str] = {
+EXACTLY_ONE: dict[Location, str] = {
     ("tuning", "input"): "exactly one of urls, image or volumeSource must be specified",
     ("tuning", "output"): "exactly one of image or volumeSource must be specified",
 }
+ANOTHER_ONE = "{}; there is another one beside it"
 
 
 def _first_alternative(value: object) -> str | None:
@@ -292,7 +310,7 @@ Output = Annotated[
 ]
 
 
-def _lower(value: object) -> object:
+def lowered(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
 
@@ -300,7 +318,7 @@ class Tuning(_FromYaml):
     """`tuning`. `output` is None only where the caller said that the command line names the destination."""
 
     preset: PresetSpec
-    method: Annotated[Literal["lora", "qlora"], BeforeValidator(_lower)]
+    method: Annotated[Literal["lora", "qlora"], BeforeValidator(lowered)]
     config: OptionalName = None
     input: Input
     output: Output | None = None
@@ -313,11 +331,11 @@ class Tuning(_FromYaml):
             return value
         written = {key: each for key, each in value.items() if key not in INPUT_VARIANTS or each not in ("", [])}
         if "image" not in written and written.keys() & {"urls", "volumeSource"}:
-            written = {key: each for key, each in written.items() if key not in _IMAGE_SECRETS}
+            written = {key: each for key, each in written.items() if key not in IMAGE_SECRETS}
         return written
 
 
-_IMAGE_SECRETS = ("imagePullSecrets", "imagePushSecret")
+IMAGE_SECRETS = ("imagePullSecrets", "imagePushSecret")
 
 
 class Workspace(_FromYaml):
@@ -451,6 +469,9 @@ def require_tuning(file: WorkspaceFile) -> Tuning:
     return file.workspace.tuning
 
 
+NO_PUSH_SECRET = "must specify imagePushSecret with destination image: a pod has no other credentials"
+
+
 def cluster_problems(workspace: Workspace) -> list[Problem]:
     """What a GPU box can do without and a pod cannot."""
     tuning = workspace.tuning
@@ -459,14 +480,14 @@ def cluster_problems(workspace: Workspace) -> list[Problem]:
     problems = []
     if isinstance(tuning.input, UrlInput):
         problems += [
-            Problem("names a file of one machine, which a pod cannot read", path=f"tuning.input.urls[{index}]")
+            Problem(LOCAL_FILE, path=f"tuning.input.urls[{index}]")
             for index, url in enumerate(tuning.input.urls)
             if is_local_file(url)
         ]
     if isinstance(tuning.output, ImageOutput) and tuning.output.image_push_secret is None:
         problems.append(
             Problem(
-                "must specify imagePushSecret with destination image: a pod has no other credentials",
+                NO_PUSH_SECRET,
                 path="tuning.output.imagePushSecret",
                 hint="kubectl create secret docker-registry NAME --docker-server=… --docker-username=… "
                 "--docker-password=…, then imagePushSecret: NAME",
@@ -644,8 +665,15 @@ class _Fault:
         return self.covers and other.location[: len(self.location)] == self.location
 
 
-_TEMPLATE_EXPRESSION = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|\$\{[^}]*\}|\$[A-Z_][A-Z0-9_]*", re.DOTALL)
-_PLACEHOLDER = re.compile(r"\b[A-Z][A-Z0-9_]*_HERE\b|<[A-Za-z][A-Za-z0-9 _-]*>|\bYOUR[_-][A-Z0-9_-]+\b")
+TEMPLATE_EXPRESSION = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|\$\{[^}]*\}|\$[A-Z_][A-Z0-9_]*", re.DOTALL)
+PLACEHOLDER = re.compile(r"\b[A-Z][A-Z0-9_]*_HERE\b|<[A-Za-z][A-Za-z0-9 _-]*>|\bYOUR[_-][A-Z0-9_-]+\b")
+UNFILLED_EXPRESSION = "an unfilled template expression: {}"
+A_PLACEHOLDER = "{} is a placeholder of an example, not a value"
+PLACEHOLDERS = "{} are placeholders of an example, not a value"
+NOT_BOTH = "either inference or tuning must be specified, but not both"
+NOT_NEITHER = "either inference or tuning must be specified, not neither"
+ONE_NODE = "tuning does not support multi-node configurations: count must be 1"
+NO_PARTITION = "GPU partitioning is not supported for tuning workloads"
 
 
 def _unfilled(workspace: Mapping[str, Any]) -> Iterator[_Fault]:
@@ -667,22 +695,22 @@ def _unfilled_at(location: Location, value: object) -> Iterator[_Fault]:
             yield from _unfilled_at((*location, index), each)
     elif isinstance(value, str):
         shown_part = value.partition("?")[0] if "://" in value else value  # a signed query is never shown
-        if expression := _TEMPLATE_EXPRESSION.search(shown_part):
+        if expression := TEMPLATE_EXPRESSION.search(shown_part):
             shown = " ".join(expression[0].split())[:60]
             yield _Fault(
                 location,
-                f"an unfilled template expression: {shown}",
+                UNFILLED_EXPRESSION.format(shown),
                 "render the file first (helm template, envsubst, …)",
                 covers=True,
             )
-        elif words := list(dict.fromkeys(_PLACEHOLDER.findall(shown_part))):
-            are = "is a placeholder" if len(words) == 1 else "are placeholders"
+        elif words := list(dict.fromkeys(PLACEHOLDER.findall(shown_part))):
+            sentence = A_PLACEHOLDER if len(words) == 1 else PLACEHOLDERS
             hint = "write the real value"
             if location[-1] == "image":
                 hint = "write your registry, repository and tag: myregistry.azurecr.io/adapters/my-adapter:0.0.1"
             elif location[-1] == "imagePushSecret":
                 hint = "write the name of the Secret with the registry's credentials"
-            yield _Fault(location, f"{' and '.join(words)} {are} of an example, not a value", hint, covers=True)
+            yield _Fault(location, sentence.format(" and ".join(words)), hint, covers=True)
 
 
 def _without_unfilled_output(document: "_Document", faults: list[_Fault]) -> tuple["_Document", list[_Fault]]:
@@ -698,10 +726,10 @@ def _whole_faults(workspace: Mapping[str, Any], *, output_given: bool) -> Iterat
     """The rules that look at more than one field; they hold whatever else is wrong."""
     tuning = workspace.get("tuning")
     if tuning is not None and "inference" in workspace:
-        yield _Fault(("inference",), "either inference or tuning must be specified, but not both")
+        yield _Fault(("inference",), NOT_BOTH)
     meant = ("spec" in workspace) or any(did_you_mean(key, ["tuning", "inference"]) for key in workspace)
     if tuning is None and "inference" not in workspace and not meant:
-        yield _Fault((), "either inference or tuning must be specified, not neither")
+        yield _Fault((), NOT_NEITHER)
     if not isinstance(tuning, dict):
         return
     if "output" not in tuning and not output_given:
@@ -713,11 +741,11 @@ def _whole_faults(workspace: Mapping[str, Any], *, output_given: bool) -> Iterat
     if isinstance(count, int) and count > 1:
         yield _Fault(
             ("resource", "count"),
-            f"tuning does not support multi-node configurations: count is {count}, it must be 1",
+            ONE_NODE,
             "one node with several GPUs works: choose a larger instanceType",
         )
     if resource.get("partition") is not None:
-        yield _Fault(("resource", "partition"), "GPU partitioning is not supported for tuning workloads")
+        yield _Fault(("resource", "partition"), NO_PARTITION)
 
 
 # ── pydantic's findings in our words ─────────────────────────────────────────────────────────────────────────────────
@@ -789,6 +817,9 @@ def _validated(
     return (None if found else checked), [document.problem(fault) for fault in found]
 
 
+NOT_A_CHOICE = "must be {}, not {}"
+
+
 def _faults_of(detail: ErrorDetails, model: type[_FromYaml]) -> Iterator[_Fault]:
     tags = {f"<{key}>" for key in INPUT_VARIANTS}
     location = tuple(part for part in detail["loc"] if part not in tags)
@@ -804,12 +835,12 @@ def _faults_of(detail: ErrorDetails, model: type[_FromYaml]) -> Iterator[_Fault]
         case "union_tag_not_found" if isinstance(value, dict):
             known = {field.alias for variant in _VARIANTS[location].values() for field in variant.model_fields.values()}
             unknown = [_unknown_key((*location, key), model) for key in value if key not in known]
-            yield from unknown or [_Fault(location, _EXACTLY_ONE[location])]
+            yield from unknown or [_Fault(location, EXACTLY_ONE[location])]
         case "literal_error":
             choices = re.findall(r"'([^']*)'", context["expected"])
             hint = did_you_mean(value, choices) if isinstance(value, str) else None
             shown = repr(value) if isinstance(value, str) else _what_is(value)
-            yield _Fault(location, f"must be {' or '.join(choices)}, not {shown}", hint)
+            yield _Fault(location, NOT_A_CHOICE.format(" or ".join(choices), shown), hint)
         case "string_type":
             hint = None
             if isinstance(value, bool | int | float):
@@ -828,7 +859,7 @@ def _faults_of(detail: ErrorDetails, model: type[_FromYaml]) -> Iterator[_Fault]
         case "int_type":
             yield _Fault(location, f"must be a whole number, not {_what_is(value)}")
         case "string_too_short":
-            yield _Fault(location, "is empty")
+            yield _Fault(location, EMPTY)
         case _:
             yield _Fault(location, detail["msg"])
 
@@ -839,7 +870,7 @@ def _unknown_key(location: Location, model: type[_FromYaml]) -> _Fault:
     known: set[str]
     if model is Workspace and parent in _VARIANTS:
         if name in _VARIANTS[parent]:
-            return _Fault(location, f"{_EXACTLY_ONE[parent]}; there is another one beside it")
+            return _Fault(location, ANOTHER_ONE.format(EXACTLY_ONE[parent]))
         variants = _VARIANTS[parent].values()
         known = {field.alias or "" for variant in variants for field in variant.model_fields.values()}
     else:
@@ -919,7 +950,7 @@ def _outdated(written: Mapping[str, Any], workspace: Workspace) -> Iterator[_Fau
         yield _Fault(("resource", "labelSelector", "matchLabels", label), "reserved by KAITO and ignored")
     yield from _outdated_preset(tuning.preset)
     for side in ("input", "output"):
-        for key in _IMAGE_SECRETS:
+        for key in IMAGE_SECRETS:
             if key in written["tuning"].get(side, {}) and "image" not in written["tuning"][side]:
                 yield _Fault(("tuning", side, key), "has no effect without an image")
     yield from _example_hosts(tuning)
