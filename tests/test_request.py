@@ -28,7 +28,7 @@ from tuner.runspec import (
     VolumeSource,
 )
 from tuner.urls import Allowed
-from tuner.workspace import WorkspaceFile, make_workspace, parse_workspace_text
+from tuner.workspace import WorkspaceFile, make_workspace, parse_objects, parse_workspace_text
 
 PRESET = "phi-3-mini-4k-instruct"
 URL = "https://data.example.org/train.parquet"
@@ -654,3 +654,114 @@ def test_a_smoke_run_never_takes_the_workspaces_own_tag(tmp_path: Path) -> None:
     request = Request(smoke=True, output="reg.azurecr.io/team/adapter:1")
     with pytest.raises(ConfigError, match="the Workspace's own image"):
         build_run(WorkspaceFile(workspace=workspace), request, tmp_path, {})
+
+
+# ── a pod ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+TO_IMAGE = {"output": {"image": "reg.azurecr.io/x:1", "imagePushSecret": "push"}}
+
+
+def test_in_a_pod_no_credential_is_read_and_those_of_the_cluster_are_named(build: Build, home: Path) -> None:
+    env = {"HOME": str(home), "HF_TOKEN": "hf_mine"}
+    preset = {"name": PRESET, "presetOptions": {"modelAccessSecret": "hub"}}
+    run = build(place="pod", tuning={**TO_IMAGE, "preset": preset}, env=env)
+    assert run.secrets.docker_configs == ()
+    assert run.secrets.hf_token is None
+    assert run.credentials.push == "Secret 'push' of the cluster"
+    assert run.credentials.hub == "Secret 'hub' of the cluster"
+
+
+def test_a_secret_in_the_file_is_checked_and_not_carried_in_the_run(build: Build) -> None:
+    assert build(push_secret("open-sesame"), place="pod", tuning=TO_IMAGE).secrets.docker_configs == ()
+    with pytest.raises(ConfigError, match="holds no registry credentials"):
+        build(secret("push", password="open-sesame"), place="pod", tuning=TO_IMAGE)
+
+
+def test_queries_of_urls_stay_in_the_secrets(build: Build) -> None:
+    run = build(place="pod", tuning={**TO_IMAGE, "input": {"urls": [f"{URL}?sig=SIGNATURE"]}})
+    assert list(run.secrets.queries.values()) == ["sig=SIGNATURE"]
+    assert "SIGNATURE" not in run.spec.model_dump_json()
+
+
+def test_volumes_are_where_the_pod_mounts_them(build: Build) -> None:
+    claim = {"persistentVolumeClaim": {"claimName": "data"}}
+    tuning = {"input": {"volumeSource": claim}, "output": {"volumeSource": claim}, "config": "config"}
+    spec = build(
+        config_map({"TrainingArguments": {"output_dir": "/mnt/out"}}), place="pod", name="v", tuning=tuning
+    ).spec
+    assert spec.sources == (VolumeSource(path="/mnt/data", source=claim),)
+    assert spec.destination == DirectoryDestination(path="/mnt/out")
+
+
+def test_an_image_volume_has_the_files_below_data(build: Build) -> None:
+    tuning = {**TO_IMAGE, "input": {"image": "reg.azurecr.io/data:1"}}
+    assert build(place="pod", tuning=tuning).spec.sources == (ImageSource(reference="reg.azurecr.io/data:1"),)
+    (source,) = build(place="pod", tuning=tuning, image_volume=True).spec.sources
+    assert source == VolumeSource(path="/mnt/data/data", source={"image": {"reference": "reg.azurecr.io/data:1"}})
+
+
+def test_a_smoke_run_in_a_pod_leaves_its_image_on_the_results_volume(build: Build) -> None:
+    spec = build(place="pod", tuning=TO_IMAGE, smoke=True).spec
+    assert spec.destination == LayoutDestination(path="/mnt/results/.tuner/image", tag="smoke")
+    assert spec.probe == ImageDestination(reference="reg.azurecr.io/x:1")
+    spec = build(place="pod", tuning=TO_IMAGE, smoke=True, output="reg.azurecr.io/x:smoke").spec
+    assert spec.destination == ImageDestination(reference="reg.azurecr.io/x:smoke")
+
+
+def test_the_ca_certificate_is_in_the_pods_config_map(build: Build, tmp_path: Path) -> None:
+    (tmp_path / "ca.pem").write_text("certificate")
+    network = Network(ca_file=str(tmp_path / "ca.pem"))
+    assert build(place="pod", tuning=TO_IMAGE, network=network).spec.network.ca_file == "/mnt/config/ca.crt"
+
+
+def test_what_only_a_box_has_is_refused_for_a_pod_all_at_once(build: Build, data: Path) -> None:
+    tuning = {**TO_IMAGE, "input": {"urls": [str(data)]}, "preset": {"name": "./model"}}
+    with pytest.raises(ConfigError) as caught:
+        build(place="pod", name="pusher", tuning=tuning, docker_config=data, output="adapter")
+    text = "\n".join(str(problem) for problem in caught.value.problems)
+    assert "metadata.name: 'pusher' is the name of one of the pod's own containers" in text
+    assert "tuning.input.urls[0]: names a file of one machine, which a pod cannot read" in text
+    assert "--docker-config: names something of this machine" in text
+    assert "--output adapter: a pod pushes to a registry" in text
+    assert "./model is a directory of one machine, which a pod cannot read" in text
+
+
+def test_a_config_map_cannot_name_a_file_of_whoever_renders(build: Build, tmp_path: Path) -> None:
+    (tmp_path / "template.jinja").write_text("{{ messages }}")
+    named = config_map({"ModelConfig": {"chat_template": "template.jinja"}})
+    with pytest.raises(ConfigError, match="names a file, which is not in the pod"):
+        build(named, place="pod", tuning={**TO_IMAGE, "config": "config"})
+    typed = build(place="pod", tuning=TO_IMAGE, overrides=("ModelConfig.chat_template=template.jinja",))
+    assert typed.spec.training.value("ModelConfig", "chat_template") == "{{ messages }}"
+
+
+def test_a_push_without_a_secret_must_be_meant(build: Build) -> None:
+    with pytest.raises(ConfigError, match="must specify imagePushSecret"):
+        build(place="pod")
+    assert build(place="pod", pushes_without_secret=True).credentials.push == "anonymous"
+
+
+@pytest.mark.parametrize(
+    ("selector", "problem"),
+    [
+        ({"matchLabels": {"app": "two words"}}, "matchLabels[app]: 'two words' is no value that a label can have"),
+        ({"matchLabels": {"app": "x" * 64}}, "is no value that a label can have: at most 63"),
+        ({"matchLabels": {"a/b/c": "x"}}, "matchLabels[a/b/c]: is no key that a label can have"),
+        ({"matchExpressions": [{"key": "app", "operator": "In"}]}, "the operator In needs values"),
+        (
+            {"matchExpressions": [{"key": "app", "operator": "Exists", "values": ["x"]}]},
+            "the operator Exists takes no values",
+        ),
+    ],
+)
+def test_labels_that_no_node_can_have_are_refused(selector: dict[str, Any], problem: str, tmp_path: Path) -> None:
+    document = {
+        "apiVersion": "kaito.sh/v1beta1",
+        "kind": "Workspace",
+        "metadata": {"name": "labels"},
+        "resource": {"labelSelector": selector},
+        "tuning": {"preset": {"name": PRESET}, "method": "qlora", "input": {"urls": [URL]}, **TO_IMAGE},
+    }
+    with pytest.raises(ConfigError) as caught:
+        build_run(parse_objects(document), Request(place="pod"), tmp_path, {})
+    assert problem in caught.value.message

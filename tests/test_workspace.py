@@ -24,6 +24,7 @@ from tuner.workspace import (
     is_local_file,
     load_workspace_file,
     make_workspace,
+    parse_objects,
     parse_workspace_text,
     require_tuning,
     template_workspace,
@@ -159,7 +160,7 @@ def test_v1alpha1_parses_and_its_deprecated_fields_are_named_with_their_lines() 
     assert file.workspace.api_version == "kaito.sh/v1alpha1"
     assert [note.removeprefix(str(WORKSPACES)) for note in file.notes] == [
         "/v1alpha1.yaml:7 resource.count: deprecated by KAITO; tuning always runs on one node",
-        "/v1alpha1.yaml:11 resource.preferredNodes: deprecated by KAITO; has no effect, use labelSelector",
+        "/v1alpha1.yaml:11 resource.preferredNodes: deprecated by KAITO; only a preference here, use labelSelector",
     ]
 
 
@@ -874,3 +875,28 @@ def test_a_good_file_with_anything_put_anywhere_never_raises_anything_else(
 def test_any_text_never_raises_anything_but_tuner_errors(text: str) -> None:
     only_tuner_errors(text)
     only_tuner_errors(f"kind: Workspace\ntuning: {text}")
+
+
+# ── from the API server ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_objects_of_the_api_server_give_what_their_file_gives() -> None:
+    text = (WORKSPACES / "quick_start_filled.yaml").read_text()
+    config_map, workspace = yaml.safe_load_all(text)
+    from_api = parse_objects({**workspace, "status": {"state": "Running"}, "inference": None}, config_map)
+    from_file = parse_workspace_text(text, "w.yaml")
+    assert from_api.workspace == from_file.workspace
+    (there,) = from_api.config_maps.values()
+    assert there.data == from_file.config_maps[there.name].data
+    assert there.training_config().file == "configmap/optimized-phi3-tuning"
+
+
+def test_a_problem_in_an_object_has_its_field_and_no_line() -> None:
+    workspace = yaml.safe_load((WORKSPACES / "volumes.yaml").read_text().rpartition("---")[2])
+    workspace["tuning"]["methd"] = workspace["tuning"].pop("method")
+    with pytest.raises(ConfigError) as caught:
+        parse_objects(workspace)
+    assert [str(problem) for problem in caught.value.problems] == [
+        "tuning.method: is required: lora or qlora",
+        "tuning.methd: unknown key",
+    ]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tuner.errors import ConfigError
 from tuner.runspec import RunSpec
+from tuner.training_config import TrainingConfig
 
 # ── containers ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -49,11 +50,12 @@ PUSH_SECRET_ENV, HUB_SECRET_ENV = "TUNER_PUSH_SECRET", "TUNER_HUB_SECRET"
 
 
 def results_dir(spec: RunSpec) -> Path:
-    """Where the results volume is mounted: output_dir as the user wrote it, else /mnt/results.
+    """Where the results volume is mounted."""
+    return results_dir_of(spec.training)
 
-    Raises ConfigError where the pod has something else there.
-    """
-    training = spec.training
+
+def results_dir_of(training: TrainingConfig) -> Path:
+    """output_dir as the user wrote it, else /mnt/results. Raises ConfigError where the pod has something else there."""
     if not training.is_written("TrainingArguments", "output_dir"):
         return RESULTS_DIR
     directory = Path(training.value("TrainingArguments", "output_dir"))

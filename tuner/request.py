@@ -8,9 +8,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 from urllib.parse import unquote, urlsplit
 
+from tuner import pod
 from tuner.content import hash_file, model_digest
 from tuner.errors import ConfigError, DataError, InputMissingError, Problem, TunerError
 from tuner.gates import Gate, parse_gates, split_gates
@@ -41,11 +42,13 @@ from tuner.urls import Allowed, redacted, source_name, split_url
 from tuner.workspace import (
     ImageInput,
     ImageOutput,
+    Secret,
     Tuning,
     UrlInput,
     VolumeInput,
     VolumeOutput,
     WorkspaceFile,
+    cluster_problems,
     is_local_file,
     make_workspace,
     require_tuning,
@@ -63,8 +66,14 @@ HF_TOKEN = "HF_TOKEN"  # the name of the variable, and KAITO's key in the Secret
 
 @dataclass(frozen=True)
 class Request:
-    """The flags of `tuner run` and `tuner check` that decide what a run is. A flag wins over the file."""
+    """The flags that decide what a run is. A flag wins over the file.
 
+    In a `pod` there are no files of this machine, volumes are mounted, and credentials are Secrets of the cluster.
+    `pushes_without_secret`: the pod has an identity of its own, or the registry takes anybody. `image_volume`: an
+    input image is mounted by the kubelet, not pulled by us.
+    """
+
+    place: Literal["box", "pod"] = "box"
     smoke: bool = False
     base_model: Path | None = None
     config: Path | None = None
@@ -78,6 +87,12 @@ class Request:
     trust_remote_code: bool = False
     world_size: int = 1
     require: tuple[str, ...] = ()
+    pushes_without_secret: bool = False
+    image_volume: bool = False
+
+    @property
+    def in_pod(self) -> bool:
+        return self.place == "pod"
 
 
 @dataclass(frozen=True)
@@ -107,17 +122,19 @@ def build_run(file: WorkspaceFile, request: Request, work_dir: Path, env: Mappin
     """
     tuning = require_tuning(file)
     errors: list[TunerError] = []
+    if request.in_pod:
+        _attempt(errors, _check_pod, file, request)
     preset = _attempt(errors, _preset, tuning, request)
     config = _attempt(errors, _config_source, file, tuning, request)
     training = _attempt(errors, _training, tuning, preset or _ANY_PRESET, config, request, work_dir)
-    sources, queries = _attempt(errors, _sources, tuning) or ((), {})
+    sources, queries = _attempt(errors, _sources, tuning, request) or ((), {})
     base_model = _attempt(errors, _base_model, tuning, preset, training, request) if preset and training else None
-    destination = _attempt(errors, _destination, tuning, request, work_dir)
+    destination = _attempt(errors, _destination, tuning, training, request, work_dir)
     probe = _probe(tuning, request)
     _attempt(errors, _check_ca, request.network)
     push = _attempt(errors, _push_credentials, file, tuning, request, probe or destination, env)
     pull = _attempt(errors, _pull_credentials, file, tuning, sources, base_model, request, env)
-    hub = _attempt(errors, _hub_token, file, tuning, sources, base_model, env)
+    hub = _attempt(errors, _hub_token, file, tuning, sources, base_model, request, env)
     headers = _attempt(errors, _source_headers, file, request)
     gates = _attempt(errors, _gates, file, request, training) or ()
     if errors or not (preset and training and base_model and destination and push and pull and hub and headers):
@@ -132,7 +149,7 @@ def build_run(file: WorkspaceFile, request: Request, work_dir: Path, env: Mappin
         sources=sources,
         destination=destination,
         probe=probe,
-        network=request.network,
+        network=_network(request),
         smoke=request.smoke,
         preflight=request.preflight,
         trust_remote_code=request.trust_remote_code,
@@ -201,6 +218,11 @@ def _model_directory(tuning: Tuning) -> Path | None:
 
 def _preset(tuning: Tuning, request: Request) -> Preset:
     directory = _model_directory(tuning)
+    if directory and request.in_pod:
+        raise ConfigError(
+            f"tuning.preset.name: {tuning.preset.name} is a directory of one machine, which a pod cannot read",
+            hint="write a preset or Hugging Face id, or put the weights into an image (presetOptions.image)",
+        )
     if directory:
         return preset_from_directory(directory)
     name = tuning.preset.name
@@ -231,6 +253,8 @@ def _training(
             "code of a model's repository is not run because a file says so",
             hint="read that code first, then give --trust-remote-code; most models need none",
         )
+    if request.in_pod:
+        _check_template_is_text(training, request)
     return _with_template_text(training, Path(source.file).parent if source else Path(), work_dir)
 
 
@@ -278,6 +302,16 @@ def _check_settings(source: ConfigSource | None, overrides: Sequence[str]) -> No
             raise ConfigError.of(problems) from error
 
 
+def _check_template_is_text(training: TrainingConfig, request: Request) -> None:
+    """A ConfigMap's path would be read where its author has no right to: from the controller's own files."""
+    setting = training.settings["ModelConfig"]["chat_template"]
+    if setting.value and "{" not in setting.value and setting.origin != TYPED and not request.config:
+        raise ConfigError(
+            f"ModelConfig.chat_template ({setting.origin}): {setting.value!r} names a file, which is not in the pod",
+            hint="write the template itself, or give --set ModelConfig.chat_template=FILE",
+        )
+
+
 def _with_template_text(training: TrainingConfig, beside: Path, work_dir: Path) -> TrainingConfig:
     """KAITO takes a path or a template in ModelConfig.chat_template; a run knows the text."""
     setting = training.settings["ModelConfig"]["chat_template"]
@@ -303,21 +337,27 @@ def _with_template_text(training: TrainingConfig, beside: Path, work_dir: Path) 
 # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def with_data(file: WorkspaceFile, data: Sequence[str], allowed: Allowed) -> WorkspaceFile:
+def with_data(file: WorkspaceFile, data: Sequence[str], allowed: Allowed, *, local_files: bool = True) -> WorkspaceFile:
     """The file with `--data` in the place of its input. Raises ConfigError as for a Workspace's urls."""
     tuning = require_tuning(file)
-    typed = require_tuning(WorkspaceFile(make_workspace(tuning.preset.name, data, None, allowed=allowed)))
+    workspace = make_workspace(tuning.preset.name, data, None, allowed=allowed, local_files=local_files)
+    typed = require_tuning(WorkspaceFile(workspace))
     workspace = file.workspace.model_copy(update={"tuning": tuning.model_copy(update={"input": typed.input})})
     return replace(file, workspace=workspace)
 
 
-def _sources(tuning: Tuning) -> tuple[tuple[Source, ...], dict[str, str]]:
+def _sources(tuning: Tuning, request: Request) -> tuple[tuple[Source, ...], dict[str, str]]:
     """What to fetch, and the secret queries by the sources' names."""
     match tuning.input:
         case UrlInput(urls=urls):
             return _url_sources(urls)
+        case ImageInput(image=image) if request.image_volume:
+            volume = {"image": {"reference": str(parse_reference(image))}}
+            return (VolumeSource(path=str(pod.DATA_DIR / "data"), source=volume),), {}
         case ImageInput(image=image):
             return (ImageSource(reference=str(parse_reference(image))),), {}
+        case VolumeInput(volume_source=volume) if request.in_pod:
+            return (VolumeSource(path=str(pod.DATA_DIR), source=dict(volume)),), {}
         case VolumeInput(volume_source=volume):
             path = _host_path(volume, "tuning.input", "on a box say where its files are: --data DIR")
             return (VolumeSource(path=path, source=dict(volume)),), {}
@@ -424,7 +464,15 @@ def _language_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
 # ── destination ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _destination(tuning: Tuning, request: Request, work_dir: Path) -> Destination:
+def _destination(
+    tuning: Tuning, training: TrainingConfig | None, request: Request, work_dir: Path
+) -> Destination | None:
+    """Where the adapter goes; None where the configuration that says so is itself in doubt."""
+    if request.in_pod and training is None:
+        return None
+    # Hidden, as a volume of the user's may be mounted there.
+    results = pod.results_dir_of(training) if request.in_pod and training else None
+    images = results / ".tuner" if results else work_dir.absolute()
     if request.output:
         destination = parse_output(request.output, overwrite=request.overwrite)
         own = str(parse_reference(tuning.output.image)) if isinstance(tuning.output, ImageOutput) else None
@@ -435,10 +483,12 @@ def _destination(tuning: Tuning, request: Request, work_dir: Path) -> Destinatio
             )
         return destination
     if request.smoke:
-        return LayoutDestination(path=str((work_dir / "image").absolute()), tag="smoke")
+        return LayoutDestination(path=str(images / "image"), tag="smoke")
     match tuning.output:
         case ImageOutput(image=image):
             return ImageDestination(reference=str(parse_reference(image)), overwrite=request.overwrite)
+        case VolumeOutput() if results:
+            return DirectoryDestination(path=str(results))
         case VolumeOutput(volume_source=volume):
             hint = "on a box say where the adapter goes: --output DIR"
             return DirectoryDestination(path=_host_path(volume, "tuning.output", hint))
@@ -486,6 +536,8 @@ def _push_credentials(
     name = tuning.output.image_push_secret if isinstance(tuning.output, ImageOutput) else None
     if not isinstance(target, ImageDestination):
         return _Found()
+    if request.in_pod:
+        return _in_cluster(file, [name] if name else [], lambda secret: secret.docker_config())
     if request.docker_config:
         origin = f"--docker-config {request.docker_config}"
         return _Found(
@@ -517,6 +569,8 @@ def _pull_credentials(
         names += tuning.input.image_pull_secrets
     if not isinstance(base_model, ImageModel) and not any(isinstance(source, ImageSource) for source in sources):
         return _Found()
+    if request.in_pod:
+        return _in_cluster(file, names, lambda secret: secret.docker_config())
     found: list[_Found] = []
     if request.docker_config:
         found.append(_Found((_read_docker_config(request.docker_config),), f"--docker-config {request.docker_config}"))
@@ -537,6 +591,7 @@ def _hub_token(
     tuning: Tuning,
     sources: Sequence[Source],
     base_model: BaseModelSource | None,
+    request: Request,
     env: Mapping[str, str],
 ) -> _Found:
     """The token of the Secret that the Workspace names, else of the environment."""
@@ -546,6 +601,8 @@ def _hub_token(
     ):
         return _Found()
     name = tuning.preset.preset_options.model_access_secret
+    if request.in_pod:
+        return _in_cluster(file, [name] if name else [], lambda secret: secret.value(HF_TOKEN))
     if name and name in file.secrets:
         token, origin = file.secrets[name].value(HF_TOKEN), f"Secret {name!r} in the Workspace's file"
     elif env.get(HF_TOKEN):
@@ -576,16 +633,28 @@ def _source_headers(file: WorkspaceFile, request: Request) -> _Found:
             ) from None
         found.append(_Found((text,), f"--source-headers {request.source_headers}"))
     name = file.workspace.metadata.annotations.get(SOURCES_ANNOTATION)
-    if name and name in file.secrets:
+    if request.in_pod and name:
+        mounted = _in_cluster(file, [name], lambda secret: parse_source_headers(secret.value(SOURCES_KEY), name))
+        found.append(mounted)
+    elif name and name in file.secrets:
         found.append(_Found((file.secrets[name].value(SOURCES_KEY),), f"Secret {name!r} in the Workspace's file"))
     elif name and not found:
         raise InputMissingError(
             f"metadata.annotations[{SOURCES_ANNOTATION}]: Secret {name!r} is not in the Workspace's file",
             hint="put the Secret into the file, or give --source-headers FILE",
         )
-    for each in found:
-        parse_source_headers(each.texts[0], each.origin)
-    return _Found(tuple(each.texts[0] for each in found), ", ".join(each.origin for each in found) or "none needed")
+    texts = [(text, each.origin) for each in found for text in each.texts]
+    for text, origin in texts:
+        parse_source_headers(text, origin)
+    return _Found(tuple(text for text, _ in texts), ", ".join(each.origin for each in found) or "none needed")
+
+
+def _in_cluster(file: WorkspaceFile, names: Sequence[str], check: Callable[[Secret], object]) -> _Found:
+    """Secrets that the pod mounts: what of them is in the file is checked, and its text goes nowhere."""
+    for name in names:
+        if name in file.secrets:
+            check(file.secrets[name])
+    return _Found(origin=", ".join(f"Secret {name!r} of the cluster" for name in names) or "anonymous")
 
 
 def _no_secret(field_path: str, name: str) -> InputMissingError:
@@ -631,6 +700,13 @@ def _read_docker_config(given: Path) -> str:
     return text
 
 
+def _network(request: Request) -> Network:
+    """As the run sees it: in a pod the CA's certificate is in the ConfigMap."""
+    if request.in_pod and request.network.ca_file:
+        return request.network.model_copy(update={"ca_file": str(pod.CA_FILE)})
+    return request.network
+
+
 def _check_ca(network: Network) -> None:
     if network.ca_file and not Path(network.ca_file).is_file():
         raise InputMissingError(f"--ca {network.ca_file}: there is no such file")
@@ -659,15 +735,83 @@ def _gates(file: WorkspaceFile, request: Request, training: TrainingConfig | Non
     return gates
 
 
+# ── a pod ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _check_pod(file: WorkspaceFile, request: Request) -> None:
+    """What a box can do without or with, and a pod or its names in Kubernetes cannot."""
+    name = file.workspace.metadata.name
+    problems = []
+    if name in pod.CONTAINERS:
+        problems.append(
+            Problem(
+                f"{name!r} is the name of one of the pod's own containers, and the trainer is named as the Workspace",
+                path="metadata.name",
+                hint=f"for example {name}-run",
+            )
+        )
+    needs_secret = not request.pushes_without_secret and (request.output or not request.smoke)
+    problems += [
+        problem
+        for problem in cluster_problems(file.workspace)
+        if needs_secret or problem.path != "tuning.output.imagePushSecret"
+    ]
+    for path in ("base_model", "docker_config"):
+        if getattr(request, path):
+            flag = f"--{path.replace('_', '-')}"
+            problems.append(Problem("names something of this machine, which a pod cannot read", path=flag))
+    if request.output and not names_registry(request.output):
+        problems.append(
+            Problem(
+                "a pod pushes to a registry; a directory there is tuning.output.volumeSource",
+                path=f"--output {request.output}",
+            )
+        )
+    problems += _label_problems(file)
+    if problems:
+        raise ConfigError.of(problems)
+
+
+_LABEL_PART = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+_LABEL_KEY = re.compile(rf"([a-z0-9]([a-z0-9.-]{{0,251}}[a-z0-9])?/)?{_LABEL_PART}")
+_LABEL_VALUE = re.compile(rf"({_LABEL_PART})?")
+
+
+def _label_problems(file: WorkspaceFile) -> Iterator[Problem]:
+    """Labels to choose a node by that no node can have: the API server would refuse the Job."""
+    selector = file.workspace.resource.label_selector
+    if selector is None:
+        return
+    path = "resource.labelSelector"
+    written: list[tuple[str, str, tuple[str, ...]]] = []
+    written += [(f"{path}.matchLabels[{key}]", key, (value,)) for key, value in selector.match_labels.items()]
+    for index, each in enumerate(selector.match_expressions):
+        where = f"{path}.matchExpressions[{index}]"
+        written.append((where, each.key, each.values))
+        if bool(each.values) != (each.operator in ("In", "NotIn")):
+            wants = "needs values" if not each.values else "takes no values"
+            yield Problem(f"the operator {each.operator} {wants}", path=where)
+    for where, key, values in written:
+        if not _LABEL_KEY.fullmatch(key):
+            yield Problem("is no key that a label can have", path=where)
+        for value in values:
+            if not _LABEL_VALUE.fullmatch(value):
+                yield Problem(
+                    f"{value!r} is no value that a label can have: at most 63 letters, digits, -, _ and .", path=where
+                )
+
+
 # ── what is worth a line ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _notes(tuning: Tuning, training: TrainingConfig, request: Request, work_dir: Path) -> Iterator[str]:
     if request.smoke and request.output:
         yield f"--smoke with --output: an adapter of a tiny random model goes to {request.output}"
-    if training.is_written("TrainingArguments", "output_dir"):
+    if training.is_written("TrainingArguments", "output_dir") and not request.in_pod:
         directory = training.value("TrainingArguments", "output_dir")
         yield f"TrainingArguments.output_dir {directory}: on this machine checkpoints and adapter are in {work_dir}"
     name = tuning.preset.name
+    if request.in_pod:
+        return
     if _model_directory(tuning) is None and not request.base_model and Path(name).is_dir():
         yield f"{name} is taken for the preset or Hugging Face id; the directory here would be ./{name}"

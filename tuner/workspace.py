@@ -561,6 +561,42 @@ def parse_workspace_text(
     """
     rules = _Rules(allowed or Allowed(), local_files)
     documents, problems = _read_documents(text, file)
+    return _assembled(documents, problems, file, rules, output_given=output_given)
+
+
+def parse_objects(
+    workspace: Mapping[str, Any],
+    *others: Mapping[str, Any],
+    allowed: Allowed | None = None,
+    output_given: bool = False,
+) -> WorkspaceFile:
+    """The same of objects as the API server gives them: a Workspace, and ConfigMaps and Secrets that it names.
+
+    What a field is called stands in each problem, no line. Files of this machine are never meant.
+    """
+    documents = [
+        _Document(_without_nulls(each), {}, 1, f"configmap/{_name_of(each)}" if each.get("kind") == "ConfigMap" else "")
+        for each in (workspace, *others)
+    ]
+    rules = _Rules(allowed or Allowed(), local_files=False)
+    return _assembled(documents, [], "", rules, output_given=output_given)
+
+
+def _name_of(value: Mapping[str, Any]) -> str:
+    metadata = value.get("metadata")
+    return str(metadata.get("name")) if isinstance(metadata, dict) else ""
+
+
+def _without_nulls(value: Any) -> Any:
+    """As _Builder leaves a mapping: for Kubernetes a null is a key not written."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
+def _assembled(
+    documents: Sequence["_Document"], problems: list[Problem], file: str, rules: _Rules, *, output_given: bool
+) -> WorkspaceFile:
     workspaces = [document for document in documents if document.kind == "Workspace"]
     if len(workspaces) != 1 and not problems:
         problems.append(_not_one_workspace(documents, workspaces, file))
@@ -944,7 +980,7 @@ def _outdated(written: Mapping[str, Any], workspace: Workspace) -> Iterator[_Fau
     if "count" in written.get("resource", {}):
         yield _Fault(("resource", "count"), "deprecated by KAITO; tuning always runs on one node")
     if resource.preferred_nodes:
-        yield _Fault(("resource", "preferredNodes"), "deprecated by KAITO; has no effect, use labelSelector")
+        yield _Fault(("resource", "preferredNodes"), "deprecated by KAITO; only a preference here, use labelSelector")
     labels = resource.label_selector.match_labels if resource.label_selector else {}
     for label in filter(_RESERVED_LABELS.fullmatch, labels):
         yield _Fault(("resource", "labelSelector", "matchLabels", label), "reserved by KAITO and ignored")
@@ -1196,6 +1232,7 @@ def make_workspace(
     name: str | None = None,
     *,
     allowed: Allowed | None = None,
+    local_files: bool = True,
 ) -> Workspace:
     """The Workspace that `tuner run --model ID --data FILE… --output DIR|REF` stands for.
 
@@ -1212,7 +1249,7 @@ def make_workspace(
         is_image = names_registry(output)
         value["tuning"]["output"] = {"image": output} if is_image else {"volumeSource": {"hostPath": {"path": output}}}
     document = _Document(value, {}, 1, "")
-    workspace, problems = _validated(document, Workspace, _Rules(allowed or Allowed(), local_files=True), [])
+    workspace, problems = _validated(document, Workspace, _Rules(allowed or Allowed(), local_files), [])
     if workspace is None:
         raise ConfigError.of([_as_flag(problem) for problem in problems])
     return workspace
