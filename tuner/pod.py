@@ -39,7 +39,7 @@ RUN_JSON, TRAINING_CONFIG, CA_CRT = "run.json", "training_config.yaml", "ca.crt"
 SPEC_FILE, CA_FILE = CONFIG_DIR / RUN_JSON, CONFIG_DIR / CA_CRT
 QUERIES_JSON, SOURCES_JSON = "queries.json", "sources.json"  # keys of our Secret; the user's has the second one
 DOCKER_CONFIG_KEYS = (".dockerconfigjson", "config.json", ".dockercfg")  # of a Secret to push or pull with
-LOCK_FILE, STARTED_FILE, TRAINED_FILE = RUN_DIR / "lock", RUN_DIR / "started", RUN_DIR / "trained"
+LOCK, STARTED, TRAINED, GIVEN_UP = "lock", "started", "trained", "given-up"  # in RUN_DIR: pipeline/turns.py
 TERMINATION_LOG = Path("/dev/termination-log")
 SENTINEL = "fine_tuning_completed.txt"  # KAITO's, beside the adapter on an output volume
 
@@ -72,3 +72,8 @@ def results_dir_of(training: TrainingConfig) -> Path:
 def work_dir(spec: RunSpec) -> Path:
     """A folder of this very run on the results volume: another digest starts afresh, a replaced pod goes on."""
     return results_dir(spec) / ".tuner" / f"{spec.name}-{spec.digest.removeprefix('sha256:')[:12]}"
+
+
+def check_dir() -> Path:
+    """Where the check Job works: it mounts no results volume, which could tie the run to the zone of a CPU node."""
+    return TMP_DIR / "check"

@@ -392,6 +392,7 @@ class StageResult(Contract):
     exit_code: int = 0
     reason: str = "Completed"
     message: str = ""
+    hint: str | None = None
     values: dict[str, Scalar] = Field(default_factory=dict)
 
     def to_message(self) -> str:

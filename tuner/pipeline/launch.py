@@ -139,7 +139,7 @@ def _failure(code: int, number: int, said: Sequence[bytes], work_dir: Path) -> B
         except ValidationError:
             result = None
         if result is not None and result.exit_code == code:
-            return _BY_EXIT_CODE[code](result.message)
+            return _BY_EXIT_CODE[code](result.message, hint=result.hint)
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     log = "" if number == 0 else f": {work_dir / f'rank-{number}.log'} says why"
     if code in _BY_EXIT_CODE:
