@@ -7,10 +7,13 @@ Whoever renders a Job and whoever runs in it both look here, so neither can mean
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tuner.errors import ConfigError
-from tuner.runspec import RunSpec
-from tuner.training_config import TrainingConfig
+
+if TYPE_CHECKING:
+    from tuner.runspec import RunSpec
+    from tuner.training_config import TrainingConfig
 
 # ── containers ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -49,12 +52,12 @@ SENTINEL = "fine_tuning_completed.txt"  # KAITO's, beside the adapter on an outp
 PUSH_SECRET_ENV, HUB_SECRET_ENV = "TUNER_PUSH_SECRET", "TUNER_HUB_SECRET"
 
 
-def results_dir(spec: RunSpec) -> Path:
+def results_dir(spec: "RunSpec") -> Path:
     """Where the results volume is mounted."""
     return results_dir_of(spec.training)
 
 
-def results_dir_of(training: TrainingConfig) -> Path:
+def results_dir_of(training: "TrainingConfig") -> Path:
     """output_dir as the user wrote it, else /mnt/results. Raises ConfigError where the pod has something else there."""
     if not training.is_written("TrainingArguments", "output_dir"):
         return RESULTS_DIR
@@ -69,7 +72,7 @@ def results_dir_of(training: TrainingConfig) -> Path:
     return directory
 
 
-def work_dir(spec: RunSpec) -> Path:
+def work_dir(spec: "RunSpec") -> Path:
     """A folder of this very run on the results volume: another digest starts afresh, a replaced pod goes on."""
     return results_dir(spec) / ".tuner" / f"{spec.name}-{spec.digest.removeprefix('sha256:')[:12]}"
 

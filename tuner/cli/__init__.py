@@ -3,7 +3,6 @@
 stdout is data, stderr is talk. Everything but Typer is imported inside the commands: `tuner --help` is quick.
 """
 
-import errno
 import io
 import os
 import shlex
@@ -23,7 +22,7 @@ from tuner.cli import cluster  # isort: skip
 from tuner.cli import look  # isort: skip
 from tuner.cli import stage  # isort: skip
 from tuner.cli import images  # isort: skip
-from tuner.cli.common import say
+from tuner.cli.common import Stopped, environment_error, say
 from tuner.cli.options import app
 from tuner.errors import EXIT_INTERNAL, ConfigError, InterruptedRunError, NotPushedError, TunerError, UsageError
 
@@ -47,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
         return _explain_usage(error)
     except (KeyboardInterrupt, typer.Abort):  # the second Ctrl-C of a training, which has said so
         return EXIT_SIGINT
-    except _Stopped as stopped:
+    except Stopped as stopped:
         return stopped.exit_code
     except SystemExit:  # Typer's way with a reader of stdout that is gone
         return EXIT_SIGPIPE
@@ -55,10 +54,8 @@ def main(argv: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_SIGPIPE
     except OSError as error:
-        if error.errno not in _ENVIRONMENT:
-            return _bug()
-        where = f"{error.filename}: " if error.filename else ""
-        return _explain(ConfigError(f"{where}{error.strerror}", hint=_ENVIRONMENT[error.errno]), argv)
+        known = environment_error(error)
+        return _explain(known, argv) if known else _bug()
     except Exception:
         return _bug()
     return int(code or 0)
@@ -67,28 +64,7 @@ def main(argv: Sequence[str]) -> int:
 # Typer has a copy of click in newer releases: its errors are found through one that it exports.
 _TyperError: type[Exception] = typer.BadParameter.__mro__[2]
 
-# What is wrong with a machine and not with us, wherever it shows.
-_ENVIRONMENT = {
-    errno.ENOSPC: "free some space, or give another --work-dir; what is there already is used again",
-    errno.EDQUOT: "free some space, or give another --work-dir; what is there already is used again",
-    errno.EROFS: "give another --work-dir or --output",
-    errno.EACCES: "whose is it? give another --work-dir or --output",
-    errno.EPERM: "whose is it? give another --work-dir or --output",
-    errno.ENOTDIR: "a part of this path is a file",
-    errno.EISDIR: "name a file",
-    errno.ENAMETOOLONG: None,
-}
-
-
 _PATIENCE_S = 3.0  # for an orderly end: a connection that says nothing may hold it up
-
-
-class _Stopped(BaseException):
-    """SIGINT or SIGTERM came. A BaseException, so that nobody takes it for a fault."""
-
-    def __init__(self, exit_code: int) -> None:
-        super().__init__()
-        self.exit_code = exit_code
 
 
 @contextmanager
@@ -110,7 +86,7 @@ def _signals() -> Iterator[None]:
         patience = threading.Timer(_PATIENCE_S, _leave, (exit_code,))
         patience.daemon = True
         patience.start()
-        raise _Stopped(exit_code)
+        raise Stopped(exit_code)
 
     # What is ignored stays ignored: nohup, and jobs in the background of a script.
     heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
@@ -137,7 +113,7 @@ def _explain(error: TunerError, argv: Sequence[str]) -> int:
             say(f"  {problem}" + (f"\n      hint: {hint}" if hint else ""))
     if error.hint and error.hint not in error.message:
         say(f"hint: {error.hint}")
-    if isinstance(error, InterruptedRunError | NotPushedError):
+    if isinstance(error, InterruptedRunError | NotPushedError) and argv[:1] != ["stage"]:
         say(f"go on with: {shlex.join(['tuner', *argv])}")
     return error.exit_code
 

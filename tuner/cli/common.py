@@ -1,5 +1,6 @@
 """What several commands do: read a Workspace file with its flags, talk on stderr, print a result on stdout."""
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -19,6 +20,35 @@ def say(text: str) -> None:
     from tuner.talk import Lasting, without_queries
 
     print(without_queries(text), file=Lasting(sys.stderr), flush=True)
+
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM came. A BaseException, so that nobody takes it for a fault."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__()
+        self.exit_code = exit_code
+
+
+# What is wrong with a machine and not with us, wherever it shows.
+_ENVIRONMENT = {
+    errno.ENOSPC: "free some space, or give another --work-dir; what is there already is used again",
+    errno.EDQUOT: "free some space, or give another --work-dir; what is there already is used again",
+    errno.EROFS: "give another --work-dir or --output",
+    errno.EACCES: "whose is it? give another --work-dir or --output",
+    errno.EPERM: "whose is it? give another --work-dir or --output",
+    errno.ENOTDIR: "a part of this path is a file",
+    errno.EISDIR: "name a file",
+    errno.ENAMETOOLONG: None,
+}
+
+
+def environment_error(error: OSError) -> ConfigError | None:
+    """The sentence for what a full disk, a wrong owner or a strange path makes fail; None for a fault of ours."""
+    if error.errno not in _ENVIRONMENT:
+        return None
+    where = f"{error.filename}: " if error.filename else ""
+    return ConfigError(f"{where}{error.strerror}", hint=_ENVIRONMENT[error.errno])
 
 
 def make_network(

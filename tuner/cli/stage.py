@@ -1,40 +1,151 @@
-"""`tuner stage`: one stage, as a pod runs it."""
+"""`tuner stage`: one stage, or those of one container, as a pod runs them."""
 
+import os
+import signal
+import sys
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tuner.cli.common import (
-    open_talk,
-)
-from tuner.cli.options import (
-    app,
-)
-from tuner.errors import TunerError, UsageError
+from tuner.cli.common import Stopped, environment_error, open_talk
+from tuner.cli.options import app
+from tuner.errors import ConfigError, InterruptedRunError, TunerError, UsageError
+from tuner.pod import CHECK, PUSH_HOLD_S, SPEC_FILE, STARTED_WITHIN_S, TERMINATION_LOG
+
+if TYPE_CHECKING:
+    from tuner.runspec import Scalar, StageName, StageResult
 
 
-@app.command(hidden=True, epilog="Example: tuner stage fetch --spec run.json --secrets secrets.json --work-dir work")
+@app.command(
+    hidden=True,
+    epilog="Example: tuner stage fetch --spec run.json --secrets secrets.json --work-dir work",
+)
 def stage(
-    name: Annotated[str, typer.Argument(metavar="STAGE", help="preflight, fetch, prepare, train or push")],
-    spec_file: Annotated[Path, typer.Option("--spec", metavar="FILE", help="the RunSpec")],
+    names: Annotated[list[str], typer.Argument(metavar="STAGE…", help="preflight, fetch, prepare, train, push")],
+    spec_file: Annotated[Path | None, typer.Option("--spec", metavar="FILE", help="the RunSpec")] = None,
     secrets_file: Annotated[Path | None, typer.Option("--secrets", metavar="FILE", help="its secrets")] = None,
-    work_dir: Annotated[Path, typer.Option("--work-dir", metavar="D")] = Path("tuner-work"),
+    work_dir: Annotated[Path | None, typer.Option("--work-dir", metavar="D", help="[tuner-work]")] = None,
+    in_pod: Annotated[
+        bool, typer.Option("--pod", help="as a container of a pod: paths, secrets and volumes as tuner/pod.py has them")
+    ] = False,
+    waits: Annotated[bool, typer.Option("--wait", help="push: only once the trainer beside has ended")] = False,
+    hold_s: Annotated[
+        float, typer.Option("--hold", metavar="S", min=0, help=f"push: try for so long, as {PUSH_HOLD_S}")
+    ] = 0,
+    started_within_s: Annotated[
+        float, typer.Option("--started-within", metavar="S", min=0, help="push: how long to wait for the trainer")
+    ] = STARTED_WITHIN_S,
+    max_data_bytes: Annotated[
+        int | None, typer.Option("--max-data", metavar="BYTES", min=0, help="check: larger data are left to the run")
+    ] = None,
 ) -> None:
-    """Run one stage of a RunSpec in this process; its StageResult is the last line of stdout."""
-    from tuner.pipeline.run import run_stage
-    from tuner.runspec import STAGES, RunSpec, Secrets, StageResult
+    """Run stages of a RunSpec in this process; their StageResult is the last line of stdout.
+
+    In a pod it is the container's termination message, too.
+    """
+    from tuner.runspec import RunSpec, Secrets, StageResult
+
+    if in_pod and (secrets_file or work_dir):
+        raise UsageError("--pod says where secrets and work directory are", hint="leave out --secrets and --work-dir")
+    if not in_pod and (waits or hold_s or max_data_bytes is not None or CHECK in names):
+        raise UsageError("--wait, --hold, --max-data and check are for a pod", hint="give --pod")
+    if not in_pod and spec_file is None:
+        raise UsageError("a stage needs a RunSpec", hint="tuner check workspace.yaml --write-spec run.json")
+    if CHECK in names and (len(names) > 1 or max_data_bytes is None):
+        raise UsageError("check stands alone, with --max-data BYTES")
+    stages = ("fetch", "prepare") if CHECK in names else tuple(map(_known, names))
+    result = StageResult(stage=stages[0])
+
+    values: dict[str, Scalar] = {}
+    try:
+        with ExitStack() as stack:
+            if in_pod and "train" in stages:
+                from tuner.pipeline.turns import Turns
+
+                if Turns().is_shared:  # before anything heavy is imported
+                    stack.enter_context(Turns().trainers())
+            talk = stack.enter_context(open_talk())
+
+            def on_stage(name: "StageName") -> None:
+                nonlocal result
+                result = result.model_copy(update={"stage": name})
+                talk.stage(name)
+
+            spec = RunSpec.load(spec_file or SPEC_FILE)
+            if in_pod:
+                from tuner.pipeline.containers import Container, Push
+
+                container = Container(spec, os.environ, talk, on_stage)
+                if max_data_bytes is not None and CHECK in names:
+                    values, said = container.check(max_data_bytes)
+                    result = result.model_copy(update={"message": said})
+                else:
+                    values = container.run(stages, Push(waits, hold_s, started_within_s))
+            else:
+                from tuner.pipeline.run import run_stage
+
+                secrets = Secrets.load(secrets_file) if secrets_file else Secrets()
+                for name in stages:
+                    result = result.model_copy(update={"stage": name})
+                    values |= run_stage(name, spec, secrets, work_dir or Path("tuner-work"), talk)
+    # A result for every end but SIGKILL. What is raised again goes to main(), which says it and gives the exit code.
+    except InterruptedRunError as error:
+        if not in_pod or "train" in stages:
+            _leave(_failed(result, error), in_pod)
+            raise
+        # 75 says that a new pod goes on from a checkpoint: a trainer's word, which nobody else may use.
+        exit_code = 128 + signal.SIGTERM
+        _leave(_stopped(result, exit_code), in_pod)
+        raise Stopped(exit_code) from error
+    except Stopped as stopped:
+        _leave(_stopped(result, stopped.exit_code), in_pod)
+        raise
+    except OSError as error:
+        known = environment_error(error)
+        _leave(_failed(result, known or error), in_pod)
+        if known is None:
+            raise
+        raise known from error
+    except Exception as error:
+        _leave(_failed(result, error), in_pod)
+        raise
+    _leave(result.model_copy(update={"values": values}), in_pod)
+
+
+def _known(name: str) -> "StageName":
+    from tuner.runspec import STAGES
 
     known = next((known for known in STAGES if known == name), None)
     if known is None:
         raise UsageError(f"{name!r} is no stage", hint=f"one of {', '.join(STAGES)}")
-    try:
-        spec = RunSpec.load(spec_file)
-        secrets = Secrets.load(secrets_file) if secrets_file else Secrets()
-        with open_talk() as talk:
-            values = run_stage(known, spec, secrets, work_dir, talk)
-    except TunerError as error:
-        failed = StageResult(stage=known, exit_code=error.exit_code, reason=type(error).__name__, message=error.message)
-        print(failed.to_message(), flush=True)
-        raise
-    print(StageResult(stage=known, values=values).to_message())
+    return known
+
+
+def _failed(result: "StageResult", error: Exception) -> "StageResult":
+    """Everything that a person would be told, as the pod's log may be gone when they look."""
+    from tuner.errors import EXIT_INTERNAL
+    from tuner.talk import without_queries
+
+    message, hint, exit_code = f"a bug in tuner: {error}", None, EXIT_INTERNAL
+    if isinstance(error, TunerError):
+        message, hint, exit_code = error.message, error.hint, error.exit_code
+    if isinstance(error, ConfigError) and len(error.problems) > 1:
+        message = "\n".join([message, *map(str, error.problems)])
+    told = {"message": without_queries(message), "hint": hint and without_queries(hint)}
+    return result.model_copy(update={"exit_code": exit_code, "reason": type(error).__name__, **told})
+
+
+def _stopped(result: "StageResult", exit_code: int) -> "StageResult":
+    name = signal.Signals(exit_code - 128).name
+    return result.model_copy(update={"exit_code": exit_code, "reason": name, "message": f"stopped by {name}"})
+
+
+def _leave(result: "StageResult", in_pod: bool) -> None:
+    """Where those look who asked for the stage. A disk that is full loses the message, not the exit code."""
+    message = result.to_message()
+    print(message, file=sys.stdout, flush=True)
+    if in_pod and TERMINATION_LOG.is_file():
+        with suppress(OSError):
+            TERMINATION_LOG.write_text(message, encoding="utf-8")

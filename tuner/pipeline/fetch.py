@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,16 +25,16 @@ from tuner.content import (
     model_digest,
     named_as_data,
 )
-from tuner.errors import DataError, InputMissingError, InterruptedRunError, TunerError
+from tuner.errors import DataError, InputMissingError, InterruptedRunError, ServiceError, TunerError
 from tuner.pipeline.download import Wanted, download_all, format_bytes, interrupted
-from tuner.pipeline.hub import HubRepository, hub_headers
+from tuner.pipeline.hub import HubRepository, hub_headers, patiently
 from tuner.pipeline.stores import check_store, is_store, stored_files
-from tuner.pipeline.web import DEFAULT_TRANSFER, Transfer, Web, WebFile
+from tuner.pipeline.web import DEFAULT_TRANSFER, Transfer, TransientError, Web, WebFile
 from tuner.reference import ImageReference, LayoutReference, parse_destination
 from tuner.registry import client_for
 from tuner.registry.image import TOP_DIRECTORY, sha256_digest
 from tuner.registry.layout import Layout
-from tuner.registry.pull import pull_image
+from tuner.registry.pull import image_bytes, pull_image
 from tuner.runspec import (
     Contract,
     Fetched,
@@ -53,7 +54,7 @@ from tuner.runspec import (
     UrlSource,
     VolumeSource,
 )
-from tuner.source_headers import parse_source_headers
+from tuner.source_headers import SourceHeaders, parse_source_headers
 
 if TYPE_CHECKING:
     from tuner.registry.transport import RegistryClient
@@ -71,20 +72,37 @@ def fetch(
     work_dir: Path,
     reporter: Reporter,
     *,
+    data_dir: Path | None = None,
+    weights_dir: Path | None = None,
+    tokenizer_only: bool = False,
     cancelled: threading.Event | None = None,
     transfer: Transfer = DEFAULT_TRANSFER,
 ) -> Fetched:
     """Every source and the base weights, side by side, on disk and verified. What fails first stops the other.
 
-    Raises InterruptedRunError soon after `cancelled` is set; what has arrived is kept.
+    `data_dir` and `weights_dir` are for those whom the work directory does not suit; several runs may share the second.
+    `tokenizer_only` leaves the weights where they are: enough to prepare. Raises InterruptedRunError soon after
+    `cancelled` is set; what has arrived is kept.
     """
     started = time.monotonic()
     cancelled = cancelled or threading.Event()
     stop = threading.Event()
     work_dir.mkdir(parents=True, exist_ok=True)
     with _alone(work_dir, reporter, cancelled), ThreadPoolExecutor(2, "fetch") as pool:
-        sources = pool.submit(fetch_sources, spec, secrets, work_dir, reporter, cancelled=stop, transfer=transfer)
-        weights = pool.submit(fetch_base_model, spec, secrets, work_dir, reporter, cancelled=stop, transfer=transfer)
+        sources = pool.submit(
+            fetch_sources, spec, secrets, work_dir, reporter, data_dir=data_dir, cancelled=stop, transfer=transfer
+        )
+        weights = pool.submit(
+            fetch_base_model,
+            spec,
+            secrets,
+            work_dir,
+            reporter,
+            weights_dir=weights_dir,
+            tokenizer_only=tokenizer_only,
+            cancelled=stop,
+            transfer=transfer,
+        )
         try:
             running: set[Future[Any]] = {sources, weights}
             while running:
@@ -98,7 +116,8 @@ def fetch(
         files, base_model = sources.result(), weights.result()
     count = f"{len(files)} file" + ("s" if len(files) > 1 else "")
     size = format_bytes(sum(file.size_bytes for file in files))
-    words = ", and the base model" if base_model else ""
+    what = "tokenizer" if tokenizer_only else "base model"
+    words = f", and the {what}" if base_model else ""
     reporter.note(f"fetched {count}, {size}{words}, {time.monotonic() - started:.1f} s")
     return Fetched(run_digest=spec.digest, files=files, base_model=base_model)
 
@@ -130,6 +149,7 @@ def fetch_sources(
     work_dir: Path,
     reporter: Reporter,
     *,
+    data_dir: Path | None = None,
     cancelled: threading.Event | None = None,
     transfer: Transfer = DEFAULT_TRANSFER,
 ) -> tuple[FetchedFile, ...]:
@@ -139,7 +159,7 @@ def fetch_sources(
     """
     cancelled = cancelled or threading.Event()
     reporter = _Stoppable(reporter, cancelled)
-    data_dir = work_dir / DATA_DIRECTORY
+    data_dir = data_dir or work_dir / DATA_DIRECTORY
     data_dir.mkdir(parents=True, exist_ok=True)
     by_source: dict[int, tuple[FetchedFile, ...]] = {}
     failures: dict[int, TunerError] = {}
@@ -174,6 +194,56 @@ def fetch_sources(
     return tuple(file for index in sorted(by_source) for file in by_source[index])
 
 
+def announced_bytes(
+    spec: RunSpec, secrets: Secrets, reporter: Reporter, *, transfer: Transfer = DEFAULT_TRANSFER
+) -> int | None:
+    """How large the sources say the data are, without reading them; None where one of them does not say.
+
+    Raises what fetching would raise for a source that is denied, missing or no data.
+    """
+    sizes: list[int | None] = []
+    errors: list[TunerError] = []
+    stop = threading.Event()
+    with Web(spec.network, transfer, reporter, source_headers=_all_headers(secrets), stop=stop) as web:
+        for index, source in enumerate(spec.sources):
+            try:
+                match source:
+                    case FileSource(path=path):
+                        sizes.append(Path(path).stat().st_size)
+                    case VolumeSource(path=path):
+                        sizes += [file.stat().st_size for file in _data_paths(Path(path), path)]
+                    case ImageSource(reference=reference):
+                        parsed = parse_destination(reference)
+                        with _image_source(parsed, spec, secrets, reporter) as image:
+                            sizes.append(image_bytes(parsed, image))
+                    case UrlSource():
+                        for wanted in _wanted_of(index, source, secrets, web, transfer, stop):
+                            sizes.append(patiently(partial(_announced, wanted), transfer, stop))
+            except TransientError as error:
+                errors.append(ServiceError(f"{_shown(source)}: {error.reason}"))
+            except TunerError as error:
+                errors.append(error)
+    if errors:
+        raise _all_in_one(errors)
+    known = [size for size in sizes if size is not None]
+    return sum(known) if len(known) == len(sizes) else None
+
+
+def _announced(wanted: Wanted) -> int | None:
+    with wanted.origin.open() as answer:  # closed before a byte of the body is read
+        return answer.size_bytes
+
+
+def _shown(source: Source) -> str:
+    match source:
+        case UrlSource(url=url):
+            return url
+        case ImageSource(reference=reference):
+            return reference
+        case FileSource(path=path) | VolumeSource(path=path):
+            return path
+
+
 def check_stores(sources: Sequence[Source]) -> None:
     """ConfigError when a package that some source needs is not installed."""
     errors: list[TunerError] = []
@@ -200,10 +270,7 @@ def _fetch_urls(
     stop = threading.Event()
     wanted: dict[int, list[Wanted]] = {}
     failures: dict[int, TunerError] = {}
-    headers = [entry for text in secrets.source_headers for entry in parse_source_headers(text, "source headers")]
-    if secrets.hf_token:
-        headers += hub_headers(secrets.hf_token)
-    with Web(spec.network, transfer, reporter, source_headers=headers, stop=stop) as web:
+    with Web(spec.network, transfer, reporter, source_headers=_all_headers(secrets), stop=stop) as web:
         for index, source in urls.items():
             try:
                 wanted[index] = _wanted_of(index, source, secrets, web, transfer, cancelled)
@@ -219,6 +286,11 @@ def _fetch_urls(
             failures[index] = _all_in_one(errors)
             del wanted[index]
     return {index: tuple(arrived[file.name] for file in files) for index, files in wanted.items()}, failures
+
+
+def _all_headers(secrets: Secrets) -> list[SourceHeaders]:
+    headers = [entry for text in secrets.source_headers for entry in parse_source_headers(text, "source headers")]
+    return [*headers, *hub_headers(secrets.hf_token)]
 
 
 def _wanted_of(
@@ -252,10 +324,15 @@ def fetch_base_model(
     work_dir: Path,
     reporter: Reporter,
     *,
+    weights_dir: Path | None = None,
+    tokenizer_only: bool = False,
     cancelled: threading.Event | None = None,
     transfer: Transfer = DEFAULT_TRANSFER,
 ) -> FetchedModel | None:
-    """The base model's directory, complete; None for a smoke run, where prepare makes the model."""
+    """The base model's directory, complete; None for a smoke run, where prepare makes the model.
+
+    With `tokenizer_only` it has what prepare reads. An image comes whole or not at all, so of one that is None too.
+    """
     cancelled = cancelled or threading.Event()
     reporter = _Stoppable(reporter, cancelled)
     model = spec.base_model
@@ -265,17 +342,29 @@ def fetch_base_model(
             return None
         case HubModel():
             repository = HubRepository(
-                model, secrets.hf_token, trust_remote_code=spec.trust_remote_code, reporter=reporter
+                model,
+                secrets.hf_token,
+                trust_remote_code=spec.trust_remote_code,
+                tokenizer_only=tokenizer_only,
+                reporter=reporter,
             )
             directory, revision = repository.fetch(transfer, cancelled)
             model_id = model.id
         case LocalModel():
             directory, model_id, revision = Path(model.path), model.id, model.revision
+        case ImageModel() if tokenizer_only:
+            return None
         case ImageModel():
-            _pull(model.reference, work_dir / WEIGHTS_DIRECTORY, spec, secrets, reporter, only_under="")
-            directory = _model_root(work_dir / WEIGHTS_DIRECTORY, model.reference)
+            if weights_dir:
+                target = _pull_shared(model.reference, weights_dir, spec, secrets, reporter, cancelled)
+            else:
+                target = work_dir / WEIGHTS_DIRECTORY
+                _pull(model.reference, target, spec, secrets, reporter, only_under="")
+            directory = _model_root(target, model.reference)
             model_id, revision = model.id, model.revision
     shown = model_id or str(directory)
+    if tokenizer_only:
+        return FetchedModel(path=_relative(work_dir, directory), id=model_id, revision=revision, digest="")
     check_model_directory(directory, shown, trust_remote_code=spec.trust_remote_code)
     digest = model_digest(directory)
     if isinstance(model, LocalModel) and digest != model.sha256:
@@ -313,6 +402,10 @@ def _fetch_file(source: FileSource, work_dir: Path) -> FetchedFile:
 
 
 def _data_files(directory: Path, source: str, work_dir: Path) -> tuple[FetchedFile, ...]:
+    return tuple(_checked_file(path, source, work_dir) for path in _data_paths(directory, source))
+
+
+def _data_paths(directory: Path, source: str) -> list[Path]:
     """Every data file below, sorted; by name where names tell, else all of them."""
     if not directory.is_dir():
         raise InputMissingError(f"{source}: no directory at {directory}")
@@ -320,7 +413,7 @@ def _data_files(directory: Path, source: str, work_dir: Path) -> tuple[FetchedFi
     visible = [name for name in names if is_data_name(name)]
     if not visible:
         raise InputMissingError(f"{source}: no data file in it")
-    return tuple(_checked_file(directory / name, source, work_dir) for name in named_as_data(visible) or visible)
+    return [directory / name for name in named_as_data(visible) or visible]
 
 
 def _checked_file(path: Path, source: str, work_dir: Path) -> FetchedFile:
@@ -352,6 +445,32 @@ def _pull(
         return
     with client_for(parsed, spec.network, secrets.pull_docker_configs, reporter=reporter) as client:
         _pull_from(client, client, parsed, target, reporter, only_under)
+
+
+def _pull_shared(
+    reference: str, weights_dir: Path, spec: RunSpec, secrets: Secrets, reporter: Reporter, cancelled: threading.Event
+) -> Path:
+    """A directory that is named by the image's digest: another run may read from it when the tag has moved on."""
+    parsed = parse_destination(reference)
+    with _image_source(parsed, spec, secrets, reporter) as source:
+        content, _ = source.get_manifest(parsed.digest or str(parsed.tag))
+    digest = sha256_digest(content)
+    target = weights_dir / f"image-{digest.removeprefix('sha256:')[:12]}"
+    weights_dir.mkdir(parents=True, exist_ok=True)
+    with _alone(weights_dir, reporter, cancelled):
+        _pull(str(parsed.with_digest(digest)), target, spec, secrets, reporter, only_under="")
+    return target
+
+
+@contextmanager
+def _image_source(
+    reference: ImageReference | LayoutReference, spec: RunSpec, secrets: Secrets, reporter: Reporter
+) -> Iterator["Layout | RegistryClient"]:
+    if isinstance(reference, LayoutReference):
+        yield Layout(reference.path)
+        return
+    with client_for(reference, spec.network, secrets.pull_docker_configs, reporter=reporter) as client:
+        yield client
 
 
 def _pull_from(

@@ -94,16 +94,46 @@ def _dataset_files(name: str, revision: str, token: str | None) -> list[HubFile]
 class HubRepository:
     """A model on the Hub, or what an earlier run left of it in the cache. A partly fetched file is gone on with."""
 
-    def __init__(self, model: HubModel, token: str | None, *, trust_remote_code: bool, reporter: Reporter) -> None:
+    def __init__(
+        self,
+        model: HubModel,
+        token: str | None,
+        *,
+        trust_remote_code: bool = False,
+        tokenizer_only: bool = False,
+        reporter: Reporter,
+    ) -> None:
         from huggingface_hub import constants
         from huggingface_hub.utils import logging as hub_logging
 
         hub_logging.set_verbosity_error()  # its warnings name signed addresses
         self._model = model
         self._token = token or False  # False: never the token of whoever once logged in here
-        self._patterns = (*MODEL_FILES, "*.tiktoken", *(("*.py",) if trust_remote_code else ()))
+        self._patterns = tuple(
+            pattern
+            for pattern in (*MODEL_FILES, "*.tiktoken", *(("*.py",) if trust_remote_code else ()))
+            if not (tokenizer_only and pattern == "*.safetensors")
+        )
         self._reporter = reporter
         self._cache = Path(constants.HF_HUB_CACHE)
+
+    def check_access(self) -> None:
+        """Raises what the Hub has against giving it to us. One that cannot be asked now is none of its refusals."""
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+        try:
+            HfApi(token=self._token).auth_check(self._model.id)
+        except OfflineModeIsEnabled:
+            return
+        except HfHubHTTPError as error:
+            if not _may_pass(error):
+                raise _hub_error(self._model.id, self._model.revision, error, self._token) from None
+            self._reporter.warn(
+                f"{self._model.id}: the Hub answered {error.response.status_code}; fetch will ask again"
+            )
+        except httpx2.TransportError:
+            self._reporter.warn(f"{self._model.id}: the Hub cannot be reached now; fetch will try again")
 
     def fetch(self, transfer: Transfer, stop: threading.Event) -> tuple[Path, str]:
         """The model's directory in the cache, complete, and its commit. InterruptedRunError once `stop` is set."""

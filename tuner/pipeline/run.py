@@ -37,6 +37,7 @@ from tuner.pipeline.launch import end_with_parent, is_worker, rank, train_in_pro
 from tuner.pipeline.libraries import check_packages, quiet
 from tuner.pipeline.package import LOCK, PACKAGED_FILES, adapter_image
 from tuner.pipeline.prepare import prepare
+from tuner.pod import SENTINEL
 from tuner.reference import LayoutReference, parse_reference
 from tuner.registry import client_for
 from tuner.registry.credentials import parse_credentials
@@ -88,7 +89,7 @@ def run(
 @contextmanager
 def _alone_in(work_dir: Path) -> Iterator[None]:
     """Two runs in one work directory would write over each other's tokens and checkpoints."""
-    _check_writable(work_dir)
+    check_writable(work_dir)
     with (work_dir / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -123,7 +124,13 @@ def _run(
 
 
 def run_stage(
-    name: StageName, spec: RunSpec, secrets: Secrets, work_dir: Path, reporter: Reporter
+    name: StageName,
+    spec: RunSpec,
+    secrets: Secrets,
+    work_dir: Path,
+    reporter: Reporter,
+    *,
+    options: PushOptions | None = None,
 ) -> dict[str, Scalar]:
     """One stage in a process of its own, from and to the JSON files in the work directory; what it is worth saying.
 
@@ -139,10 +146,10 @@ def run_stage(
         case "fetch":
             fetched = fetch(spec, secrets, work_dir, reporter)
             fetched.save(work_dir / FETCHED)
-            return {"files": len(fetched.files), "bytes": sum(file.size_bytes for file in fetched.files)}
+            return fetched_values(fetched)
         case "prepare":
             prepared = prepare(spec, _left(Fetched, work_dir / FETCHED, spec), work_dir, reporter)
-            return {"train_rows": prepared.train.rows, "bad_rows": prepared.bad_rows}
+            return prepared_values(prepared)
         case "train" if rank() > 0:
             _help_train(spec, work_dir)
             return {}
@@ -151,12 +158,44 @@ def run_stage(
             trained = train(spec, fetched, _left(Prepared, work_dir / PREPARED, spec), work_dir, reporter)
             if not is_worker():  # the process that started it looks
                 check_gates(spec, trained, work_dir, reporter)
-            return {"steps": trained.steps, "loss": trained.last_train_loss, "eval_loss": trained.eval_loss_after}
+            return {
+                "steps": trained.steps,
+                "examples": trained.examples,
+                "tokens": trained.tokens,
+                "seconds": round(trained.train_seconds, 1),
+                "loss": trained.last_train_loss,
+                "eval_loss_before": trained.eval_loss_before,
+                "eval_loss": trained.eval_loss_after,
+            }
         case "push":
-            trained = _left(Trained, work_dir / TRAINED, spec)
+            trained = left_to_push(spec, work_dir)
             check_gates(spec, trained, work_dir, reporter)
-            result = push(spec, secrets, trained, work_dir, reporter, started=time.monotonic())
+            result = push(spec, secrets, trained, work_dir, reporter, started=time.monotonic(), options=options)
             return {"image": result.image, "previous_digest": result.previous_digest}
+
+
+def fetched_values(fetched: Fetched) -> dict[str, Scalar]:
+    return {"files": len(fetched.files), "bytes": sum(file.size_bytes for file in fetched.files)}
+
+
+def prepared_values(prepared: Prepared) -> dict[str, Scalar]:
+    return {
+        "rows": prepared.rows_read,
+        "train_rows": prepared.train.rows,
+        "eval_rows": prepared.evaluation.rows if prepared.evaluation else 0,
+        "bad_rows": prepared.bad_rows,
+    }
+
+
+def left_to_push(spec: RunSpec, work_dir: Path) -> Trained:
+    """The adapter of this run and of what was fetched for it. Raises InputMissingError when it is of other data."""
+    trained = _left(Trained, work_dir / TRAINED, spec)
+    fetched = _left(Fetched, work_dir / FETCHED, spec)
+    if trained.inputs_digest != inputs_digest(fetched):
+        raise InputMissingError(
+            f"{work_dir / trained.adapter_dir}: trained on other data than what was fetched since", hint="train again"
+        )
+    return trained
 
 
 LeftT = TypeVar("LeftT", Fetched, Prepared, Trained)
@@ -190,10 +229,15 @@ def preflight(spec: RunSpec, secrets: Secrets, work_dir: Path, reporter: Reporte
         partial(_check_model_access, spec, secrets),
         partial(parse_credentials, secrets.pull_docker_configs),
         partial(check_stores, spec.sources),
-        partial(_check_destination, spec.destination, spec, secrets, reporter),
+        partial(check_destination, spec.destination, spec, secrets, reporter),
     ]
     if spec.probe:
-        checks.append(partial(_check_destination, spec.probe, spec, secrets, reporter))
+        checks.append(partial(check_destination, spec.probe, spec, secrets, reporter))
+    run_checks(checks)
+
+
+def run_checks(checks: Sequence[Callable[[], object]]) -> None:
+    """Every one of them; raises what they raise, all at once."""
     errors: list[TunerError] = []
     for check in checks:
         try:
@@ -204,7 +248,7 @@ def preflight(spec: RunSpec, secrets: Secrets, work_dir: Path, reporter: Reporte
         raise all_at_once(errors)
 
 
-def _check_destination(destination: Destination, spec: RunSpec, secrets: Secrets, reporter: Reporter) -> None:
+def check_destination(destination: Destination, spec: RunSpec, secrets: Secrets, reporter: Reporter) -> None:
     """Whether it will take the adapter, and whether what is there may be replaced."""
     match destination:
         case ImageDestination():
@@ -215,17 +259,22 @@ def _check_destination(destination: Destination, spec: RunSpec, secrets: Secrets
             existing = layout_digest(LayoutReference(Path(path), tag))
             if existing and not overwrite:
                 raise _exists(f"oci:{path}:{tag}", existing)
-            _check_writable(Path(path))
+            check_writable(Path(path))
         case DirectoryDestination(path=path):
             _check_only_ours(Path(path), reporter)
-            _check_writable(Path(path))
+            check_writable(Path(path))
 
 
 def _check_only_ours(directory: Path, reporter: Reporter) -> None:
-    """An adapter of ours in an output directory is replaced, and that is said; other files are not touched."""
-    if not directory.is_dir() or not any(directory.iterdir()):
+    """An adapter of ours in an output directory is replaced, and that is said; other files are not touched.
+
+    Of a volume's root what is hidden, the file system's own directory and KAITO's sentinel are nobody's files.
+    """
+    names = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+    names = {name for name in names if not name.startswith(".")} - {"lost+found", SENTINEL}
+    if not names:
         return
-    others = sorted({path.name for path in directory.iterdir()} - PACKAGED_FILES)
+    others = sorted(names - PACKAGED_FILES)
     if others or not (directory / LOCK).is_file():
         raise ConfigError(
             f"{directory}: is not empty, and not an adapter of ours ({', '.join(others[:3]) or 'no ' + LOCK})",
@@ -243,11 +292,18 @@ def _check_gpu() -> None:
 
 
 def _check_disk(spec: RunSpec, work_dir: Path) -> None:
-    _check_writable(work_dir)
     weights = spec.preset.weights_gib if isinstance(spec.base_model, HubModel) else None
-    need = _SPARE_DISK_BYTES // (8 if spec.smoke else 1) + int((weights or 0) * 2**30)
+    if weights and _is_cached(spec):
+        weights = None
+    check_space(spec, work_dir, weights_gib=weights)
+
+
+def check_space(spec: RunSpec, work_dir: Path, *, weights_gib: float | None) -> None:
+    """Whether the directory can be written, and has room for what a run leaves there, and for `weights_gib`."""
+    check_writable(work_dir)
+    need = _SPARE_DISK_BYTES // (8 if spec.smoke else 1) + int((weights_gib or 0) * 2**30)
     free = shutil.disk_usage(work_dir).free
-    if free < need and not (weights and _is_cached(spec)):
+    if free < need:
         raise ConfigError(
             f"{work_dir}: {free / 2**30:.1f} GiB free, and the run needs about {need / 2**30:.1f} GiB",
             hint="give another --work-dir, or HF_HOME for the weights",
@@ -272,7 +328,7 @@ def _check_model_access(spec: RunSpec, secrets: Secrets) -> None:
         )
 
 
-def _check_writable(directory: Path) -> None:
+def check_writable(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         marker = directory / ".tuner-writable"

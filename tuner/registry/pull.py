@@ -133,6 +133,11 @@ def pull_image(
     return Pulled(top_digest, files, manifest.annotations)
 
 
+def image_bytes(reference: ImageReference | LayoutReference, source: ImageSource) -> int:
+    """How large its layers are, as its manifest says. Raises what `pull_image` raises."""
+    return sum(layer.size_bytes for layer in _resolve(reference, source)[1].layers)
+
+
 # ── manifests ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
