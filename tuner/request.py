@@ -15,6 +15,7 @@ from tuner import pod
 from tuner.content import hash_file, model_digest
 from tuner.errors import ConfigError, DataError, InputMissingError, Problem, TunerError
 from tuner.gates import Gate, parse_gates, split_gates
+from tuner.levers import parse_disabled
 from tuner.presets import Preset, find_preset, preset_from_directory
 from tuner.reference import LayoutReference, names_registry, parse_destination, parse_reference
 from tuner.runspec import (
@@ -59,6 +60,7 @@ T = TypeVar("T")
 
 SOURCES_ANNOTATION = "tuner/sources-secret"  # names a Secret with the key sources.json
 REQUIRE_ANNOTATION = "tuner/require"  # gates, as --require has them
+DISABLE_ANNOTATION = "tuner/disable"  # levers that are turned off
 SMOKE_STEPS = 4
 SMOKE_OVERRIDES = (f"TrainingArguments.max_steps={SMOKE_STEPS}", "DatasetConfig.over_length=truncate")
 HF_TOKEN = "HF_TOKEN"  # the name of the variable, and KAITO's key in the Secret
@@ -89,6 +91,7 @@ class Request:
     require: tuple[str, ...] = ()
     pushes_without_secret: bool = False
     image_volume: bool = False
+    disable: tuple[str, ...] = ()
 
     @property
     def in_pod(self) -> bool:
@@ -137,6 +140,7 @@ def build_run(file: WorkspaceFile, request: Request, work_dir: Path, env: Mappin
     hub = _attempt(errors, _hub_token, file, tuning, sources, base_model, request, env)
     headers = _attempt(errors, _source_headers, file, request)
     gates = _attempt(errors, _gates, file, request, training) or ()
+    disabled = _attempt(errors, _disabled, file, request)
     if errors or not (preset and training and base_model and destination and push and pull and hub and headers):
         raise all_at_once(errors)
     spec = RunSpec(
@@ -154,6 +158,7 @@ def build_run(file: WorkspaceFile, request: Request, work_dir: Path, env: Mappin
         preflight=request.preflight,
         trust_remote_code=request.trust_remote_code,
         require=tuple(gate.text for gate in gates),
+        disabled=disabled or (),
     )
     secrets = Secrets(
         queries=queries,
@@ -619,6 +624,11 @@ def _hub_token(
     if not re.fullmatch(r"[!-~]+", token):
         raise ConfigError(f"{HF_TOKEN} ({origin}): is empty, or has characters that no token has")
     return _Found((token,), origin)
+
+
+def _disabled(file: WorkspaceFile, request: Request) -> tuple[str, ...]:
+    """The levers that a flag or the annotation turns off."""
+    return parse_disabled([*request.disable, file.workspace.metadata.annotations.get(DISABLE_ANNOTATION, "")])
 
 
 def _source_headers(file: WorkspaceFile, request: Request) -> _Found:

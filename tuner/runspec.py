@@ -199,6 +199,9 @@ class RunSpec(Contract):
     preflight: bool = Field(default=True, description="False: --no-preflight, no push-permission probe")
     trust_remote_code: bool = False
     require: tuple[str, ...] = Field(default=(), description="gates, as gates.py reads them")
+    disabled: tuple[str, ...] = Field(
+        default=(), description="levers (levers.py) turned off; in the digest, as they change last bits"
+    )
 
     @field_validator("require")
     @classmethod

@@ -62,6 +62,9 @@ Require = Annotated[
     typer.Option("--require", metavar="GATE", help="push only if, e.g. 'eval_loss <= 0.98 * base'; repeatable"),
 ]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run Python from the model's repository")]
+Disable = Annotated[
+    list[str] | None, typer.Option("--disable", metavar="LEVER", help="turn a short cut off: liger; repeatable")
+]
 DigestFile = Annotated[
     Path | None, typer.Option("--digest-file", metavar="F", help="write the pushed digest to this file")
 ]

@@ -28,6 +28,7 @@ from tuner.cli.options import (
     Config,
     Data,
     DigestFile,
+    Disable,
     DockerConfig,
     Method,
     Model,
@@ -76,6 +77,7 @@ def run(
     no_preflight: NoPreflight = False,
     require: Require = None,
     trust_remote_code: TrustRemoteCode = False,
+    disable: Disable = None,
     digest_file: DigestFile = None,
     compression: Compression = "none",
     chunk_size: ChunkSize = None,
@@ -126,6 +128,7 @@ def check(
     no_preflight: NoPreflight = False,
     require: Require = None,
     trust_remote_code: TrustRemoteCode = False,
+    disable: Disable = None,
     spec_file: Annotated[
         Path | None, typer.Option("--write-spec", metavar="FILE", hidden=True, help="RunSpec; FILE.secrets beside it")
     ] = None,
@@ -213,6 +216,7 @@ def _request(typed: Mapping[str, Any]) -> "Request":
         trust_remote_code=typed["trust_remote_code"],
         world_size=_gpu_count(),
         require=tuple(typed["require"] or ()),
+        disable=tuple(typed["disable"] or ()),
     )
 
 

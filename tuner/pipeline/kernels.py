@@ -4,7 +4,7 @@ Attention within documents, the output head where something is learnt, and LoRA 
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -21,11 +22,12 @@ from transformers import AttentionInterface
 from tuner.memory import head_chunk_tokens
 
 DOCUMENT_ATTENTION = "tuner_documents"
+LOOPED_ATTENTION = "tuner_documents_looped"  # the same without the kernel: one document after the other
 _LARGEST_FLASH_HEAD = 256
 
 
 def document_attention(
-    module: nn.Module,  # noqa: ARG001  # the interface's signature
+    module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -41,17 +43,35 @@ def document_attention(
     `cu_seq_lens_q` (documents + 1,) int32 says; without it the rows are whole documents. No T×T mask is made: time is
     the sum over documents of their lengths squared.
     """
-    if attention_mask is not None or dropout:
-        raise ValueError("packed documents take neither an attention mask nor attention dropout")
-    if boundaries.get("s_aux") is not None or boundaries.get("softcap"):
-        raise ValueError("attention sinks and capped scores are not computed here")  # gpt-oss, Gemma 2
+    _refuse_what_is_not_computed(attention_mask, dropout, boundaries)
     cu_seq_lens: torch.Tensor | None = boundaries.get("cu_seq_lens_q")
     if cu_seq_lens is not None and query.is_cuda and has_varlen_kernel(query.device.index):
         dtype = _flash_dtype(value)
         if dtype is not None and query.shape[-1] % 8 == 0 and query.shape[-1] <= _LARGEST_FLASH_HEAD:
             states = (query.to(dtype), key.to(dtype), value.to(dtype))
             return _varlen(*states, cu_seq_lens, boundaries["max_length_q"], scaling, sliding_window), None
-    edges = [0, query.shape[2]] if cu_seq_lens is None else cu_seq_lens.tolist()
+    return looped_attention(
+        module, query, key, value, None, scaling=scaling, sliding_window=sliding_window, **boundaries
+    )
+
+
+def looped_attention(
+    module: nn.Module,  # noqa: ARG001
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **boundaries: Any,
+) -> tuple[torch.Tensor, None]:
+    """document_attention by torch's own attention, one document after the other: for CPUs, fp32, and who asks."""
+    _refuse_what_is_not_computed(attention_mask, dropout, boundaries)
+    edges: Sequence[int] | None = boundaries.get("document_edges")
+    if edges is None:
+        cu_seq_lens: torch.Tensor | None = boundaries.get("cu_seq_lens_q")
+        edges = [0, query.shape[2]] if cu_seq_lens is None else cu_seq_lens.tolist()
     grouped = query.shape[1] != key.shape[1]
     parts = []
     for begin, end in pairwise(edges):
@@ -71,14 +91,29 @@ def document_attention(
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
 
 
+def _refuse_what_is_not_computed(
+    attention_mask: torch.Tensor | None, dropout: float, boundaries: dict[str, Any]
+) -> None:
+    if attention_mask is not None or dropout:
+        raise ValueError("packed documents take neither an attention mask nor attention dropout")
+    if boundaries.get("s_aux") is not None or boundaries.get("softcap"):
+        raise ValueError("attention sinks and capped scores are not computed here")  # gpt-oss, Gemma 2
+
+
 @cache
 def has_varlen_kernel(gpu: int) -> bool:
     """Whether torch's flash attention over sequences of different length runs there: torch ≥ 2.11, capability ≥ 8.0."""
     if find_spec("torch.nn.attention.varlen") is None or torch.cuda.get_device_capability(gpu) < (8, 0):
         return False
+    return {"scale", "window_size"} <= _varlen_parameters()
+
+
+@cache
+def _varlen_parameters() -> frozenset[str]:
+    """What this torch's varlen_attn takes: `window_size` since 2.11, `enable_gqa` since 2.12."""
     from torch.nn.attention.varlen import varlen_attn
 
-    return {"scale", "window_size"} <= set(inspect.signature(varlen_attn).parameters)
+    return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def _flash_dtype(value: torch.Tensor) -> torch.dtype | None:
@@ -110,10 +145,9 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
-    parameters = inspect.signature(varlen_attn).parameters
     options: dict[str, Any] = {"scale": scaling, "window_size": (-1 if window is None else window - 1, 0)}
     if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in parameters:
+        if "enable_gqa" in _varlen_parameters():
             options["enable_gqa"] = True
         else:
             repeats = q.shape[1] // k.shape[1]
@@ -122,6 +156,7 @@ def _varlen(
 
 
 AttentionInterface.register(DOCUMENT_ATTENTION, document_attention)
+AttentionInterface.register(LOOPED_ATTENTION, looped_attention)
 
 
 class _SummedNll(torch.autograd.Function):  # type: ignore[misc]
@@ -177,11 +212,6 @@ class Exact:
 
     packs: bool
     learnt_head: bool
-
-    def __str__(self) -> str:
-        packs = "documents packed" if self.packs else "one document at a time (its layers do not keep them apart)"
-        head = "head at learnt tokens" if self.learnt_head else "whole logits (it changes them in its own way)"
-        return f"{packs}, {head}"
 
 
 def prove(model: Any) -> Exact:
@@ -250,6 +280,7 @@ def _packed_hidden(model: Any, documents: list[torch.Tensor]) -> torch.Tensor:
         cu_seq_lens_k=edges,
         max_length_q=max(lengths),
         max_length_k=max(lengths),
+        document_edges=tuple(edges.tolist()),
         use_cache=False,
     ).last_hidden_state[0]
     return hidden.float()
@@ -318,7 +349,54 @@ class _FusedLora(torch.autograd.Function):  # type: ignore[misc]
 
 def _decoded(layer: Any, dtype: torch.dtype) -> torch.Tensor:
     """(out, in): the 4-bit weights as numbers."""
+    kept: torch.Tensor | None = layer.__dict__.get(_DECODED)
+    if kept is not None:
+        return kept.to(dtype)
     return dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype)
+
+
+_DECODED = "tuner_decoded"  # on a Linear4bit: its weights as numbers, in no state_dict
+
+
+def decoded_bytes(model: nn.Module) -> int:
+    """What `keep_decoded` takes: two bytes for each weight of a 4-bit layer, four in fp32."""
+    return sum(
+        module.weight.quant_state.shape.numel() * module.weight.quant_state.dtype.itemsize
+        for module in model.modules()
+        if isinstance(module, Linear4bit)
+    )
+
+
+def keep_decoded(model: nn.Module) -> int:
+    """Decode every 4-bit layer's weights once and multiply by those from now on; how many layers there were.
+
+    The products are of the very numbers that bitsandbytes decodes anew each time.
+    """
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    for layer in layers:
+        layer.__dict__[_DECODED] = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        layer.forward = _ResidentForward(layer)
+    return len(layers)
+
+
+def drop_decoded(model: nn.Module) -> None:
+    """Undo keep_decoded."""
+    for module in model.modules():
+        if module.__dict__.pop(_DECODED, None) is not None:
+            del module.forward
+
+
+class _ResidentForward:
+    """Linear4bit's forward by its decoded weights."""
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        layer = self._layer
+        dtype = layer.compute_dtype or x.dtype
+        bias = None if layer.bias is None else layer.bias.to(dtype)
+        return torch.nn.functional.linear(x.to(dtype), layer.__dict__[_DECODED].to(dtype), bias).to(x.dtype)
 
 
 def fuse_lora(model: nn.Module) -> int:
@@ -339,6 +417,13 @@ def fuse_lora(model: nn.Module) -> int:
     for layer in layers:
         layer.forward = _FusedForward(layer)
     return len(layers)
+
+
+def unfuse_lora(model: nn.Module) -> None:
+    """Give every layer PEFT's own path back."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), _FusedForward):
+            del module.forward
 
 
 class _FusedForward:

@@ -20,13 +20,16 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig
 
-from tuner.errors import ConfigError, InterruptedRunError, OutOfGpuMemoryError
+from tuner.errors import ConfigError, InputMissingError, InterruptedRunError, OutOfGpuMemoryError
+from tuner.levers import LEARNT_HEAD, PACKING
 from tuner.memory import read_shape
 from tuner.pipeline.adapter import ADAPTER_WEIGHTS, file_digests, write_json
-from tuner.pipeline.kernels import Exact, fuse_lora, has_plain_head, prove
+from tuner.pipeline.kernels import Exact, has_plain_head, prove
 from tuner.pipeline.launch import is_worker
+from tuner.pipeline.levers import Choice, apply, choose
 from tuner.pipeline.libraries import versions
 from tuner.pipeline.model import Coverage, Device, attach_lora, load_base_model, pick_device
+from tuner.pipeline.probe import Pieces
 from tuner.pipeline.trainer import PackedTrainer
 from tuner.plan import choose_micro_batch, read_setup
 from tuner.runspec import Prepared, Progress, Reporter, RunSpec, Split
@@ -40,6 +43,7 @@ CHECKPOINT_INTERVAL_S = 600  # the most work that a lost machine costs
 KEPT_CHECKPOINTS = 2  # the one before is there when the newest was not written whole
 SEAL = "seal.json"  # the last file of a checkpoint: what the others must be
 METRICS = "metrics.jsonl"
+LEVERS = "levers.json"  # beside the checkpoints
 
 
 @dataclass(frozen=True)
@@ -211,16 +215,26 @@ def metrics(log_history: list[dict[str, float]]) -> list[dict[str, float]]:
 class _Trainer(PackedTrainer):
     """PackedTrainer whose checkpoints are sealed, and can be gone on from in every respect."""
 
+    chosen: Choice | None = None
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         unlogged_loss = float(self.accelerator.reduce(self._tr_loss, "mean"))
         self.accelerator.wait_for_everyone()  # each rank writes its random state
         if self.args.should_save:
+            self._keep_pieces()
             seal(
                 Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}",
                 unlogged_loss=unlogged_loss,
                 last_logged_step=self._globalstep_last_logged,
             )
+
+    def _keep_pieces(self) -> None:
+        """A run that had to make its steps smaller goes on with those after a stop."""
+        if self.chosen and self.packs:
+            now = {"tokens": self.micro_batch_tokens, "recomputes": self.recomputes}
+            self.chosen = self.chosen.model_copy(update=now)
+            self.chosen.save(Path(self.args.output_dir) / LEVERS)
 
     def finish_from(self, checkpoint: Path) -> None:
         """Be as train() leaves it, from the checkpoint of the last step."""
@@ -274,19 +288,17 @@ def _load_split(split: Split, work_dir: Path) -> Dataset:
     return dataset.select_columns(["input_ids", "labels"]).with_format("numpy")
 
 
-@dataclass(frozen=True)
-class Pieces:
-    """How a step is computed: tokens at once, and whether activations are computed again backward."""
-
-    tokens: int
-    recomputes: bool
+def written_checkpointing(training: TrainingConfig) -> bool | None:
+    """Whether the user wrote that activations are recomputed; None: nothing was written."""
+    arguments = training.section("TrainingArguments")
+    written: bool | None = arguments.get("activation_checkpointing", arguments.get("gradient_checkpointing"))
+    return written
 
 
 def choose_pieces(spec: RunSpec, prepared: Prepared, base_dir: Path, device: Device) -> Pieces:
     """As many tokens as the GPU's free memory holds by the estimate of `tuner plan`, kept activations before recomputed
-    ones. The estimate may be wrong: PackedTrainer gives way where it is."""
-    arguments = spec.training.section("TrainingArguments")
-    written: bool | None = arguments.get("activation_checkpointing", arguments.get("gradient_checkpointing"))
+    ones. An estimate: on a GPU the probe measures it, and PackedTrainer gives way where both are wrong."""
+    written = written_checkpointing(spec.training)
     if not device.is_cuda:
         return Pieces(CPU_MICRO_BATCH_TOKENS, bool(written))
     longest = max(split.longest for split in (prepared.train, prepared.evaluation) if split)
@@ -428,6 +440,8 @@ def _optimise(
     metrics_file.unlink(missing_ok=True)
     recorder = _Recorder(stop, reporter, metrics_file)
     trainer = _trainer(model, exact, arguments, pieces, prepared, work_dir, recorder, reporter)
+    chosen = _take_levers(trainer, exact, device, spec, pieces, checkpoints)
+    reporter.note(f"{device.name}: {chosen}")
     state = TrainerState.load_from_json(str(resume / "trainer_state.json")) if resume else None
     if resume and state:
         reporter.note(f"resuming after step {state.global_step} of {state.max_steps}")
@@ -471,7 +485,11 @@ def _model(
         work_dir / prepared.base_model_dir, spec.training, device, trust_remote_code=spec.trust_remote_code
     )
     with torch.autocast("cuda", device.dtype) if device.is_cuda else nullcontext():
-        exact = prove(base)
+        proved = prove(base)
+    exact = Exact(
+        packs=proved.packs and PACKING not in spec.disabled,
+        learnt_head=proved.learnt_head and LEARNT_HEAD not in spec.disabled,
+    )
     transformers.set_seed(seed)  # however many numbers loading drew
     model, coverage, renamed = attach_lora(base, spec.training)
     if not has_plain_head(model.get_base_model()):
@@ -485,10 +503,48 @@ def _model(
     refused = [name for name in ("modules_to_save", "use_dora") if getattr(lora, name)]
     if refused:
         reporter.warn(f"vLLM serves no adapter with LoraConfig.{' or '.join(refused)}")
-    # On a GPU PEFT's own path stays until this one was measured there.
-    fused = 0 if device.is_cuda else fuse_lora(model)
-    reporter.note(f"{device.name}: {exact}" + (f", LoRA fused into {fused} layers" if fused else ""))
     return model, coverage, exact
+
+
+def _take_levers(
+    trainer: _Trainer, exact: Exact, device: Device, spec: RunSpec, estimated: Pieces, checkpoints: Path
+) -> Choice:
+    """Decide which short cuts are taken, or read what this run decided when it began, and put them on the model."""
+    decided = checkpoints / LEVERS
+    machine = ", ".join([device.name, *(f"{name} {number}" for name, number in versions().items())])
+    try:
+        chosen = Choice.load(decided)
+    except (InputMissingError, ConfigError):
+        chosen = None
+    if chosen is None or chosen.machine != machine:
+        chosen = choose(
+            trainer,
+            exact,
+            device,
+            disabled=spec.disabled,
+            estimated=estimated,
+            checkpointing=written_checkpointing(spec.training),
+            machine=machine,
+        )
+        chosen = _agreed(chosen)
+        if trainer.args.should_save:
+            decided.parent.mkdir(parents=True, exist_ok=True)
+            chosen.save(decided)
+    apply(chosen, trainer, exact, device)
+    trainer.chosen = chosen
+    return chosen
+
+
+def _agreed(chosen: Choice) -> Choice:
+    """The first rank's levers for all, and as many tokens as the one with the least room takes."""
+    if not torch.distributed.is_initialized():
+        return chosen
+    said: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(said, chosen.model_dump())
+    every = [Choice.model_validate(one) for one in said]
+    return every[0].model_copy(
+        update={"tokens": min(one.tokens for one in every), "recomputes": any(one.recomputes for one in every)}
+    )
 
 
 def _trainer(

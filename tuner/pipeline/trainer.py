@@ -35,13 +35,14 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
     def __init__(self, *, micro_batch_tokens: int, exact: Exact, say: Callable[[str], None], **arguments: Any) -> None:
         super().__init__(data_collator=list, **arguments)
         self.micro_batch_tokens = micro_batch_tokens if exact.packs else 1
-        self._packs = exact.packs
+        self.packs = exact.packs
         self._say = say
-        base = self._base_model()
-        self._boundary = longrope_boundary(base)
-        answer_targets(base, summed_nll if exact.learnt_head else whole_nll)
+        self._boundary = longrope_boundary(self.base_model)
+        answer_targets(self.base_model, summed_nll if exact.learnt_head else whole_nll)
 
-    def _base_model(self) -> Any:
+    @property
+    def base_model(self) -> Any:
+        """transformers' model, below PEFT's."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     # ── which documents ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -76,13 +77,13 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
 
     # ── one optimizer step ───────────────────────────────────────────────────────────────────────────────────────────
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
-        """The documents of a step, of all ranks, and how many of their tokens are learnt."""
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], int]:
+        """The documents of a step, of all ranks, and how many of their tokens are learnt: a number of the CPU's, as one
+        on the GPU would have to wait for it."""
         batches = [next(epoch_iterator) for _ in range(num_batches)]
-        count = sum(_learnt(document) for batch in batches for document in batch)
-        return batches, torch.tensor(count, device=device)
+        return batches, sum(_learnt(document) for batch in batches for document in batch)
 
-    def training_step(self, model: Any, inputs: list[Document], num_items_in_batch: torch.Tensor) -> torch.Tensor:
+    def training_step(self, model: Any, inputs: list[Document], num_items_in_batch: int) -> torch.Tensor:
         """The mean loss of the step's documents; their gradients are accumulated."""
         model.train()
         documents = self._share(inputs)
@@ -96,16 +97,22 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
             gc.collect()  # what the failed step still holds in cycles
             torch.cuda.empty_cache()
 
-    def _accumulate(self, model: Any, documents: list[Document], count: torch.Tensor) -> torch.Tensor:
+    def one_micro_batch(self, documents: Sequence[Document]) -> torch.Tensor:
+        """The summed loss of documents computed together, with a gradient, as in a step. For measurements."""
+        with self.accelerator.autocast():
+            nll: torch.Tensor = self.model(**micro_batch(documents, self.args.device, packed=self.packs))
+        return nll
+
+    def _accumulate(self, model: Any, documents: list[Document], count: float) -> torch.Tensor:
         micro_batches = self._micro_batches(documents)
         # Gradients are averaged over the ranks, and each rank divides by the tokens of all.
-        scale = self.accelerator.num_processes / count.clamp(min=1)
+        scale = self.accelerator.num_processes / max(1, count)
         total = torch.zeros((), device=self.args.device)
         for index, bin_ in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
-                    loss = model(**micro_batch(bin_, self.args.device, packed=self._packs)) * scale
+                    loss = model(**micro_batch(bin_, self.args.device, packed=self.packs)) * scale
                 self.accelerator.backward(loss)
             total += loss.detach()
         return total
@@ -124,14 +131,29 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
             self.micro_batch_tokens = max(longest, self.micro_batch_tokens // 2)
             self._say(f"out of memory: going on with {self.micro_batch_tokens:,} tokens at once, the same step")
             return True
-        base = self._base_model()
-        recomputes = any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
-        if not recomputes and base.supports_gradient_checkpointing:
-            base.enable_input_require_grads()
-            base.gradient_checkpointing_enable()
+        if not self.recomputes and self.base_model.supports_gradient_checkpointing:
+            self.recompute(True)
             self._say("out of memory: going on with recomputed activations, the same step")
             return True
         return False
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether activations are computed again backward."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.base_model.modules())
+
+    def recompute(self, on: bool) -> None:
+        """Compute activations again backward, or keep them: now, and when train() begins."""
+        for name in ("activation_checkpointing", "gradient_checkpointing"):  # the first since transformers 5.20
+            if hasattr(self.args, name):
+                setattr(self.args, name, on)
+        base = self.base_model
+        if on and not self.recomputes:
+            base.enable_input_require_grads()
+            base.gradient_checkpointing_enable()
+        elif not on and self.recomputes:
+            base.gradient_checkpointing_disable()
+            base.disable_input_require_grads()
 
     # ── evaluation ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -147,7 +169,7 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
             for documents in DataLoader(rows, batch_size=_EVALUATED_AT_ONCE, collate_fn=list):
                 for bin_ in self._micro_batches(self._share(documents)):
                     with self.compute_loss_context_manager():
-                        nll = self.model(**micro_batch(bin_, self.args.device, packed=self._packs))
+                        nll = self.model(**micro_batch(bin_, self.args.device, packed=self.packs))
                     sums += torch.tensor([nll.item(), sum(map(_learnt, bin_))], dtype=torch.float64)
         total, count = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
         figures = {f"{metric_key_prefix}_loss": total / max(count, 1)}
@@ -220,10 +242,16 @@ def micro_batch(documents: Sequence[Document], device: torch.device, *, packed: 
         edges = np.cumsum([0, *lengths], dtype=np.int32)
         arrays["position_ids"] = np.concatenate([np.arange(length) for length in lengths])[None]
         arrays |= {"cu_seq_lens_q": edges, "cu_seq_lens_k": edges}
-    batch: dict[str, Any] = {
-        name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()
-    }
-    return batch | ({"max_length_q": max(lengths), "max_length_k": max(lengths)} if packed else {})
+    batch: dict[str, Any] = {name: _on_device(array, device) for name, array in arrays.items()}
+    if packed:  # what attention must know before it can queue its kernels: reading it from the GPU would wait
+        batch |= {"max_length_q": max(lengths), "max_length_k": max(lengths), "document_edges": tuple(edges.tolist())}
+    return batch
+
+
+def _on_device(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """On a GPU through pinned memory: only from there is a copy queued behind the work that is already there."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def longrope_boundary(model: PreTrainedModel) -> int | None:

@@ -1,0 +1,348 @@
+"""Short cuts: named, proved beside what they replace, measured, turned off on request, decided once a run."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import Heard, make_job, prepared_job, rows_of
+
+from tuner.errors import ConfigError
+from tuner.levers import FUSED_LORA, LEVERS, LIGER, PACKING, RESIDENT_WEIGHTS, parse_disabled
+from tuner.pipeline.probe import Pieces, Room, Sample
+
+SHORT = {
+    "TrainingArguments": {
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "logging_steps": 1,
+    }
+}
+
+
+# ── asking ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_levers_are_turned_off_by_name() -> None:
+    assert parse_disabled(["liger, packing", "liger"]) == (PACKING, LIGER)
+    assert parse_disabled(["", " "]) == ()
+    with pytest.raises(ConfigError, match="nothing called fused-lore") as raised:
+        parse_disabled(["fused-lore"])
+    assert raised.value.hint == 'did you mean "fused-lora"?'
+
+
+def test_a_flag_and_the_annotation_turn_levers_off_and_make_it_another_run(tmp_path: Path) -> None:
+    from tuner.request import Request, build_run
+    from tuner.workspace import WorkspaceFile, make_workspace
+
+    plain = make_job(tmp_path / "plain", rows_of("messages", 4), smoke=True).spec
+    flag = make_job(tmp_path / "flag", rows_of("messages", 4), smoke=True, disable=("liger",)).spec
+    assert plain.disabled == ()
+    assert flag.disabled == (LIGER,)
+    assert flag.digest != plain.digest  # last bits differ, so nobody resumes one with the other
+
+    workspace = make_workspace("phi-3-mini-4k-instruct", [str(tmp_path / "plain/train.parquet")], "x", "qlora", "w")
+    annotated = workspace.model_copy(
+        update={"metadata": workspace.metadata.model_copy(update={"annotations": {"tuner/disable": "packing"}})}
+    )
+    request = Request(smoke=True, output=str(tmp_path / "out"), disable=("liger",))
+    assert build_run(WorkspaceFile(annotated), request, tmp_path / "work", {}).spec.disabled == (PACKING, LIGER)
+
+
+# ── proving ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> Any:
+    """A trainer as a run makes it, before levers are taken."""
+    from tuner.pipeline import train
+    from tuner.pipeline.model import pick_device
+
+    job = make_job(tmp_path, rows_of("messages", 24), SHORT)
+    prepared = prepared_job(job)[1]
+    device = pick_device()
+    pieces = Pieces(512, recomputes=False)
+    arguments = train.training_arguments(
+        job.spec, prepared, device, pieces, tmp_path / "checkpoints", evaluate_first=False
+    )
+    model, _, exact = train._model(job.spec, prepared, job.work_dir, device, Heard())
+    recorder = train._Recorder(train.Stop(print), Heard(), tmp_path / "metrics.jsonl")
+    made = train._trainer(model, exact, arguments, pieces, prepared, job.work_dir, recorder, Heard())
+    made.exact = exact
+    return made
+
+
+def chosen(trainer: Any, device: Any = None, bench: Any = None, **options: Any) -> Any:
+    from tuner.pipeline.levers import choose
+    from tuner.pipeline.model import pick_device
+
+    wanted = {"disabled": (), "estimated": Pieces(512, recomputes=False), "checkpointing": None, "machine": "m"}
+    return choose(trainer, trainer.exact, device or pick_device(), bench=bench, **(wanted | options))
+
+
+@pytest.mark.train
+def test_on_a_cpu_what_is_proved_is_on_and_the_rest_says_why_not(trainer: Any) -> None:
+    choice = chosen(trainer)
+    assert list(choice.on) == ["packing", "learnt-head", "fused-lora"]
+    assert choice.on.keys() | choice.off.keys() == LEVERS.keys()
+    assert choice.off[LIGER] == "needs a GPU"
+    assert choice.pieces == Pieces(512, recomputes=False)
+    assert chosen(trainer, disabled=(FUSED_LORA,)).off[FUSED_LORA] == "turned off"
+
+
+@pytest.mark.train
+def test_deciding_leaves_no_trace(trainer: Any) -> None:
+    """The steps after it are those of a run that read its decision from a file."""
+    import torch
+
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    state = torch.random.get_rng_state()
+    chosen(trainer)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+    after = trainer.model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert not is_on(FUSED_LORA, trainer.base_model)
+
+
+@pytest.mark.train
+def test_a_lever_with_other_gradients_is_off(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tuner.pipeline import kernels
+
+    backward = kernels._FusedLora.backward
+
+    def wrong(ctx: Any, *upstream: Any) -> Any:
+        by_x, layer, by_a, by_b, scale = backward(ctx, *upstream)
+        return by_x, layer, by_a * 0.9, by_b, scale
+
+    monkeypatch.setattr(kernels._FusedLora, "backward", staticmethod(wrong))
+    choice = chosen(trainer)
+    assert FUSED_LORA not in choice.on
+    assert choice.off[FUSED_LORA].startswith("another gradient")
+
+
+@pytest.mark.train
+def test_weights_that_stay_decoded_change_no_bit(trainer: Any) -> None:
+    import torch
+
+    from tuner.pipeline.kernels import drop_decoded, fuse_lora, keep_decoded, unfuse_lora
+    from tuner.pipeline.levers import Bench, difference
+    from tuner.pipeline.model import pick_device
+
+    bench = Bench(trainer, pick_device())
+    base = trainer.base_model
+    with bench.undisturbed():
+        for fused in (False, True):
+            if fused:
+                fuse_lora(base)
+            fresh = bench.gradients()
+            assert keep_decoded(base) == 8
+            kept = bench.gradients()
+            assert kept.loss == fresh.loss
+            assert all(torch.equal(kept.by_name[name], value) for name, value in fresh.by_name.items())
+            drop_decoded(base)
+    unfuse_lora(base)
+    assert difference(fresh, kept, torch.float32) is None
+
+
+@pytest.mark.train
+def test_differences_that_rounding_does_not_make_are_told() -> None:
+    import torch
+
+    from tuner.pipeline.levers import Gradients, difference
+
+    one = Gradients(2.0, {"a": torch.tensor([3.0, 4.0])})
+
+    def other(loss: float = 2.0, values: tuple[float, float] = (3.0, 4.0), name: str = "a") -> Gradients:
+        return Gradients(loss, {name: torch.tensor(values)})
+
+    assert difference(one, other(), torch.float32) is None
+    assert difference(one, other(loss=2.001), torch.bfloat16) is None
+    assert "another loss" in (difference(one, other(loss=2.001), torch.float32) or "")
+    assert "another loss" in (difference(one, other(loss=float("nan")), torch.bfloat16) or "")
+    assert "its norm" in (difference(one, other(values=(3.1, 4.1)), torch.bfloat16) or "")
+    assert "apart" in (difference(one, other(values=(4.0, 3.0)), torch.bfloat16) or "")
+    assert "other parameters" in (difference(one, other(name="b"), torch.bfloat16) or "")
+
+
+# ── on a GPU, told by a bench that pretends to be one ────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def _no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tuner.pipeline import levers
+
+    monkeypatch.setattr(levers, "has_varlen_kernel", lambda _: False)
+
+
+def pretended(trainer: Any, free_bytes: int, seconds: dict[str, float], per_token: int = 1000) -> tuple[Any, Any]:
+    """(bench, device): a GPU with so much memory, on which a lever that is on makes a pass so many times as long."""
+    import torch
+
+    from tuner.pipeline.levers import Bench
+    from tuner.pipeline.model import Device
+
+    class PretendedGpu(Device):
+        is_cuda = True
+
+    class PretendedBench(Bench):
+        def sample(self, tokens: int) -> Sample | None:
+            documents = self.documents(tokens)
+            count = sum(len(document["input_ids"]) for document in documents)
+            took = 1.0
+            for name, factor in seconds.items():
+                took *= factor if is_on(name, trainer.base_model) else 1.0
+            each = per_token // 10 if trainer.recomputes else per_token
+            return Sample(count, each * count, took) if each * count <= free_bytes else None
+
+        def room(self, optimizer: str, ranks: int) -> Room:
+            return Room(free_bytes, 0)
+
+    device = PretendedGpu(torch.device("cpu"), torch.float32, "a pretended GPU")
+    return PretendedBench(trainer, device), device
+
+
+def is_on(name: str, base: Any) -> bool:
+    kinds = {FUSED_LORA: "_FusedForward", RESIDENT_WEIGHTS: "_ResidentForward"}
+    return any(type(vars(module).get("forward")).__name__ == kinds[name] for module in base.modules())
+
+
+@pytest.mark.usefixtures("_no_kernel")
+@pytest.mark.train
+def test_what_is_faster_is_on_and_what_loses_is_off(trainer: Any) -> None:
+    bench, device = pretended(trainer, 10**12, {FUSED_LORA: 1.1, RESIDENT_WEIGHTS: 0.8})
+    choice = chosen(trainer, device, bench)
+    assert choice.off[FUSED_LORA] == "not faster: 0.91 times the speed without"
+    assert choice.on[RESIDENT_WEIGHTS] == pytest.approx(1.25)
+    assert not choice.recomputes
+    assert not is_on(RESIDENT_WEIGHTS, trainer.base_model)  # decided, not yet applied
+
+
+@pytest.mark.usefixtures("_no_kernel")
+@pytest.mark.train
+def test_little_memory_costs_decoded_weights_first_and_kept_activations_next(trainer: Any) -> None:
+    from tuner.pipeline.kernels import decoded_bytes
+
+    seconds = {FUSED_LORA: 0.9, RESIDENT_WEIGHTS: 0.8}
+    step = 1000 * pretended(trainer, 0, seconds)[0].tokens_of(4)  # what the largest step takes
+    decoded = decoded_bytes(trainer.base_model)
+    for free, keeps, resident in (
+        (2 * (step + decoded), True, True),
+        (int(step / 0.85) + 64_000 + decoded // 2, True, False),
+        (step // 4, False, False),
+    ):
+        bench, device = pretended(trainer, free, seconds)
+        choice = chosen(trainer, device, bench)
+        assert choice.recomputes is not keeps
+        assert (RESIDENT_WEIGHTS in choice.on) is resident
+        if not resident:
+            assert choice.off[RESIDENT_WEIGHTS] == "the memory is needed for activations"
+
+
+@pytest.mark.usefixtures("_no_kernel")
+@pytest.mark.train
+def test_without_the_probe_the_estimate_decides(trainer: Any) -> None:
+    bench, device = pretended(trainer, 10**12, {FUSED_LORA: 0.9})
+    choice = chosen(trainer, device, bench, disabled=("memory-probe",), estimated=Pieces(300, recomputes=True))
+    assert choice.pieces == Pieces(300, recomputes=True)
+    assert choice.off[RESIDENT_WEIGHTS] == "needs memory-probe"
+
+
+# ── a run ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.train
+def test_a_resumed_run_takes_the_decision_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tuner.pipeline import train
+
+    job = make_job(tmp_path, rows_of("messages", 24), SHORT)
+    prepared = prepared_job(job)[1]
+
+    def run() -> Heard:
+        heard = Heard()
+        train.optimise(
+            job.spec, prepared, job.work_dir, job.work_dir / "a", job.work_dir / "c", train.Stop(print), heard
+        )
+        return heard
+
+    said = [line for line in run().notes if line.startswith("CPU: on:")]
+    assert said
+    assert "packing, learnt-head, fused-lora" in said[0]
+    monkeypatch.setattr(train, "choose", lambda *_, **__: pytest.fail("decided again"))
+    assert said == [line for line in run().notes if line.startswith("CPU: on:")]
+
+
+@pytest.mark.train
+@pytest.mark.parametrize("lever", [PACKING, "learnt-head", FUSED_LORA])
+def test_each_lever_turned_off_gives_the_same_losses(lever: str, tmp_path: Path) -> None:
+    import json
+
+    from tuner.pipeline import train
+
+    losses = []
+    for disable in ((), (lever,)):
+        place = tmp_path / ("without" if disable else "with")
+        job = make_job(place, rows_of("messages", 24), SHORT, disable=disable)
+        train.optimise(
+            job.spec, prepared_job(job)[1], job.work_dir, place / "a", place / "c", train.Stop(print), Heard()
+        )
+        lines = [json.loads(line) for line in (place / "a/metrics.jsonl").read_text().splitlines()]
+        losses.append([line["loss"] for line in lines if "loss" in line])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+_LIGER = """
+import sys, types
+from importlib.machinery import ModuleSpec
+from unittest.mock import MagicMock
+
+class Anything(types.ModuleType):  # triton has no wheel for machines without a GPU; nothing of it runs here
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return MagicMock()
+
+import torch
+sys.path.insert(0, "tests")
+from test_kernels import tiny_model
+from transformers.models.phi3 import modeling_phi3
+from tuner.pipeline.levers import Liger
+from tuner.pipeline.model import Device
+
+for name in ("triton", "triton.language", "triton.language.math", "triton.language.extra",
+             "triton.language.extra.libdevice", "triton.runtime", "triton.runtime.driver", "triton.compiler"):
+    sys.modules[name] = Anything(name)
+    sys.modules[name].__spec__ = ModuleSpec(name, None)
+    sys.modules[name].__path__ = []
+    sys.modules[name].__version__ = "3.5.0"
+
+class Gpu(Device):
+    is_cuda = True
+
+model = tiny_model("phi-3-mini-4k-instruct", "sdpa")
+names = dict(vars(modeling_phi3))
+attributes = [dict(vars(module)) for module in model.modules()]
+lever = Liger(model, Gpu(torch.device("cpu"), torch.bfloat16, "none"))
+assert lever.obstacle() is None, lever.obstacle()
+lever.turn_on()
+layer = model.model.layers[0]
+assert "LigerRMSNorm" in repr(layer.input_layernorm.forward), layer.input_layernorm.forward
+assert "SwiGLU" in repr(layer.mlp.forward), layer.mlp.forward
+assert modeling_phi3.apply_rotary_pos_emb.__module__.startswith("liger_kernel")
+assert modeling_phi3.Phi3RMSNorm is names["Phi3RMSNorm"]  # the next model that is made is plain
+assert "forward" not in vars(model)  # head and loss are ours
+lever.turn_off()
+assert dict(vars(modeling_phi3)) == names
+assert [dict(vars(module)) for module in model.modules()] == attributes
+print("put back")
+"""
+
+
+@pytest.mark.train
+def test_ligers_patch_is_on_this_model_only_and_is_put_back() -> None:
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _LIGER], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert found.stdout.strip().endswith("put back"), found.stderr[-3000:]
