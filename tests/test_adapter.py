@@ -147,6 +147,7 @@ def test_tensors_that_overlap_or_cannot_be_checked_are_refused(tmp_path: Path) -
 FIGURES = {
     "steps": 6,
     "epochs": 0.6,
+    "kept_step": 2,
     "first_train_loss": 6.25,
     "last_train_loss": 5.5,
     "eval_loss_before": 6.0,

@@ -283,21 +283,134 @@ def test_evaluations_that_the_user_asks_for_happen_once_each(tmp_path: Path) -> 
     assert outcome.eval_loss_after == tried.metrics()[-1]["eval_loss"]
 
 
-def test_the_best_of_the_users_checkpoints_is_what_is_kept_when_asked(tmp_path: Path) -> None:
-    config = arguments(
-        eval_strategy="steps",
-        eval_steps=2,
-        save_strategy="steps",
-        save_steps=2,
-        load_best_model_at_end=True,
-        learning_rate=0.3,
-        lr_scheduler_type="constant",
-        warmup_steps=0,
+def overshooting(**written: Any) -> dict[str, dict[str, Any]]:
+    """A run whose held-out loss goes up and down: 6.0, 6.2, 6.0, 5.87, 5.93, 5.90, 5.88."""
+    return arguments(
+        **{
+            "max_steps": 7,
+            "eval_steps": 1,
+            "early_stopping_patience": 0,
+            "learning_rate": 0.3,
+            "lr_scheduler_type": "constant",
+            "warmup_steps": 0,
+        }
+        | written
     )
-    tried = trial(tmp_path, config)
+
+
+def held_out(tried: Trial) -> dict[int, float]:
+    return {int(entry["step"]): entry["eval_loss"] for entry in tried.metrics() if "eval_loss" in entry}
+
+
+def test_the_adapter_with_the_least_held_out_loss_is_kept(tmp_path: Path) -> None:
+    """What is saved is what was measured: evaluated again from the file it has that loss."""
+    import torch
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    from tuner.pipeline.model import load_base_model, pick_device
+    from tuner.pipeline.train import _load_split
+
+    tried = trial(tmp_path, overshooting() | {"ModelConfig": {"dtype": "float32"}})
+    heard = Heard()
+    outcome = tried.train(heard)
+    losses = held_out(tried)
+    assert list(losses) == list(range(8))
+    best = min(losses, key=losses.__getitem__)
+    assert 1 < best < 7
+    assert (outcome.kept_step, outcome.eval_loss_after, outcome.steps) == (best, losses[best], 7)
+    assert f"the adapter of step {best} is kept: its held-out loss is the least" in heard.notes
+    lora = {key: value for key, value in outcome.lora_config.items() if key in ("r", "lora_alpha", "target_modules")}
+    model = get_peft_model(load_base_model(tiny_base(), tried.job.spec.training, pick_device()), LoraConfig(**lora))
+    set_peft_model_state_dict(model, load_file(tried.adapter_dir / "adapter_model.safetensors"))
+    model.eval()
+    assert tried.prepared.evaluation is not None
+    total, count = 0.0, 0
+    for row in _load_split(tried.prepared.evaluation, tried.job.work_dir):
+        ids, labels = (torch.from_numpy(row[name])[None].long() for name in ("input_ids", "labels"))
+        learnt = int((labels[:, 1:] != -100).sum())
+        with torch.no_grad():
+            total += float(model(input_ids=ids, labels=labels).loss) * learnt
+        count += learnt
+    assert total / count == pytest.approx(losses[best], rel=1e-4)
+
+
+def test_the_last_adapter_is_kept_when_the_best_is_not_wanted(tmp_path: Path) -> None:
+    tried = trial(tmp_path, overshooting(load_best_model_at_end=False))
     outcome = tried.train()
-    during = [entry["eval_loss"] for entry in tried.metrics() if "eval_loss" in entry and entry["step"]][:3]
-    assert outcome.eval_loss_after == pytest.approx(min(during), rel=1e-6)
+    assert (outcome.kept_step, outcome.eval_loss_after) == (7, held_out(tried)[7])
+
+
+def test_a_run_whose_held_out_loss_falls_no_more_is_stopped(tmp_path: Path) -> None:
+    whole, stopped = (
+        trial(tmp_path / name, overshooting(early_stopping_patience=patience, logging_steps=5))
+        for name, patience in (("whole", 0), ("stopped", 2))
+    )
+    whole.train()
+    heard = Heard()
+    outcome = stopped.train(heard)
+    losses = held_out(whole)
+    assert losses[1] < losses[2]
+    assert losses[1] < losses[3]
+    assert outcome.steps == 3
+    assert held_out(stopped) == {step: losses[step] for step in range(4)}
+    assert "the held-out loss falls no more: stopped after step 3 of 7" in heard.notes
+    assert (outcome.kept_step, outcome.eval_loss_after) == (1, losses[1])
+    assert stopped.metrics()[-2]["step"] == 3  # the training loss up to the end is there
+
+
+def test_a_run_evaluates_five_times_and_no_short_run_does(tmp_path: Path) -> None:
+    """Evaluating costs: never more often than every tenth step unless somebody wants it."""
+    from tuner.pipeline.model import pick_device
+    from tuner.pipeline.train import Pieces, training_arguments
+
+    for steps, every in ((8, 10), (50, 10), (51, 11), (1000, 200)):
+        tried = trial(tmp_path / f"{steps}", arguments(max_steps=steps), count=24)
+        made = training_arguments(
+            tried.job.spec, tried.prepared, pick_device(), Pieces(64, False), tmp_path, evaluate_first=True
+        )
+        assert (made.eval_strategy, made.eval_steps) == ("steps", every)
+
+
+def of_losses(*losses: float, every: int = 10) -> list[dict[str, float]]:
+    """What the Trainer logs of a base and evaluations with these losses."""
+    return [{"step": step * every, "eval_loss": loss} for step, loss in enumerate(losses)]
+
+
+def test_of_equal_losses_the_later_one_is_the_best_and_the_base_is_no_candidate() -> None:
+    from tuner.pipeline.best import Rule
+
+    assert Rule().best_step(of_losses(1.0, 3.0, 2.0, 2.0, 2.5)) == 30
+    assert Rule().best_step(of_losses(1.0)) is None
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "max_steps", "over"),
+    [
+        ((9, 5, 4, 3), None, 50, False),
+        ((9, 5, 4, 4), None, 50, False),  # one evaluation, a fifth of the run
+        ((9, 5, 4, 4, 4), None, 50, True),  # two, and two fifths
+        ((9, 5, 4, 4, 4), None, 51, False),  # two, and less than two fifths
+        ((9, 5, 6, 7, 4.9), None, 100, False),
+        ((9, 5, 4, 5, 5), 3, 50, False),
+        ((9, 5, 4, 5, 5, 5), 3, 500, True),
+        ((9, 5, 5, 5, 5, 5), 0, 50, False),
+        ((2, 5, 4.5), 1, 50, False),  # better than before, if not than the base
+    ],
+)
+def test_how_long_a_better_loss_is_waited_for(
+    losses: tuple[float, ...], patience: int | None, max_steps: int, over: bool
+) -> None:
+    from tuner.pipeline.best import Rule
+
+    assert Rule(patience=patience).is_over(of_losses(*losses), max_steps) is over
+
+
+def test_less_than_the_threshold_is_not_better() -> None:
+    from tuner.pipeline.best import Rule
+
+    assert Rule(patience=2, threshold=0.1).is_over(of_losses(9, 5, 4.95, 4.92), 50)
+    assert not Rule(patience=2, threshold=0.1).is_over(of_losses(9, 5, 4.95, 4.89), 50)
 
 
 # ── what is repeated ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -325,6 +438,8 @@ HARD_TO_RESUME: dict[str, Sections] = {
     "epochs": arguments(
         max_steps=-1, num_train_epochs=2, gradient_accumulation_steps=5, eval_strategy="epoch", save_strategy="epoch"
     ),
+    "the best adapter is not the last": overshooting(eval_steps=2),
+    "stopped early": overshooting(early_stopping_patience=2, logging_steps=3),
     "rows of like length together": arguments(
         max_steps=-1, num_train_epochs=2, gradient_accumulation_steps=5, train_sampling_strategy="group_by_length"
     ),
@@ -340,7 +455,7 @@ def test_an_interrupted_and_resumed_run_is_the_unbroken_run(
     whole = unbroken.train()
     # Stop at every step: whatever a step is next to, it must be possible to go on from it.
     for step in range(1, whole.steps):
-        with pytest.raises(InterruptedRunError, match=f"stopped after step {step} of {whole.steps}"):
+        with pytest.raises(InterruptedRunError, match=f"stopped after step {step} of "):
             broken.train(StopAtOnce())
     outcome = broken.train(StopAtOnce())  # the last step finishes, whoever asks
     assert broken.metrics() == unbroken.metrics()
@@ -354,6 +469,7 @@ def test_an_interrupted_and_resumed_run_is_the_unbroken_run(
         "last_train_loss",
         "eval_loss_before",
         "eval_loss_after",
+        "kept_step",
     )
     assert [getattr(outcome, key) for key in same] == [getattr(whole, key) for key in same]
 
@@ -398,8 +514,13 @@ def test_a_checkpoint_whose_writing_was_cut_off_is_not_used(tmp_path: Path) -> N
     assert newest_checkpoint(tmp_path, heard) is None
 
 
-def test_a_run_that_died_after_its_last_step_is_finished_without_another(tmp_path: Path) -> None:
-    unbroken, died = (trial(tmp_path / side, arguments()) for side in ("unbroken", "died"))
+@pytest.mark.parametrize(
+    ("config", "end"), [(arguments(), "6 of 6"), (overshooting(early_stopping_patience=2), "3 of 7")]
+)
+def test_a_run_that_died_after_its_last_step_is_finished_without_another(
+    config: Sections, end: str, tmp_path: Path
+) -> None:
+    unbroken, died = (trial(tmp_path / side, config) for side in ("unbroken", "died"))
     unbroken.train()
     from tuner.pipeline import train
 
@@ -407,13 +528,13 @@ def test_a_run_that_died_after_its_last_step_is_finished_without_another(tmp_pat
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "_evaluation_losses", die)
+        patch.setattr(train, "_keep", die)
         with pytest.raises(KeyboardInterrupt):
             died.train()
     heard = Heard()
     died.train(heard)
     assert not heard.steps
-    assert "resuming after step 6 of 6" in heard.notes
+    assert f"resuming after step {end}" in heard.notes
     assert died.weights() == unbroken.weights()
     assert died.metrics() == unbroken.metrics()
 
@@ -462,8 +583,6 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, Sections] = {
-    "load_best_model_at_end": arguments(load_best_model_at_end=True, eval_strategy="steps", save_strategy="no"),
-    "not measured": arguments(metric_for_best_model="accuracy"),
     "lr_scheduler_type|min_lr": arguments(lr_scheduler_type="cosine_with_min_lr"),
     "galore|optim_target_modules": arguments(optim="galore_adamw"),
 }

@@ -18,6 +18,7 @@ from tuner.training_config import (
     OWN_TYPES,
     REFUSED,
     RENAMED,
+    SECTIONS,
     ConfigSource,
     TrainingConfig,
     resolve_target_modules,
@@ -94,6 +95,11 @@ def test_unwritten_values_are_the_defaults_of_the_design() -> None:
         "optim": "adamw_torch_fused",
         "max_length": None,
         "seed": 42,
+        "eval_strategy": "steps",
+        "eval_steps": None,
+        "load_best_model_at_end": True,
+        "early_stopping_patience": None,
+        "early_stopping_threshold": 0.0,
     }
     assert config.section("QuantizationConfig") == {
         "load_in_4bit": True,
@@ -351,6 +357,9 @@ def test_kaito_fault_17_the_beginning_of_a_key_is_no_key(key: str) -> None:
         ("TrainingArguments: {learning_rate: .inf}", "must be a finite number"),
         ("TrainingArguments: {num_train_epochs: -1}", "must be greater than 0"),
         ("TrainingArguments: {lr_scheduler_type: cosin}", 'did you mean "cosine"?'),
+        ("TrainingArguments: {metric_for_best_model: accuracy}", "'accuracy' is none of eval_loss, loss"),
+        ("TrainingArguments: {greater_is_better: true}", "is not supported"),
+        ("TrainingArguments: {early_stopping_patience: -1}", "must be 0 or more"),
         ("TrainingArguments: {optim: adam}", "TrainingArguments.optim: 'adam' is none of"),
         ("TrainingArguments: {report_to: {a: b}}", "must be a list or a text"),
         ("DatasetConfig: {train_test_split: 0}", "must be greater than 0 and at most 1"),
@@ -589,7 +598,7 @@ def test_what_cannot_be_set_is_refused(typed: str) -> None:
 
 
 def test_tables_of_old_keys_name_sections_and_keys_that_exist() -> None:
-    types = TYPES | OWN_TYPES
+    types = {section: TYPES.get(section, {}) | dict(OWN_TYPES.get(section, {})) for section in SECTIONS}
     for path, (name, _) in RENAMED.items():
         section, _, key = name.partition(".")
         assert key in types[section], path
@@ -626,7 +635,7 @@ def test_the_installed_classes_take_our_defaults(tmp_path: Path) -> None:
     config = resolve(KAITO_TEMPLATE)
     LoraConfig(**config.section("LoraConfig"))
     BitsAndBytesConfig(**config.section("QuantizationConfig"))
-    arguments = SFTConfig(
-        **config.section("TrainingArguments") | {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
-    )
+    ours = {*OWN_TYPES["TrainingArguments"], "load_best_model_at_end"}  # what the Trainer is not asked for
+    theirs = {key: value for key, value in config.section("TrainingArguments").items() if key not in ours}
+    arguments = SFTConfig(**theirs | {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False})
     assert arguments.get_warmup_steps(1000) == 30

@@ -351,6 +351,7 @@ class Trained(Contract):
     last_train_loss: float
     eval_loss_before: float | None
     eval_loss_after: float | None
+    kept_step: int = Field(description="the step whose adapter this is")
     modules: dict[str, int] = Field(description="LoRA module name → how many layers have it")
     trainable_parameters: int
     total_parameters: int
@@ -358,11 +359,12 @@ class Trained(Contract):
     @property
     def figures(self) -> dict[str, float | None]:
         """What gates.METRICS names."""
+        before, after = self.eval_loss_before, self.eval_loss_after
         return {
-            "eval_loss": self.eval_loss_after,
-            "base": self.eval_loss_before,
-            "eval_perplexity": perplexity(self.eval_loss_after),
-            "base_perplexity": perplexity(self.eval_loss_before),
+            "eval_loss": after,
+            "base": before,
+            "eval_perplexity": None if after is None else perplexity(after),
+            "base_perplexity": None if before is None else perplexity(before),
             "train_loss": self.last_train_loss,
             "first_train_loss": self.first_train_loss,
             "steps": self.steps,
@@ -372,10 +374,8 @@ class Trained(Contract):
         }
 
 
-def perplexity(loss: float | None) -> float | None:
+def perplexity(loss: float) -> float:
     """How many tokens the model wavers between, of a mean loss in nats a token."""
-    if loss is None:
-        return None
     return math.exp(loss) if loss < _GREATEST_EXPONENT else math.inf
 
 

@@ -25,7 +25,7 @@ DOCUMENTS_PER_STEP = 16  # as in the QLoRA paper (https://arxiv.org/abs/2305.143
 ALL_LINEAR = "all-linear"
 DEFAULT, PRESET, TYPED = "default", "preset", "--set"
 
-# The two sections that no library class stands behind.
+# The two sections that no library class stands behind, and what a run knows beside TrainingArguments.
 OWN_TYPES: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "ModelConfig": {"chat_template": "str", "dtype": "str", "revision": "str", "trust_remote_code": "bool"},
@@ -41,6 +41,7 @@ OWN_TYPES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "shuffle_seed": "int",
             "train_test_split": "float",
         },
+        "TrainingArguments": {"early_stopping_patience": "int", "early_stopping_threshold": "float"},
     }
 )
 SECTIONS = ("ModelConfig", "QuantizationConfig", "LoraConfig", "TrainingArguments", "DataCollator", "DatasetConfig")
@@ -53,6 +54,8 @@ WORDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "QuantizationConfig.bnb_4bit_compute_dtype": DTYPES,
         "DatasetConfig.dataset_extension": ("parquet", "json", "jsonl", "csv", "arrow", "text", "txt"),
         "DatasetConfig.over_length": ("drop", "truncate", "error"),
+        # perplexity falls as the loss does
+        "TrainingArguments.metric_for_best_model": ("eval_loss", "loss", "eval_perplexity", "perplexity"),
     }
     | {f"{section}.{key}": words for section, keys in CHOICES.items() for key, words in keys.items()}
 )
@@ -75,6 +78,8 @@ BOUNDS: Mapping[str, Bound] = MappingProxyType(
         "TrainingArguments.warmup_steps": NOT_NEGATIVE,
         "TrainingArguments.weight_decay": NOT_NEGATIVE,
         "TrainingArguments.seed": NOT_NEGATIVE,
+        "TrainingArguments.early_stopping_patience": NOT_NEGATIVE,
+        "TrainingArguments.early_stopping_threshold": NOT_NEGATIVE,
         "DatasetConfig.bad_row_share": SHARE,
         "DatasetConfig.shuffle_seed": NOT_NEGATIVE,
         "DatasetConfig.train_test_split": (lambda number: 0 < number <= 1, "greater than 0 and at most 1 (1: all)"),
@@ -182,6 +187,7 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "TrainingArguments.deepspeed": "one process a GPU is what tuner runs; leave it out",
         "TrainingArguments.fsdp": "one process a GPU is what tuner runs; leave it out",
         "TrainingArguments.fsdp_config": "one process a GPU is what tuner runs; leave it out",
+        "TrainingArguments.greater_is_better": "a held-out loss is better when it is less; leave it out",
         "TrainingArguments.hub_token": "a token has no place in a ConfigMap; use $HF_TOKEN or modelAccessSecret",
         "TrainingArguments.model_init_kwargs": "write ModelConfig and QuantizationConfig instead",
         "TrainingArguments.parallelism_config": "one process a GPU is what tuner runs; leave it out",
@@ -504,7 +510,7 @@ class _Reading:
 
 
 def _types(section: str) -> Mapping[str, str]:
-    return OWN_TYPES.get(section) or TYPES[section]
+    return {**TYPES.get(section, {}), **OWN_TYPES.get(section, {})}
 
 
 def _old_names(section: str) -> list[str]:
@@ -692,6 +698,11 @@ def _defaults(
             "optim": "adamw_torch_fused",
             "max_length": None,
             "seed": 42,
+            "eval_strategy": "steps",
+            "eval_steps": None,
+            "load_best_model_at_end": True,
+            "early_stopping_patience": None,
+            "early_stopping_threshold": 0.0,
         },
         "DataCollator": {},
         "DatasetConfig": dict.fromkeys(OWN_TYPES["DatasetConfig"])

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from tuner import __version__
 from tuner.errors import DataError, GateError
-from tuner.runspec import Fetched, FetchedFile, FetchedModel, Prepared, RunSpec
+from tuner.runspec import Fetched, FetchedFile, FetchedModel, Prepared, RunSpec, perplexity
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -204,11 +204,14 @@ def model_card(
         f"| LoRA | r {lora.get('r')}, alpha {lora.get('lora_alpha')}, dropout {lora.get('lora_dropout')} |",
         f"| covers | {coverage} |",
         f"| learning rate | {arguments.get('learning_rate')}, {arguments.get('lr_scheduler_type')} |",
-        f"| steps | {figures['steps']}, {_figure(figures['epochs'])} epochs |",
+        f"| steps | {figures['steps']}, {_figure(figures['epochs'])} epochs; the adapter is of step "
+        f"{figures['kept_step']} |",
         f"| rows | {prepared.train.rows:,} trained on, {held_out:,} held out |",
         f"| tokens | {prepared.train.tokens:,} in the training rows, {prepared.train.supervised_tokens:,} learnt |",
         f"| training loss | {_figure(figures['first_train_loss'])} → {_figure(figures['last_train_loss'])} |",
         f"| held-out loss | {_figure(figures['eval_loss_before'])} → {_figure(figures['eval_loss_after'])} |",
+        f"| held-out perplexity | {_perplexity(figures['eval_loss_before'])} → "
+        f"{_perplexity(figures['eval_loss_after'])} |",
         f"| row order | `{prepared.train.order_sha256}` |",
         f"| run | `{spec.digest}` |",
         "",
@@ -224,6 +227,10 @@ def model_card(
 
 def _figure(value: float | None) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{value:.4g}"
+
+
+def _perplexity(loss: float | None) -> str:
+    return "–" if loss is None else _figure(perplexity(loss))
 
 
 def file_digests(directory: Path) -> dict[str, str]:

@@ -402,6 +402,7 @@ def train(spec: RunSpec, fetched: Fetched, prepared: Prepared, work_dir: Path, r
     figures: dict[str, float | int | None] = {
         "steps": outcome.steps,
         "epochs": outcome.epochs,
+        "kept_step": outcome.kept_step,
         "first_train_loss": outcome.first_train_loss,
         "last_train_loss": outcome.last_train_loss,
         "eval_loss_before": outcome.eval_loss_before,
@@ -431,6 +432,7 @@ def train(spec: RunSpec, fetched: Fetched, prepared: Prepared, work_dir: Path, r
         last_train_loss=outcome.last_train_loss,
         eval_loss_before=outcome.eval_loss_before,
         eval_loss_after=outcome.eval_loss_after,
+        kept_step=outcome.kept_step,
         modules=dict(outcome.coverage.modules),
         trainable_parameters=outcome.coverage.trainable_parameters,
         total_parameters=outcome.coverage.total_parameters,

@@ -24,8 +24,9 @@ from tuner.errors import ConfigError, InputMissingError, InterruptedRunError, Ou
 from tuner.levers import LEARNT_HEAD, PACKING
 from tuner.memory import read_shape
 from tuner.pipeline.adapter import ADAPTER_WEIGHTS, file_digests, write_json
+from tuner.pipeline.best import KeepBest, Rule, held_out_losses
 from tuner.pipeline.kernels import Exact, has_plain_head, prove
-from tuner.pipeline.launch import is_worker
+from tuner.pipeline.launch import is_worker, rank, world_size
 from tuner.pipeline.levers import Choice, apply, choose
 from tuner.pipeline.libraries import versions
 from tuner.pipeline.model import Coverage, Device, attach_lora, load_base_model, pick_device
@@ -33,7 +34,7 @@ from tuner.pipeline.probe import Pieces
 from tuner.pipeline.trainer import PackedTrainer
 from tuner.plan import choose_micro_batch, read_setup
 from tuner.runspec import Prepared, Progress, Reporter, RunSpec, Split
-from tuner.training_config import TrainingConfig
+from tuner.training_config import OWN_TYPES, TrainingConfig
 
 CPU_MICRO_BATCH_TOKENS = 2048  # more only costs memory
 # For an architecture whose memory cannot be reckoned: so many that decoding 4-bit weights is a tenth of the work.
@@ -44,6 +45,9 @@ KEPT_CHECKPOINTS = 2  # the one before is there when the newest was not written 
 SEAL = "seal.json"  # the last file of a checkpoint: what the others must be
 METRICS = "metrics.jsonl"
 LEVERS = "levers.json"  # beside the checkpoints
+EVALUATIONS = 5  # in a run, unless the user says how often
+EVALUATION_STEPS_AT_LEAST = 10  # closer together they would be the most of a short run
+_BEST_IS_OURS = frozenset({"load_best_model_at_end", "metric_for_best_model"})  # best.py, not the Trainer
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Outcome:
     last_train_loss: float
     eval_loss_before: float | None
     eval_loss_after: float | None
+    kept_step: int
     versions: dict[str, str]
 
 
@@ -115,18 +120,24 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]
     ) -> TrainerControl:
         # At the end of an epoch an evaluation may follow, and must be in the checkpoint: on_epoch_end is next.
         ends_training = state.global_step >= state.max_steps
-        if ends_training:
+        if ends_training or control.should_evaluate:  # which may be the end
             control.should_log = True  # the last loss, however seldom the user wants to hear
-        elif not float(state.epoch).is_integer() and self._is_checkpoint_due(state):
+        if not ends_training and not float(state.epoch).is_integer() and self._is_checkpoint_due(state):
             control.should_save = True
         return control
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        if self._is_checkpoint_due(state):
+        if control.should_evaluate:
+            control.should_log = True
+        if self._is_checkpoint_due(state) and not self._stopped_early(state, control):  # which has saved
             control.should_save = True
         return control
+
+    @staticmethod
+    def _stopped_early(state: TrainerState, control: TrainerControl) -> bool:
+        return bool(control.should_training_stop and state.global_step < state.max_steps)
 
     def _is_checkpoint_due(self, state: TrainerState) -> bool:
         self._stop.requested = _any_rank(self._stop.requested)
@@ -138,7 +149,7 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._last_checkpoint = time.monotonic()
-        if self._stop.requested and state.global_step < state.max_steps:
+        if self._stop.requested and state.global_step < state.max_steps and not control.should_training_stop:
             # Not should_training_stop: the Trainer would then evaluate and log what an unbroken run does not.
             raise InterruptedRunError(f"stopped after step {state.global_step} of {state.max_steps}; checkpoint saved")
 
@@ -216,6 +227,7 @@ class _Trainer(PackedTrainer):
     """PackedTrainer whose checkpoints are sealed, and can be gone on from in every respect."""
 
     chosen: Choice | None = None
+    keep_best: KeepBest
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -223,8 +235,10 @@ class _Trainer(PackedTrainer):
         self.accelerator.wait_for_everyone()  # each rank writes its random state
         if self.args.should_save:
             self._keep_pieces()
+            checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            self.keep_best.copy_into(checkpoint)
             seal(
-                Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}",
+                checkpoint,
                 unlogged_loss=unlogged_loss,
                 last_logged_step=self._globalstep_last_logged,
             )
@@ -241,8 +255,6 @@ class _Trainer(PackedTrainer):
         self.accelerator.prepare_model(self.model, evaluation_mode=True)  # autocast, as train() would have put on it
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
-            self._load_best_model()
 
 
 # ── recovery checkpoints ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -321,12 +333,12 @@ def training_arguments(
 
     Raises ConfigError in SFTConfig's own words.
     """
-    written = {key: value for key, value in spec.training.section("TrainingArguments").items() if value is not None}
-    best = written.get("metric_for_best_model", "loss")
-    if best.removeprefix("eval_") != "loss":
-        raise ConfigError(
-            f"TrainingArguments.metric_for_best_model: {best!r} is not measured", hint="eval_loss is what there is"
-        )
+    own = OWN_TYPES["TrainingArguments"].keys() | _BEST_IS_OURS
+    written = {
+        key: value
+        for key, value in spec.training.section("TrainingArguments").items()
+        if value is not None and key not in own
+    }
     recomputes = pieces.recomputes
     written["gradient_checkpointing"] = recomputes
     if "activation_checkpointing" in SFTConfig.__dataclass_fields__:  # its name since transformers 5.20
@@ -336,12 +348,16 @@ def training_arguments(
         written["optim"] = written["optim"].removeprefix("paged_")  # there is nothing to page out of
     elif "bf16" not in written and "fp16" not in written:
         written |= {"bf16": device.dtype is torch.bfloat16, "fp16": device.dtype is torch.float16}
-    if not written.get("load_best_model_at_end"):
-        written.setdefault("save_strategy", "no")  # recovery checkpoints come by the clock
+    # Recovery checkpoints come by the clock, and the best adapter is kept anyway.
+    by_steps = "save_steps" in written and written.get("save_strategy") != "epoch"
+    if written.get("save_strategy") in (None, "best"):
+        written["save_strategy"] = "steps" if by_steps else "no"
     if prepared.evaluation is None:
-        written |= {"eval_strategy": "no", "load_best_model_at_end": False}
+        written["eval_strategy"] = "no"
+    steps = _steps(written, prepared.train.rows)
+    written.setdefault("eval_steps", max(EVALUATION_STEPS_AT_LEAST, math.ceil(steps / EVALUATIONS)))
     if "logging_steps" not in written:
-        written["logging_steps"] = max(1, min(10, _steps(written, prepared.train.rows) // 20))
+        written["logging_steps"] = max(1, min(10, steps // 20))
     documents = written["per_device_train_batch_size"] * written["gradient_accumulation_steps"]
     if written.get("train_sampling_strategy") != "sequential":
         written.pop("train_sampling_strategy", None)  # no padding, so nothing is won by like lengths
@@ -383,11 +399,11 @@ def _refusals(section: str) -> Iterator[None]:
 
 
 def _steps(arguments: dict[str, Any], rows: int) -> int:
-    """About how many optimizer steps there will be, on one GPU."""
+    """How many optimizer steps there will be."""
     if arguments.get("max_steps", -1) > 0:
         return int(arguments["max_steps"])
-    documents = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
-    steps: float = arguments["num_train_epochs"] * rows / documents
+    documents = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"] * world_size()
+    steps: float = arguments["num_train_epochs"] * math.ceil(rows / documents)
     return math.ceil(steps)
 
 
@@ -439,19 +455,27 @@ def _optimise(
     metrics_file = adapter_dir / METRICS
     metrics_file.unlink(missing_ok=True)
     recorder = _Recorder(stop, reporter, metrics_file)
-    trainer = _trainer(model, exact, arguments, pieces, prepared, work_dir, recorder, reporter)
+    keep_best = KeepBest(Rule.of(spec.training), model, checkpoints)
+    trainer = _trainer(model, exact, arguments, pieces, prepared, work_dir, [recorder, keep_best], reporter)
+    trainer.keep_best = keep_best
     chosen = _take_levers(trainer, exact, device, spec, pieces, checkpoints)
     reporter.note(f"{device.name}: {chosen}")
     state = TrainerState.load_from_json(str(resume / "trainer_state.json")) if resume else None
     if resume and state:
         reporter.note(f"resuming after step {state.global_step} of {state.max_steps}")
-    if resume and state and state.global_step >= state.max_steps:
+    if rank() == 0:
+        keep_best.begin(resume)
+    if (
+        resume
+        and state
+        and (state.global_step >= state.max_steps or keep_best.rule.is_over(state.log_history, state.max_steps))
+    ):
         trainer.finish_from(resume)
     else:
         if resume:
             trainer.add_callback(_Carry(trainer, resume))
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    before, after = _evaluation_losses(trainer, prepared)
+    before, kept, after = _keep(trainer, prepared, reporter)
     recorder.record(trainer.state.log_history)
     history = metrics(trainer.state.log_history)
     losses = [entry["loss"] for entry in history if "loss" in entry]
@@ -471,6 +495,7 @@ def _optimise(
         last_train_loss=losses[-1],
         eval_loss_before=before,
         eval_loss_after=after,
+        kept_step=kept,
         versions=versions(),
     )
 
@@ -554,7 +579,7 @@ def _trainer(
     pieces: Pieces,
     prepared: Prepared,
     work_dir: Path,
-    recorder: _Recorder,
+    callbacks: list[TrainerCallback],
     reporter: Reporter,
 ) -> _Trainer:
     tokenizer = AutoTokenizer.from_pretrained(work_dir / prepared.tokenizer_dir, local_files_only=True)
@@ -568,7 +593,7 @@ def _trainer(
             train_dataset=_load_split(prepared.train, work_dir),
             eval_dataset=_load_split(prepared.evaluation, work_dir) if prepared.evaluation else None,
             processing_class=tokenizer,
-            callbacks=[recorder],
+            callbacks=callbacks,
         )
         for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
             trainer.remove_callback(callback)
@@ -581,14 +606,20 @@ def _trainer(
     return trainer
 
 
-def _evaluation_losses(trainer: _Trainer, prepared: Prepared) -> tuple[float | None, float | None]:
-    """The held-out loss before the first step and of the adapter as it is now."""
+def _keep(trainer: _Trainer, prepared: Prepared, reporter: Reporter) -> tuple[float | None, int, float | None]:
+    """Make the model the adapter to keep: the held-out loss before training, the step kept, and its loss."""
+    state = trainer.state
     if prepared.evaluation is None:
-        return None, None
-    evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    last = evaluations[-1]
-    is_of_now = last["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end
-    return evaluations[0]["eval_loss"], last["eval_loss"] if is_of_now else trainer.evaluate()["eval_loss"]
+        return None, int(state.global_step), None
+    if state.global_step not in held_out_losses(state.log_history):
+        trainer.evaluate()
+    if state.global_step < state.max_steps:
+        reporter.note(f"the held-out loss falls no more: stopped after step {state.global_step} of {state.max_steps}")
+    kept = trainer.keep_best.put_back(state)
+    if kept != state.global_step:
+        reporter.note(f"the adapter of step {kept} is kept: its held-out loss is the least")
+    before = next(entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry)
+    return before, kept, held_out_losses(state.log_history)[kept]
 
 
 def _adapter_dtype(training: TrainingConfig) -> torch.dtype:

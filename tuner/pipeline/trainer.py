@@ -22,6 +22,7 @@ from trl import SFTTrainer
 from tuner.pipeline.kernels import Exact, summed_nll
 from tuner.pipeline.labels import IGNORED
 from tuner.pipeline.packing import pack
+from tuner.runspec import perplexity
 
 _EVALUATED_AT_ONCE = 64  # documents, so that packing finds what fits together
 
@@ -172,7 +173,8 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
                         nll = self.model(**micro_batch(bin_, self.args.device, packed=self.packs))
                     sums += torch.tensor([nll.item(), sum(map(_learnt, bin_))], dtype=torch.float64)
         total, count = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
-        figures = {f"{metric_key_prefix}_loss": total / max(count, 1)}
+        loss = total / max(count, 1)
+        figures = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": perplexity(loss)}
         self.log(dict(figures))
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
         self.model.train(training)
