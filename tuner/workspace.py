@@ -954,6 +954,13 @@ _RESERVED_LABELS = re.compile(
     r"kaito\.sh/(workspace|workspacenamespace|ragengine|ragenginenamespace)"
     r"|karpenter\.kaito\.sh/(workspace|inferenceset)-(name|namespace)"
 )
+
+
+def is_reserved_label(key: str) -> bool:
+    """Whether KAITO sets this label by itself and ignores it in a labelSelector."""
+    return _RESERVED_LABELS.fullmatch(key) is not None
+
+
 _EXAMPLE_HOST = re.compile(r"(?:https?://)?(?:[a-z0-9-]+\.)*example\.(?:com|org|net)(?=[:/]|$)", re.IGNORECASE)
 
 
@@ -982,7 +989,7 @@ def _outdated(written: Mapping[str, Any], workspace: Workspace) -> Iterator[_Fau
     if resource.preferred_nodes:
         yield _Fault(("resource", "preferredNodes"), "deprecated by KAITO; only a preference here, use labelSelector")
     labels = resource.label_selector.match_labels if resource.label_selector else {}
-    for label in filter(_RESERVED_LABELS.fullmatch, labels):
+    for label in filter(is_reserved_label, labels):
         yield _Fault(("resource", "labelSelector", "matchLabels", label), "reserved by KAITO and ignored")
     yield from _outdated_preset(tuning.preset)
     for side in ("input", "output"):

@@ -1,0 +1,744 @@
+"""Workspace + Run + JobOptions → the objects of a run: ConfigMap, Secrets, Job. Pure: no clock, no cluster.
+
+    job_templates/job.yaml ── values by name ── user's patches ── what must not change ── checks ──► Job
+
+Plain dicts end to end: the client's models refuse or drop what they do not know.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+from tuner import __version__, pod
+from tuner.cluster import templates
+from tuner.cluster.sizes import UNKNOWN_WEIGHTS_GIB, Sizes, read_sizes
+from tuner.cluster.templates import EXAMPLE_NAME, Manifest
+from tuner.errors import ConfigError, Problem
+from tuner.instance_types import GIB, Machine, find_instance_type
+from tuner.plan import make_plan
+from tuner.request import HF_TOKEN, SOURCES_ANNOTATION, Run
+from tuner.runspec import (
+    DirectoryDestination,
+    HubModel,
+    ImageDestination,
+    ImageModel,
+    ImageSource,
+    RunSpec,
+    UrlSource,
+    VolumeSource,
+)
+from tuner.workspace import (
+    LABEL_CHARACTERS,
+    TRAINING_CONFIG_KEY,
+    ImageInput,
+    ImageOutput,
+    Secret,
+    Tuning,
+    VolumeOutput,
+    Workspace,
+    WorkspaceFile,
+    is_reserved_label,
+    require_tuning,
+)
+
+WORKSPACE_LABEL = "kaito.sh/workspace"
+REVISION_ANNOTATION = "workspace.kaito.io/revision"
+DIGEST_ANNOTATION = "tuner/run-digest"
+INSTANCE_TYPE_LABEL = "node.kubernetes.io/instance-type"
+GPU = "nvidia.com/gpu"
+CHECK_DATA_BYTES = 256 * 2**20  # larger data are left to the run itself
+SECRET_MODE = 0o440  # fsGroup reads it
+
+_OBJECT_BYTES = 2**20  # what the API server takes of a ConfigMap or Secret
+_APPLY_BYTES = 250_000  # kubectl apply keeps the whole object in one annotation of at most 256 KiB
+_HASH_CHARACTERS = 10
+_QUEUE_PREFIX = "kueue.x-k8s.io/"
+_DISRUPTION = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
+# What the clouds put on nodes that may go away at any time; Amazon leaves the taint to the cluster's owner.
+_SPOT_TAINTS = {
+    "kubernetes.azure.com/scalesetpriority": "spot",
+    "cloud.google.com/gke-spot": "true",
+    "eks.amazonaws.com/capacityType": "SPOT",
+    "karpenter.sh/capacity-type": "spot",
+}
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """What of a Job no Workspace says. `gpus` and `instance_type` win over the Workspace's instanceType.
+
+    `labels_preferred`: no node carries the labels yet, so they must not be required. `owner` is an ownerReference.
+    `config_text` is training_config.yaml as --config has it, `ca_text` what --ca names.
+    """
+
+    image: str
+    namespace: str | None = None
+    gpus: int | None = None
+    instance_type: str | None = None
+    service_account: str | None = None
+    workload_identity: bool = False
+    spot: bool = False
+    queue: str | None = None
+    queue_priority: str | None = None
+    priority_class: str | None = None
+    scheduler: str | None = None
+    runtime_class: str | None = None
+    image_pull_secrets: tuple[str, ...] = ()
+    results_volume: str | None = None
+    weights_volume: str | None = None
+    push_hold_s: int = pod.PUSH_HOLD_S
+    backoff_limit: int = 3
+    ttl_s: int | None = None
+    deadline_s: int | None = None
+    image_volume: bool = False
+    disruption_ok: bool = False
+    labels_preferred: bool = False
+    patches: tuple[Mapping[str, Any], ...] = ()
+    revision: int = 1
+    owner: Mapping[str, Any] | None = None
+    config_text: str | None = None
+    ca_text: str | None = None
+
+
+@dataclass(frozen=True)
+class JobObjects:
+    """What to create, in this order: the ConfigMap, the Secrets, the Job. `notes` are sentences for who asked."""
+
+    config_map: Manifest
+    secrets: tuple[Manifest, ...] = field(repr=False)
+    job: Manifest
+    notes: tuple[str, ...] = ()
+
+    @property
+    def objects(self) -> tuple[Manifest, ...]:
+        return (self.config_map, *self.secrets, self.job)
+
+
+def render_job(file: WorkspaceFile, run: Run, options: JobOptions) -> JobObjects:
+    """The objects of a run that `build_run` made for a pod, with `world_size=count_gpus(…)`.
+
+    Raises ConfigError with all that Kubernetes would refuse.
+    """
+    ask = _Ask(file, require_tuning(file), run, options)
+    problems = list(_option_problems(ask))
+    if problems:
+        raise ConfigError.of(problems)
+    config_map = _config_map(ask)
+    own = _own_secret(ask)
+    job = _job(ask, config_map["metadata"]["name"], own["metadata"]["name"] if own else None)
+    secrets = (*_carried_secrets(ask), *([own] if own else []))
+    return JobObjects(config_map, secrets, job, tuple(_notes(ask, config_map)))
+
+
+def count_gpus(workspace: Workspace, options: JobOptions, *, smoke: bool = False) -> int:
+    """The pod's GPUs: as typed, those of the instance type, else one; a smoke run has none.
+
+    Raises ConfigError for an instance type on which nothing can be trained.
+    """
+    if smoke:
+        return 0
+    machine = _machine(workspace, options)
+    if options.gpus is not None:
+        return options.gpus
+    return machine.gpus if machine else 1
+
+
+def written_instance_type(workspace: Workspace, options: JobOptions) -> str | None:
+    """The one to ask for, --instance-type before the Workspace's."""
+    return options.instance_type or workspace.resource.instance_type
+
+
+def _machine(workspace: Workspace, options: JobOptions) -> Machine | None:
+    """What is known of the instance type; None for none, and for one that is in no table."""
+    name = written_instance_type(workspace, options)
+    if name is None:
+        return None
+    try:
+        machine = find_instance_type(name)
+    except ConfigError:
+        return None
+    if problem := machine.gpu.problem:
+        path = "--instance-type" if options.instance_type else "resource.instanceType"
+        hint = "another one wins over the Workspace's: --instance-type Standard_NC24ads_A100_v4"
+        raise ConfigError.of([Problem(f"{name}: {problem}", path=path, hint=hint)])
+    return machine
+
+
+@dataclass(frozen=True)
+class _Ask:
+    """All that was asked for, and what follows from it in a word."""
+
+    file: WorkspaceFile
+    tuning: Tuning
+    run: Run
+    options: JobOptions
+
+    @property
+    def spec(self) -> RunSpec:
+        return self.run.spec
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def workspace(self) -> Workspace:
+        return self.file.workspace
+
+    @property
+    def gpus(self) -> int:
+        return count_gpus(self.workspace, self.options, smoke=self.spec.smoke)
+
+    @property
+    def input_volume(self) -> Mapping[str, Any] | None:
+        """The volume that the data are on; None where they are fetched."""
+        return next((each.source for each in self.spec.sources if isinstance(each, VolumeSource)), None)
+
+    @property
+    def output_volume(self) -> Mapping[str, Any] | None:
+        """The volume that the adapter goes to; None where it becomes an image."""
+        if isinstance(self.spec.destination, DirectoryDestination) and isinstance(self.tuning.output, VolumeOutput):
+            return self.tuning.output.volume_source
+        return None
+
+    @property
+    def push_secret(self) -> str | None:
+        pushes = isinstance(self.spec.destination, ImageDestination) or self.spec.probe
+        return self.tuning.output.image_push_secret if pushes and isinstance(self.tuning.output, ImageOutput) else None
+
+    @property
+    def input_pull_secrets(self) -> tuple[str, ...]:
+        return self.tuning.input.image_pull_secrets if isinstance(self.tuning.input, ImageInput) else ()
+
+    @property
+    def pull_secrets(self) -> tuple[str, ...]:
+        """Those that our own puller reads, each once."""
+        names: list[str] = []
+        if isinstance(self.spec.base_model, ImageModel):
+            names += self.tuning.preset.preset_options.image_pull_secrets
+        if any(isinstance(source, ImageSource) for source in self.spec.sources):
+            names += self.input_pull_secrets
+        return tuple(dict.fromkeys(names))
+
+    @property
+    def hub_secret(self) -> str | None:
+        urls = [source.url for source in self.spec.sources if isinstance(source, UrlSource)]
+        asks = isinstance(self.spec.base_model, HubModel) or any("://huggingface.co/" in url for url in urls)
+        return self.tuning.preset.preset_options.model_access_secret if asks else None
+
+    @property
+    def headers_secret(self) -> str | None:
+        return self.workspace.metadata.annotations.get(SOURCES_ANNOTATION)
+
+    def metadata(self, name: str) -> Manifest:
+        """Of an object of this run."""
+        metadata: Manifest = {"name": name}
+        if namespace := self.options.namespace or self.workspace.metadata.namespace:
+            metadata["namespace"] = namespace
+        metadata["labels"] = self.labels
+        if self.options.owner:
+            metadata["ownerReferences"] = [dict(self.options.owner)]
+        return metadata
+
+    @property
+    def labels(self) -> dict[str, str]:
+        return {
+            WORKSPACE_LABEL: self.name,
+            "app.kubernetes.io/name": "tuner",
+            "app.kubernetes.io/instance": self.name,
+            "app.kubernetes.io/component": "tuning",
+            "app.kubernetes.io/managed-by": "tuner",
+            "app.kubernetes.io/version": __version__,
+        }
+
+
+def _option_problems(ask: _Ask) -> Iterator[Problem]:
+    """Options that contradict each other or the Workspace."""
+    options = ask.options
+    if options.gpus is not None and options.gpus < 1:
+        yield Problem(f"{options.gpus} GPUs: at least one trains", path="--gpus", hint="--smoke needs none")
+    if ask.output_volume and options.results_volume:
+        yield Problem(
+            "the output is a volume already, and checkpoints go there",
+            path="--results-volume",
+            hint="leave out --results-volume, or tuning.output.volumeSource",
+        )
+    if options.image_volume and not isinstance(ask.tuning.input, ImageInput):
+        yield Problem("the input is no image", path="--image-volume")
+    if options.workload_identity and not options.service_account:
+        yield Problem(
+            "whose identity? It is given to a service account",
+            path="--workload-identity",
+            hint="--service-account NAME, which the identity is federated with",
+        )
+    if options.queue_priority and not options.queue:
+        yield Problem("there is no queue for it", path="--queue-priority", hint="--queue NAME, too")
+
+
+# ── the ConfigMap and the Secrets ────────────────────────────────────────────────────────────────────────────────────
+
+
+def _config_map(ask: _Ask) -> Manifest:
+    """What every container reads; its name says what is in it, so an edit is another object."""
+    data = {pod.RUN_JSON: ask.spec.model_dump_json(indent=2)}
+    if ask.options.config_text is not None:
+        data[TRAINING_CONFIG_KEY] = ask.options.config_text
+    elif ask.tuning.config and ask.tuning.config in ask.file.config_maps:
+        data[TRAINING_CONFIG_KEY] = ask.file.config_maps[ask.tuning.config].training_config().text
+    if ask.options.ca_text is not None:
+        data[pod.CA_CRT] = ask.options.ca_text
+    size_bytes = sum(len(key) + len(text.encode()) for key, text in data.items())
+    if size_bytes > _OBJECT_BYTES:
+        largest = max(data, key=lambda key: len(data[key]))
+        raise ConfigError(
+            f"the run's ConfigMap has {size_bytes:,} bytes, and Kubernetes takes {_OBJECT_BYTES:,}; "
+            f"most of them are {largest}",
+            hint="what is so large in tuning.config? a chat template may be left out where the model has its own",
+        )
+    digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+    metadata = ask.metadata(f"{ask.name}-config-{digest[:_HASH_CHARACTERS]}")
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "immutable": True, "data": data}
+
+
+def _own_secret(ask: _Ask) -> Manifest | None:
+    """Signed queries and the headers that were given on the command line; None where there are none."""
+    data: dict[str, str] = {}
+    if ask.run.secrets.queries:
+        data[pod.QUERIES_JSON] = json.dumps(ask.run.secrets.queries, sort_keys=True)
+    if ask.run.secrets.source_headers:
+        (data[pod.SOURCES_JSON],) = ask.run.secrets.source_headers
+    if not data:
+        return None
+    # Names are for many to read: trying passwords against this one takes 16 MiB and tens of milliseconds for each.
+    text = json.dumps(data, sort_keys=True).encode()
+    digest = hashlib.scrypt(text, salt=ask.name.encode(), n=2**14, r=8, p=1).hex()
+    encoded = {key: base64.b64encode(value.encode()).decode() for key, value in data.items()}
+    metadata = ask.metadata(f"{ask.name}-sources-{digest[:_HASH_CHARACTERS]}")
+    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "immutable": True, "type": "Opaque"}
+    return {**secret, "data": encoded}
+
+
+def _carried_secrets(ask: _Ask) -> Iterator[Manifest]:
+    """Secrets of the Workspace's file that the pod mounts: without them in the cluster it would wait for ever."""
+    needed = (ask.push_secret, *ask.pull_secrets, ask.hub_secret, ask.headers_secret, *_kubelet_secrets(ask))
+    for name in dict.fromkeys(needed):
+        if name and name in ask.file.secrets:
+            yield _as_manifest(ask.file.secrets[name], ask)
+
+
+def _as_manifest(secret: Secret, ask: _Ask) -> Manifest:
+    metadata: Manifest = {"name": secret.metadata.name}
+    if namespace := ask.options.namespace or secret.metadata.namespace or ask.workspace.metadata.namespace:
+        metadata["namespace"] = namespace
+    for key in ("labels", "annotations"):
+        if written := getattr(secret.metadata, key):
+            metadata[key] = dict(written)
+    manifest: Manifest = {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "type": secret.type}
+    manifest |= {"data": dict(secret.data)} if secret.data else {}
+    manifest |= {"stringData": dict(secret.string_data)} if secret.string_data else {}
+    return manifest
+
+
+# ── the Job ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _job(ask: _Ask, config_map_name: str, own_secret_name: str | None) -> Manifest:
+    job = templates.load_template("job-volume-output.yaml" if ask.output_volume else "job.yaml")
+    sizes = read_sizes(ask.spec, ask.gpus)
+    _set_names(job, ask)
+    _set_policy(job, ask)
+    _set_place(job, ask)
+    _set_identity(job, ask)
+    templates.set_volume(job, pod.CONFIG_VOLUME, {"configMap": {"name": config_map_name, "defaultMode": SECRET_MODE}})
+    _set_data(job, ask, sizes)
+    _set_weights(job, ask, sizes)
+    _set_results(job, ask, sizes)
+    _set_secrets(job, ask, own_secret_name)
+    _set_resources(job, ask, sizes)
+    return job
+
+
+def _data_container(ask: _Ask) -> str:
+    """By KAITO's names: images are pulled, all else is downloaded."""
+    pulls = any(isinstance(source, ImageSource) for source in ask.spec.sources)
+    return pod.PULLER if pulls else pod.DATA_DOWNLOADER
+
+
+def _set_names(job: Manifest, ask: _Ask) -> None:
+    digest = {DIGEST_ANNOTATION: ask.spec.digest}
+    job["metadata"] = ask.metadata(ask.name)
+    templates.annotate(job, {REVISION_ANNOTATION: str(ask.options.revision), **digest})
+    template = templates.pod_template(job)
+    template["metadata"]["labels"] = ask.labels
+    templates.annotate(template, digest)
+    templates.rename_container(job, EXAMPLE_NAME, ask.name)
+    templates.rename_container(job, pod.DATA_DOWNLOADER, _data_container(ask))
+    for container in templates.containers(job):
+        container["image"] = ask.options.image
+
+
+def _set_policy(job: Manifest, ask: _Ask) -> None:
+    """How often, how long, in which queue."""
+    options, spec = ask.options, templates.pod_spec(job)
+    job["spec"]["backoffLimit"] = options.backoff_limit
+    if options.ttl_s is not None:
+        job["spec"]["ttlSecondsAfterFinished"] = options.ttl_s
+    if options.deadline_s is not None:
+        job["spec"]["activeDeadlineSeconds"] = options.deadline_s
+    # A queue that the Workspace's own labels name is the Job's.
+    written = ask.workspace.metadata
+    templates.label(job, {key: value for key, value in written.labels.items() if key.startswith(_QUEUE_PREFIX)})
+    placement = {key: value for key, value in written.annotations.items() if key.startswith(f"{_QUEUE_PREFIX}podset-")}
+    templates.annotate(templates.pod_template(job), placement)
+    if options.queue:
+        templates.label(job, {f"{_QUEUE_PREFIX}queue-name": options.queue})
+    if options.queue_priority:
+        templates.label(job, {f"{_QUEUE_PREFIX}priority-class": options.queue_priority})
+    for key, value in (
+        ("priorityClassName", options.priority_class),
+        ("schedulerName", options.scheduler),
+        ("runtimeClassName", options.runtime_class),
+    ):
+        if value:
+            spec[key] = value
+    if options.spot or options.disruption_ok:
+        annotations = templates.pod_template(job)["metadata"]["annotations"]
+        for key in _DISRUPTION:
+            del annotations[key]
+
+
+def _set_place(job: Manifest, ask: _Ask) -> None:
+    """On which nodes: labels, instance type, preferred nodes, taints."""
+    spec = templates.pod_spec(job)
+    if ask.options.spot:
+        spec["tolerations"] += [
+            {"key": key, "operator": "Equal", "value": value, "effect": "NoSchedule"}
+            for key, value in _SPOT_TAINTS.items()
+        ]
+    affinity = _node_affinity(ask)
+    if affinity:
+        spec["affinity"] = {"nodeAffinity": affinity}
+    else:
+        del spec["affinity"]
+
+
+def _node_affinity(ask: _Ask) -> Manifest:
+    """From labelSelector, instanceType and preferredNodes; empty for a run that any node will do for."""
+    if ask.spec.smoke:
+        return {}
+    required: list[Manifest] = []
+    preferred: list[list[Manifest]] = []
+    if instance_type := written_instance_type(ask.workspace, ask.options):
+        required.append({"key": INSTANCE_TYPE_LABEL, "operator": "In", "values": [instance_type]})
+    labels = list(_label_expressions(ask.workspace))
+    if labels and ask.options.labels_preferred:
+        preferred.append(labels)
+    else:
+        required += labels
+    if nodes := ask.workspace.resource.preferred_nodes:
+        preferred.append([{"key": "kubernetes.io/hostname", "operator": "In", "values": list(nodes)}])
+    affinity: Manifest = {}
+    if required:
+        terms = {"nodeSelectorTerms": [{"matchExpressions": required}]}
+        affinity["requiredDuringSchedulingIgnoredDuringExecution"] = terms
+    if preferred:
+        affinity["preferredDuringSchedulingIgnoredDuringExecution"] = [
+            {"weight": 100, "preference": {"matchExpressions": expressions}} for expressions in preferred
+        ]
+    return affinity
+
+
+def _label_expressions(workspace: Workspace) -> Iterator[Manifest]:
+    """`labelSelector`, but for the keys that KAITO keeps for itself."""
+    selector = workspace.resource.label_selector
+    if selector is None:
+        return
+    for key, value in selector.match_labels.items():
+        if not is_reserved_label(key):
+            yield {"key": key, "operator": "In", "values": [value]}
+    for each in selector.match_expressions:
+        if not is_reserved_label(each.key):
+            values = {"values": list(each.values)} if each.values else {}
+            yield {"key": each.key, "operator": each.operator, **values}
+
+
+def _set_identity(job: Manifest, ask: _Ask) -> None:
+    """A service account where asked for; its token is mounted nowhere, and a cloud's identity not in the trainer."""
+    spec, options = templates.pod_spec(job), ask.options
+    if options.service_account:
+        spec["serviceAccountName"] = options.service_account
+    if names := _kubelet_secrets(ask):
+        spec["imagePullSecrets"] = [{"name": name} for name in names]
+    if options.workload_identity:
+        template = templates.pod_template(job)
+        templates.label(template, {"azure.workload.identity/use": "true"})
+        skipped = {"azure.workload.identity/skip-containers": ask.name, "eks.amazonaws.com/skip-containers": ask.name}
+        if not ask.output_volume:
+            templates.annotate(template, skipped)
+
+
+def _kubelet_secrets(ask: _Ask) -> tuple[str, ...]:
+    """With what the kubelet pulls: our own image, and an image volume."""
+    names = list(ask.options.image_pull_secrets)
+    if ask.input_volume and "image" in ask.input_volume:
+        names += ask.input_pull_secrets
+    return tuple(dict.fromkeys(names))
+
+
+def _set_data(job: Manifest, ask: _Ask, sizes: Sizes) -> None:
+    volume = ask.input_volume
+    if volume is None:
+        templates.set_volume(job, pod.DATA_VOLUME, {"emptyDir": {"sizeLimit": f"{sizes.data_limit_gib}Gi"}})
+        return
+    templates.set_volume(job, pod.DATA_VOLUME, volume)
+    templates.make_read_only(job, pod.DATA_VOLUME)
+
+
+def _set_weights(job: Manifest, ask: _Ask, sizes: Sizes) -> None:
+    claim = ask.options.weights_volume
+    if claim:
+        templates.set_volume(job, pod.WEIGHTS_VOLUME, {"persistentVolumeClaim": {"claimName": claim}})
+        return
+    limit = {"sizeLimit": f"{sizes.weights_limit_gib}Gi"} if sizes.weights_limit_gib else {}
+    templates.set_volume(job, pod.WEIGHTS_VOLUME, {"emptyDir": limit})
+
+
+def _set_results(job: Manifest, ask: _Ask, sizes: Sizes) -> None:
+    """The user's volume, a claim, or the pod's own; at output_dir, and what writes beside the adapter writes there."""
+    source: Mapping[str, Any] = {"emptyDir": {"sizeLimit": f"{sizes.results_limit_gib}Gi"}}
+    if ask.options.results_volume:
+        source = {"persistentVolumeClaim": {"claimName": ask.options.results_volume}}
+    templates.set_volume(job, pod.RESULTS_VOLUME, ask.output_volume or source)
+    directory = str(pod.results_dir(ask.spec))
+    templates.move_mounts(job, pod.RESULTS_VOLUME, directory)
+    trainer = templates.container(job, ask.name)
+    templates.set_env(trainer, "WANDB_DIR", directory)
+    templates.set_env(trainer, "MLFLOW_TRACKING_URI", f"file://{directory}/mlruns")
+    if templates.has_container(job, pod.PUSHER):
+        # On a claim the adapter outlives the pod and `tuner retry-push` finishes; here it must be now or never.
+        hold = [] if ask.options.results_volume else ["--hold", str(ask.options.push_hold_s)]
+        templates.container(job, pod.PUSHER)["args"] = ["stage", "push", "--pod", "--wait", *hold]
+
+
+def _set_secrets(job: Manifest, ask: _Ask, own_secret_name: str | None) -> None:
+    """Each Secret whole and read-only, in the containers that need it and in no other; none in the trainer."""
+    before = (pod.PREFLIGHT, _data_container(ask))
+    if name := ask.push_secret:
+        templates.set_volume(job, pod.PUSH_SECRET_VOLUME, _secret_volume(name))
+        for container in (pod.PREFLIGHT, pod.PUSHER):
+            templates.set_env(templates.container(job, container), pod.PUSH_SECRET_ENV, name)
+    elif templates.has_volume(job, pod.PUSH_SECRET_VOLUME):
+        templates.remove_volume(job, pod.PUSH_SECRET_VOLUME)
+        for container in (pod.PREFLIGHT, pod.PUSHER):
+            templates.remove_env(templates.container(job, container), pod.PUSH_SECRET_ENV)
+    mounted: list[tuple[str, str, str]] = []
+    for index, name in enumerate(ask.pull_secrets):
+        volume = _pull_volume(index)
+        mounted.append((volume, name, str(pod.PULL_SECRETS_DIR / name)))
+    if own_secret_name:
+        mounted.append((pod.SOURCES_VOLUME, own_secret_name, str(pod.SOURCES_DIR)))
+    if name := ask.headers_secret:
+        mounted.append((pod.HEADERS_VOLUME, name, str(pod.HEADERS_DIR)))
+    for volume, name, path in mounted:
+        templates.set_volume(job, volume, _secret_volume(name))
+        for container in before:
+            templates.mount(templates.container(job, container), volume, path, read_only=True)
+    if name := ask.hub_secret:
+        for container in before:
+            templates.set_secret_env(templates.container(job, container), HF_TOKEN, name, HF_TOKEN)
+            templates.set_env(templates.container(job, container), pod.HUB_SECRET_ENV, name)
+
+
+def _pull_volume(index: int) -> str:
+    """`docker-config-0-tuning-input`: nearly KAITO's name, whose part from `input.name` may not be a volume's."""
+    return f"{pod.PUSH_SECRET_VOLUME}-{index}-tuning-input"
+
+
+def _secret_volume(name: str) -> Manifest:
+    return {"secret": {"secretName": name, "defaultMode": SECRET_MODE}}
+
+
+def _set_resources(job: Manifest, ask: _Ask, sizes: Sizes) -> None:
+    """Requests: what the scheduler, Kueue and the order of eviction go by."""
+    weights = 0 if ask.options.weights_volume else sizes.weights_gib
+    data = 0 if ask.input_volume else sizes.data_gib
+    results = sizes.results_gib if not ask.output_volume and not ask.options.results_volume else 0
+    fetch = templates.container(job, _data_container(ask))
+    fetch["resources"]["requests"]["ephemeral-storage"] = f"{max(1, weights + data)}Gi"
+    trainer = templates.container(job, ask.name)
+    trainer["resources"] = {
+        "requests": {
+            "cpu": str(sizes.cpus),
+            "memory": f"{sizes.memory_gib}Gi",
+            "ephemeral-storage": f"{max(1, weights + data + results)}Gi",
+        },
+        "limits": {"memory": f"{sizes.memory_limit_gib}Gi"},
+    }
+    if sizes.gpus:
+        for kind in trainer["resources"].values():
+            kind[GPU] = str(sizes.gpus)
+    templates.set_volume(job, pod.SHM_VOLUME, {"emptyDir": {"medium": "Memory", "sizeLimit": f"{sizes.shm_gib}Gi"}})
+
+
+# ── Jobs that are made of a Job ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def render_check_job(job: Mapping[str, Any], *, max_data_bytes: int = CHECK_DATA_BYTES) -> Manifest:
+    """The Job that asks on a CPU what would stop this one: `preflight`, then data and rows where they are not large."""
+    preflight = deepcopy(templates.container(job, pod.PREFLIGHT))
+    fetch = deepcopy(_data_container_of(job))
+    for container in (preflight, fetch):
+        templates.unmount(container, pod.RESULTS_VOLUME)
+    check = templates.load_template("job-check.yaml")
+    main = templates.container(check, pod.CHECK)
+    main["image"], main["volumeMounts"] = fetch["image"], fetch["volumeMounts"]
+    main["args"] = ["stage", "check", "--pod", "--max-data", str(max_data_bytes)]
+    for variable in fetch["env"]:
+        templates.put(main["env"], variable)
+    templates.pod_spec(check)["initContainers"] = [preflight]
+    sized = templates.pod_spec(check)["volumes"]
+    own = {pod.WEIGHTS_VOLUME, pod.TMP_VOLUME}  # the tokenizer is all that is fetched of a model
+    if "emptyDir" in templates.volume(job, pod.DATA_VOLUME):
+        own.add(pod.DATA_VOLUME)
+    used = {mount["name"] for container in (preflight, main) for mount in container["volumeMounts"]}
+    templates.pod_spec(check)["volumes"] = [
+        next((each for each in sized if each["name"] in own and each["name"] == volume["name"]), deepcopy(volume))
+        for volume in templates.pod_spec(job)["volumes"]
+        if volume["name"] in used
+    ]
+    return _made_of(job, check, pod.CHECK, keeps=_POD_FIELDS)
+
+
+def render_retry_push(job: Mapping[str, Any]) -> Manifest:
+    """The Job that pushes the adapter which this one left on its claim.
+
+    Raises ConfigError where it has no pusher, or nothing outlives its pod.
+    """
+    name = job["metadata"]["name"]
+    if not templates.has_container(job, pod.PUSHER):
+        raise ConfigError(f"Job {name!r} pushes nothing: its adapter goes to a volume")
+    results = templates.volume(job, pod.RESULTS_VOLUME)
+    if "persistentVolumeClaim" not in results:
+        raise ConfigError(
+            f"Job {name!r} kept its adapter in the pod, which is gone",
+            hint="with --results-volume CLAIM the next run keeps it",
+        )
+    retry = templates.load_template("job-retry-push.yaml")
+    pusher = deepcopy(templates.container(job, pod.PUSHER))
+    pusher["args"] = ["stage", "push", "--pod"]
+    templates.unmount(pusher, pod.RUN_VOLUME)
+    templates.pod_spec(retry)["containers"] = [pusher]
+    used = {mount["name"] for mount in pusher["volumeMounts"]}
+    templates.pod_spec(retry)["volumes"] = [
+        deepcopy(volume) for volume in templates.pod_spec(job)["volumes"] if volume["name"] in used
+    ]
+    return _made_of(job, retry, "push", keeps=_POD_FIELDS)
+
+
+# Of a pod's fields those that decide whether it may run and with whose rights, not where.
+_POD_FIELDS = ("serviceAccountName", "imagePullSecrets", "securityContext", "priorityClassName", "schedulerName")
+
+
+def _data_container_of(job: Mapping[str, Any]) -> Manifest:
+    name = pod.PULLER if templates.has_container(job, pod.PULLER) else pod.DATA_DOWNLOADER
+    return templates.container(job, name)
+
+
+def _made_of(job: Mapping[str, Any], made: Manifest, suffix: str, *, keeps: Sequence[str]) -> Manifest:
+    """`made` with the names, labels, owner and identity of `job`."""
+    metadata, template = job["metadata"], job["spec"]["template"]
+    made["metadata"]["name"] = helper_name(metadata["name"], suffix)
+    for key in ("namespace", "ownerReferences"):
+        if key in metadata:
+            made["metadata"][key] = deepcopy(metadata[key])
+    component = {"app.kubernetes.io/component": suffix}
+    made["metadata"]["labels"] = {**_ours(metadata["labels"]), **component}
+    made["metadata"]["annotations"] = _ours(metadata.get("annotations", {}))
+    templates.pod_template(made)["metadata"]["labels"] = {**_ours(template["metadata"]["labels"]), **component}
+    identity = {
+        key: value for key, value in template["metadata"].get("annotations", {}).items() if key == DIGEST_ANNOTATION
+    }
+    templates.annotate(templates.pod_template(made), identity)
+    for key in keeps:
+        if key in template["spec"]:
+            templates.pod_spec(made)[key] = deepcopy(template["spec"][key])
+    return made
+
+
+def _ours(labels: Mapping[str, str]) -> dict[str, str]:
+    """Not those of the queue: a check costs no quota; nor what the Job controller adds to a live Job."""
+    prefixes = (_QUEUE_PREFIX, "batch.kubernetes.io/", "kubectl.kubernetes.io/", "deployment.kubernetes.io/")
+    return {
+        key: value
+        for key, value in labels.items()
+        if not key.startswith(prefixes) and key not in ("controller-uid", "job-name")
+    }
+
+
+def helper_name(name: str, suffix: str) -> str:
+    """`<name>-check`, `<name>-push`. A Job's name has at most 63 characters: a hash stands for the end of a long one."""
+    if len(name) + 1 + len(suffix) <= LABEL_CHARACTERS:
+        return f"{name}-{suffix}"
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{name[: LABEL_CHARACTERS - len(suffix) - 10]}-{digest}-{suffix}"
+
+
+# ── what is worth a line ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _notes(ask: _Ask, config_map: Mapping[str, Any]) -> Iterator[str]:
+    options, spec = ask.options, ask.spec
+    instance_type = written_instance_type(ask.workspace, options)
+    machine = None if spec.smoke else _machine(ask.workspace, options)
+    for other in ask.file.other_kinds:
+        yield f"{other} stands in the Workspace's file and is not rendered: apply it yourself"
+    if spec.smoke:
+        yield "a smoke run: a tiny random model, no GPU, any node"
+    elif machine is None and options.gpus is None:
+        what = f"instance type {instance_type} is in no table" if instance_type else "no instance type is written"
+        yield f"{what}: one GPU is asked for; --gpus N says otherwise"
+    if machine and options.gpus is not None and options.gpus != machine.gpus:
+        yield f"{machine.name} has {machine.gpus} GPUs, {options.gpus} are asked for"
+    if options.labels_preferred and any(True for _ in _label_expressions(ask.workspace)) and not spec.smoke:
+        yield (
+            "labelSelector is a preference only: KAITO would put the labels on nodes it makes, an autoscaler does not"
+        )
+    if not spec.smoke:
+        yield from _fit_notes(ask, machine)
+    if not ask.output_volume and not options.results_volume and not spec.smoke:
+        yield (
+            "checkpoints and adapter are in the pod: a lost node loses the run, and while the registry is down the "
+            f"GPU is held for up to {options.push_hold_s:,} s; --results-volume CLAIM keeps them"
+        )
+    if spec.preset.gated and not ask.hub_secret and isinstance(spec.base_model, HubModel):
+        yield f"{spec.base_model.id} is gated: without presetOptions.modelAccessSecret the preflight will be denied"
+    if options.image_volume or (ask.input_volume and "image" in ask.input_volume):
+        yield "an image volume needs Kubernetes 1.35, or 1.31 with the feature gate ImageVolume"
+    for field_path, volume in (("tuning.input", ask.input_volume), ("tuning.output", ask.output_volume)):
+        if volume and "hostPath" in volume:
+            yield f"{field_path}: a hostPath is refused where Pod Security is baseline or restricted"
+    size_bytes = len(json.dumps(config_map))
+    if size_bytes > _APPLY_BYTES:
+        yield f"the ConfigMap has {size_bytes:,} bytes: kubectl apply takes it with --server-side only"
+
+
+def _fit_notes(ask: _Ask, machine: Machine | None) -> Iterator[str]:
+    """Whether the GPU holds it, where both are known; and what is not known."""
+    if not ask.spec.preset.weights_gib and not ask.options.weights_volume and isinstance(ask.spec.base_model, HubModel):
+        yield f"{ask.spec.preset.name} is no preset: room for {UNKNOWN_WEIGHTS_GIB} GiB of weights is asked for"
+    if machine is None:
+        return
+    try:
+        plan = make_plan(ask.spec.preset, ask.spec.training, machine)
+    except ConfigError:
+        return  # a model whose dimensions nobody knows yet
+    if plan.verdict == "does not fit":
+        needed = plan.estimate.total / GIB
+        yield (
+            f"as estimated one document needs {needed:.0f} GiB, and {machine.name} has {machine.gpu.memory_gib:.0f} "
+            "on each GPU; tuner plan says what would fit"
+        )
