@@ -680,7 +680,7 @@ def _ours(labels: Mapping[str, str]) -> dict[str, str]:
 
 
 def helper_name(name: str, suffix: str) -> str:
-    """`<name>-check`, `<name>-push`. A Job's name has at most 63 characters: a hash stands for the end of a long one."""
+    """`<name>-check`, `<name>-push`. A Job's name has at most 63 characters: a long one's end becomes a hash."""
     if len(name) + 1 + len(suffix) <= LABEL_CHARACTERS:
         return f"{name}-{suffix}"
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]
