@@ -738,6 +738,35 @@ def test_more_copies_than_are_held_out_are_trained_on_together() -> None:
     assert split.duplicates == 2
 
 
+def asked(*pairs: str) -> list[Any]:
+    return [Completion(Origin("rows.jsonl", number), *pair.split()) for number, pair in enumerate(pairs, 1)]
+
+
+def test_rows_with_the_same_prompt_are_on_one_side_whatever_their_answers() -> None:
+    rows = asked("a 1", "twice 2", "b 3", "c 4", "d 5", "e 6", "f 7", "g 8", "h 9", "twice 10")
+    split = split_rows(rows, settings(shuffle=False, train_fraction=0.8))
+    assert [row.prompt for row in split.evaluation if isinstance(row, Completion)] == ["twice", "twice"]
+    assert (split.duplicates, split.known_prompts) == (0, 0)
+
+
+def test_where_prompts_repeat_too_often_to_keep_apart_it_is_counted() -> None:
+    rows = asked(*(f"again {number}" for number in range(20)))
+    split = split_rows(rows, settings(shuffle=False, train_fraction=0.8))
+    assert (len(split.evaluation), split.known_prompts) == (4, 4)
+
+
+@pytest.mark.parametrize(("turn", "asks_the_same"), [(0, False), (1, False), (2, False), (3, True)])
+def test_a_conversations_prompt_is_all_before_its_last_answer(turn: int, asks_the_same: bool) -> None:
+    roles = ("user", "assistant", "user", "assistant")
+    turns = [{"role": role, "content": f"{role} {index}"} for index, role in enumerate(roles)]
+    other = [message | ({"content": "other"} if index == turn else {}) for index, message in enumerate(turns)]
+    one, two = (Conversation(Origin("a", number), each, None, 0) for number, each in ((1, turns), (2, other)))
+    rows = [*asked(*(f"{letter} {letter}" for letter in "bcdefghi")), one, two]
+    split = split_rows(rows, settings(shuffle=False, train_fraction=0.9))
+    # One row is wanted: two that ask the same are too many, and trained on.
+    assert split.evaluation == ([rows[-3]] if asks_the_same else [two])
+
+
 def test_copies_are_found_across_formats_and_split_by_content(tmp_path: Path) -> None:
     rows = message_rows(40)
     gathered = gather(write_data(tmp_path / "a.parquet", rows), write_data(tmp_path / "b.jsonl.gz", rows))

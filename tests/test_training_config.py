@@ -100,6 +100,7 @@ def test_unwritten_values_are_the_defaults_of_the_design() -> None:
         "load_best_model_at_end": True,
         "early_stopping_patience": None,
         "early_stopping_threshold": 0.0,
+        "watchdog": True,
     }
     assert config.section("QuantizationConfig") == {
         "load_in_4bit": True,

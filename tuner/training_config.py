@@ -41,7 +41,11 @@ OWN_TYPES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "shuffle_seed": "int",
             "train_test_split": "float",
         },
-        "TrainingArguments": {"early_stopping_patience": "int", "early_stopping_threshold": "float"},
+        "TrainingArguments": {
+            "early_stopping_patience": "int",
+            "early_stopping_threshold": "float",
+            "watchdog": "bool",
+        },
     }
 )
 SECTIONS = ("ModelConfig", "QuantizationConfig", "LoraConfig", "TrainingArguments", "DataCollator", "DatasetConfig")
@@ -703,6 +707,7 @@ def _defaults(
             "load_best_model_at_end": True,
             "early_stopping_patience": None,
             "early_stopping_threshold": 0.0,
+            "watchdog": True,
         },
         "DataCollator": {},
         "DatasetConfig": dict.fromkeys(OWN_TYPES["DatasetConfig"])

@@ -111,11 +111,13 @@ class Gathered:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """`duplicates` is how many rows repeat another one word for word; a row and its copies are on one side."""
+    """`duplicates` is how many rows repeat another one word for word; a row and its copies are on one side.
+    `known_prompts` is how many held-out rows have a prompt that is trained on too, with another answer."""
 
     train: list[Row]
     evaluation: list[Row]
     duplicates: int
+    known_prompts: int
 
 
 # ── rows of files ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -906,29 +908,41 @@ def split_rows(rows: Sequence[Row], settings: DatasetSettings) -> Split:
     """The rows in training order, and those held out for evaluation.
 
     Equal rows, settings and seed give an equal order on every machine. The last rows of that order are held out: of
-    20 rows and more 5 %, at most 500, or what `train_fraction` leaves. Copies of a row go together, so that no
-    held-out row is trained on; a group with more copies than are still wanted is trained on instead.
+    20 rows and more 5 %, at most 500, or what `train_fraction` leaves. Rows with the same prompt go together, whatever
+    their answers, so that nothing held out was seen in training; a group of more rows than are still wanted is trained
+    on instead. Where few prompts stand for most rows, only copies of a whole row go together.
     """
     order = list(range(len(rows)))
     if settings.shuffle:
         random.Random(settings.shuffle_seed).shuffle(order)
-    copies: dict[bytes, list[int]] = defaultdict(list)
     contents = [_content_digest(row) for row in rows]
-    for index, content in enumerate(contents):
-        copies[content].append(index)
+    prompts = [_prompt_digest(row) for row in rows]
     wanted = _held_out_count(len(rows), settings.train_fraction)
+    held_out = _hold_out(order, prompts, wanted)
+    if 2 * len(held_out) < wanted:
+        held_out = _hold_out(order, contents, wanted)
+    trained_prompts = {prompts[index] for index in order if index not in held_out}
+    return Split(
+        train=[rows[index] for index in order if index not in held_out],
+        evaluation=[rows[index] for index in order if index in held_out],
+        duplicates=len(rows) - len(set(contents)),
+        known_prompts=sum(prompts[index] in trained_prompts for index in held_out),
+    )
+
+
+def _hold_out(order: Sequence[int], keys: Sequence[bytes], wanted: int) -> set[int]:
+    """Up to `wanted` rows from the end of `order`, those with an equal key together."""
+    groups: dict[bytes, list[int]] = defaultdict(list)
+    for index, key in enumerate(keys):
+        groups[key].append(index)
     held_out: set[int] = set()
     for index in reversed(order):
         if len(held_out) == wanted:
             break
-        group = copies[contents[index]]
+        group = groups[keys[index]]
         if index not in held_out and len(held_out) + len(group) <= wanted:
             held_out.update(group)
-    return Split(
-        train=[rows[index] for index in order if index not in held_out],
-        evaluation=[rows[index] for index in order if index in held_out],
-        duplicates=len(rows) - len(copies),
-    )
+    return held_out
 
 
 def _held_out_count(count: int, train_fraction: float | None) -> int:
@@ -948,6 +962,22 @@ def _content_digest(row: Row) -> bytes:
             content = ["completion", row.prompt, row.completion]
         case PlainText():
             content = ["text", row.text]
+    return _digest(content)
+
+
+def _prompt_digest(row: Row) -> bytes:
+    """Equal for rows that ask the same: all before the last answer."""
+    match row:
+        case Conversation():
+            answers = [index for index, message in enumerate(row.messages) if message["role"] == "assistant"]
+            return _digest(["conversation", row.messages[: answers[-1] if answers else None], row.tools])
+        case Completion():
+            return _digest(["completion", row.prompt])
+        case PlainText():
+            return _content_digest(row)
+
+
+def _digest(content: list[Any]) -> bytes:
     # default=str: a tool's arguments in parquet may be dates or the like.
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).digest()
 

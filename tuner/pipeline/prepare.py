@@ -20,6 +20,7 @@ from tuner.pipeline.dataset import (
     order_sha256,
     split_rows,
 )
+from tuner.pipeline.dataset import Split as RowSplit
 from tuner.pipeline.labels import FALLBACK_CHAT_TEMPLATE, Labeller, TokenRow
 from tuner.pipeline.libraries import quiet
 from tuner.runspec import Fetched, Prepared, Progress, Reporter, RowProblem, RunSpec, Split
@@ -108,7 +109,7 @@ def prepare(spec: RunSpec, fetched: Fetched, work_dir: Path, reporter: Reporter)
         tokenizer_dir="prepared/tokenizer",
         base_model_dir=base_dir,
     )
-    _say(result, split.duplicates, reporter)
+    _say(result, split, reporter)
     result.save(work_dir / "prepared.json")
     return result
 
@@ -246,7 +247,7 @@ def _write_problems(problems: Sequence[RowProblem], path: Path) -> str | None:
     return str(path)
 
 
-def _say(result: Prepared, duplicates: int, reporter: Reporter) -> None:
+def _say(result: Prepared, split: RowSplit, reporter: Reporter) -> None:
     train = result.train
     reporter.note(
         f"prepared {train.rows:,} training rows ({train.tokens:,} tokens, "
@@ -254,8 +255,13 @@ def _say(result: Prepared, duplicates: int, reporter: Reporter) -> None:
         + (f", {result.evaluation.rows:,} held out" if result.evaluation else ", none held out")
         + f"; shapes: {', '.join(f'{name} {count:,}' for name, count in result.shapes.items())}"
     )
-    if duplicates:
-        reporter.note(f"{duplicates:,} rows are the same as another and were kept on its side of the split")
+    if split.duplicates:
+        reporter.note(f"{split.duplicates:,} rows are the same as another and were kept on its side of the split")
+    if split.known_prompts:
+        reporter.warn(
+            f"{split.known_prompts:,} held-out rows ask what training rows ask too, with other answers: prompts repeat "
+            "too often to keep them apart, so the held-out loss says less"
+        )
     left = {
         "bad": result.bad_rows,
         f"longer than {result.max_length:,} tokens": result.over_length_rows,

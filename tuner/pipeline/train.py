@@ -23,6 +23,7 @@ from trl import SFTConfig
 from tuner.errors import ConfigError, InputMissingError, InterruptedRunError, OutOfGpuMemoryError
 from tuner.levers import LEARNT_HEAD, PACKING
 from tuner.memory import read_shape
+from tuner.pipeline import watchdog
 from tuner.pipeline.adapter import ADAPTER_WEIGHTS, file_digests, write_json
 from tuner.pipeline.best import KeepBest, Rule, held_out_losses
 from tuner.pipeline.kernels import Exact, has_plain_head, prove
@@ -101,8 +102,9 @@ class Stop:
 class _Recorder(TrainerCallback):  # type: ignore[misc]
     """Reports each log, keeps metrics.jsonl, asks for recovery checkpoints, obeys Stop."""
 
-    def __init__(self, stop: Stop, reporter: Reporter, metrics_file: Path) -> None:
+    def __init__(self, stop: Stop, reporter: Reporter, metrics_file: Path, *, watches: bool) -> None:
         self._stop = stop
+        self._watches = watches
         self._reporter = reporter
         self._metrics_file = metrics_file
         self._recorded = 0
@@ -155,12 +157,9 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         newest = self.record(state.log_history)
-        for name in ("loss", "eval_loss"):
-            if not all(math.isfinite(entry[name]) for entry in newest if name in entry):
-                raise ConfigError(
-                    f"the {'held-out ' * (name == 'eval_loss')}loss is not finite at step {state.global_step}",
-                    hint="lower TrainingArguments.learning_rate",
-                )
+        watchdog.check_finite(newest)
+        if self._watches and newest:
+            watchdog.check(metrics(state.log_history), state.max_steps)
         if "loss" not in kwargs["logs"]:
             return  # an evaluation, or the summary at the end
         now, tokens = time.monotonic(), state.num_input_tokens_seen
@@ -454,7 +453,8 @@ def _optimise(
     adapter_dir.mkdir(parents=True, exist_ok=True)
     metrics_file = adapter_dir / METRICS
     metrics_file.unlink(missing_ok=True)
-    recorder = _Recorder(stop, reporter, metrics_file)
+    watches = bool(spec.training.value("TrainingArguments", "watchdog"))
+    recorder = _Recorder(stop, reporter, metrics_file, watches=watches)
     keep_best = KeepBest(Rule.of(spec.training), model, checkpoints)
     trainer = _trainer(model, exact, arguments, pieces, prepared, work_dir, [recorder, keep_best], reporter)
     trainer.keep_best = keep_best
@@ -619,7 +619,13 @@ def _keep(trainer: _Trainer, prepared: Prepared, reporter: Reporter) -> tuple[fl
     if kept != state.global_step:
         reporter.note(f"the adapter of step {kept} is kept: its held-out loss is the least")
     before = next(entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry)
-    return before, kept, held_out_losses(state.log_history)[kept]
+    after = held_out_losses(state.log_history)[kept]
+    if after >= before:
+        reporter.warn(
+            f"the adapter's held-out loss, {after:.4g}, is not less than the base model's, {before:.4g}: with "
+            "--require 'eval_loss < base' it would not be pushed"
+        )
+    return before, kept, after
 
 
 def _adapter_dtype(training: TrainingConfig) -> torch.dtype:
