@@ -232,7 +232,7 @@ CLAIM = {"persistentVolumeClaim": {"claimName": "c"}}
         ("metadata.name", ..., "metadata.name", "is required: the run, its Job and its adapter are named after it"),
         ("metadata.name", "Tickets_1", "metadata.name", "'Tickets_1' must be a DNS-1123 label"),
         ("metadata.name", "a.b", "metadata.name", "must be a DNS-1123 label"),
-        ("metadata.name", "a" * 64, "metadata.name", "64 characters are too long; at most 63"),
+        ("metadata.name", "a" * 64, "metadata.name", "is too long; at most 63 characters"),
         ("metadata.name", 7, "metadata.name", "must be text, not a number"),
         ("metadata.labels", {"on": True}, "metadata.labels.on", "must be text, not true or false"),
         ("tuning.method", "dora", "tuning.method", "must be lora or qlora, not 'dora'"),

@@ -12,17 +12,29 @@ from pathlib import Path
 from tuner.errors import ConfigError
 
 _ALPHANUMERIC = r"[a-z0-9]+"
-_PATH_COMPONENT = re.compile(rf"{_ALPHANUMERIC}(?:(?:\.|_|__|-+){_ALPHANUMERIC})*")
+PATH_COMPONENT = re.compile(rf"{_ALPHANUMERIC}(?:(?:\.|_|__|-+){_ALPHANUMERIC})*")
 _HOST_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
-_REGISTRY = re.compile(rf"(?:{_HOST_LABEL}(?:\.{_HOST_LABEL})*|\[[0-9A-Fa-f:]+\])(?::[0-9]+)?")
-_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
-_IMAGE_ID = re.compile(r"[0-9a-f]{64}")
+REGISTRY = re.compile(rf"(?:{_HOST_LABEL}(?:\.{_HOST_LABEL})*|\[[0-9A-Fa-f:]+\])(?::[0-9]+)?")
+TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
+IMAGE_ID = re.compile(r"[0-9a-f]{64}")
 
-_REPOSITORY_CHARACTERS = 255  # the specification's limit
+REPOSITORY_CHARACTERS = 255  # the specification's limit
 _DOCKER_HUB = "docker.io"
 _PLACEHOLDERS = ("ACR_REPO_HERE", "IMAGE_NAME_HERE")
 _EXAMPLE = "write it like myregistry.azurecr.io/adapters/phi-3:v1"
+
+# What `parse_reference` says; tuner/cluster/rules.py has CEL say the same. The first {} is the text as written.
+BLANK = "image reference {}: empty, or with white space around it"
+NOT_A_DIGEST = "image reference {}: {} is not a digest"
+NOT_A_TAG = "image reference {}: {} is not a tag"
+NOT_A_REGISTRY = "image reference {}: {} is not a registry host"
+NO_REPOSITORY = "image reference {}: no repository"
+UPPER_CASE = "image reference {}: the repository {} has upper-case letters"
+EMPTY_PART = "image reference {}: an empty part between slashes in {}"
+NOT_A_PART = "image reference {}: {} can not be part of a repository name"
+TOO_LONG = f"image reference: the repository is too long; at most {REPOSITORY_CHARACTERS} characters"
+AN_IMAGE_ID = "image reference {}: this is an image id, not a name"
 
 
 @dataclass(frozen=True)
@@ -86,7 +98,7 @@ def parse_reference(text: str) -> ImageReference:
     Raises ConfigError with one sentence on the first thing that is wrong.
     """
     if not text or text != text.strip():
-        raise ConfigError(f"image reference {text!r}: empty, or with white space around it", hint=_EXAMPLE)
+        raise ConfigError(BLANK.format(repr(text)), hint=_EXAMPLE)
     for placeholder in _PLACEHOLDERS:
         if placeholder in text:
             raise ConfigError(
@@ -99,20 +111,20 @@ def parse_reference(text: str) -> ImageReference:
     if at:
         _check_digest(text, digest)
     rest, tag = _split_tag(rest)
-    if tag is not None and not _TAG.fullmatch(tag):
+    if tag is not None and not TAG.fullmatch(tag):
         raise ConfigError(
-            f"image reference {text!r}: {tag!r} is not a tag",
+            NOT_A_TAG.format(repr(text), repr(tag)),
             hint="a tag is 1 to 128 letters, digits, '_', '.' or '-', and does not begin with '.' or '-'",
         )
     registry, repository = _split_registry(rest)
-    if not _REGISTRY.fullmatch(registry):
-        raise ConfigError(f"image reference {text!r}: {registry!r} is not a registry host", hint=_EXAMPLE)
+    if not REGISTRY.fullmatch(registry):
+        raise ConfigError(NOT_A_REGISTRY.format(repr(text), repr(registry)), hint=_EXAMPLE)
     _check_repository(text, repository)
     if registry == f"index.{_DOCKER_HUB}":
         registry = _DOCKER_HUB
     if registry == _DOCKER_HUB and "/" not in repository:
-        if _IMAGE_ID.fullmatch(rest):
-            raise ConfigError(f"image reference {text!r}: this is an image id, not a name", hint=_EXAMPLE)
+        if IMAGE_ID.fullmatch(rest):
+            raise ConfigError(AN_IMAGE_ID.format(repr(text)), hint=_EXAMPLE)
         repository = f"library/{repository}"
     if tag is None and not at:
         tag = "latest"
@@ -130,7 +142,7 @@ def parse_destination(text: str) -> ImageReference | LayoutReference:
     directory, tag = _split_tag(rest)
     if not directory:
         raise ConfigError(f"{text!r}: no directory", hint="write oci:DIR:TAG, for example oci:out/adapter:v1")
-    if tag is not None and not _TAG.fullmatch(tag):
+    if tag is not None and not TAG.fullmatch(tag):
         raise ConfigError(f"{text!r}: {tag!r} is not a tag", hint="write oci:DIR:TAG, for example oci:out/adapter:v1")
     return LayoutReference(Path(directory).expanduser(), tag or "latest", digest or None)
 
@@ -167,33 +179,30 @@ def _split_registry(name: str) -> tuple[str, str]:
 
 def _check_repository(text: str, repository: str) -> None:
     if not repository:
-        raise ConfigError(f"image reference {text!r}: no repository", hint=_EXAMPLE)
+        raise ConfigError(NO_REPOSITORY.format(repr(text)), hint=_EXAMPLE)
     if repository != repository.lower():
         raise ConfigError(
-            f"image reference {text!r}: the repository {repository!r} has upper-case letters",
+            UPPER_CASE.format(repr(text), repr(repository)),
             hint=f"repositories are lower case: {repository.lower()}",
         )
     if "//" in repository or repository.startswith("/") or repository.endswith("/"):
         raise ConfigError(
-            f"image reference {text!r}: an empty part between slashes in {repository!r}",
+            EMPTY_PART.format(repr(text), repr(repository)),
             hint="leave out the slash that is too many",
         )
     for component in repository.split("/"):
-        if not _PATH_COMPONENT.fullmatch(component):
+        if not PATH_COMPONENT.fullmatch(component):
             raise ConfigError(
-                f"image reference {text!r}: {component!r} can not be part of a repository name",
+                NOT_A_PART.format(repr(text), repr(component)),
                 hint="parts are lower-case letters and digits, joined by '.', '_', '__' or '-'",
             )
-    if len(repository) > _REPOSITORY_CHARACTERS:
-        raise ConfigError(
-            f"image reference: the repository is {len(repository)} characters long; "
-            f"at most {_REPOSITORY_CHARACTERS} are allowed"
-        )
+    if len(repository) > REPOSITORY_CHARACTERS:
+        raise ConfigError(TOO_LONG)
 
 
 def _check_digest(text: str, digest: str) -> None:
-    if not _DIGEST.fullmatch(digest):
+    if not DIGEST.fullmatch(digest):
         raise ConfigError(
-            f"image reference {text!r}: {digest!r} is not a digest",
+            NOT_A_DIGEST.format(repr(text), repr(digest)),
             hint="a digest is sha256: and 64 lower-case hexadecimal digits",
         )

@@ -61,14 +61,14 @@ SUBDOMAIN = re.compile(rf"{LABEL.pattern}(\.{LABEL.pattern})*")
 LABEL_CHARACTERS = 63
 OBJECT_NAME_CHARACTERS = 253
 EMPTY = "is empty"
-TOO_LONG = "{} characters are too long; at most {}"
+TOO_LONG = "is too long; at most {} characters"
 NOT_A_LABEL = "{} must be a DNS-1123 label: a-z, 0-9 and -, a letter or digit at both ends"
 NOT_AN_OBJECT_NAME = "must be the name of a Kubernetes object: a-z, 0-9, - and ., a letter or digit at both ends"
 
 
 def checked_label(name: str) -> str:
     if len(name) > LABEL_CHARACTERS:
-        raise _fault(TOO_LONG.format(len(name), LABEL_CHARACTERS))
+        raise _fault(TOO_LONG.format(LABEL_CHARACTERS))
     if not LABEL.fullmatch(name):
         raise _fault(NOT_A_LABEL.format(repr(name)), f'for example "{name_for(name)}"')
     return name
@@ -90,12 +90,12 @@ LabelName = Annotated[str, AfterValidator(checked_label)]
 ObjectName = Annotated[str, AfterValidator(checked_object_name)]
 
 
-def _empty_is_none(value: object) -> object:
+def empty_is_none(value: object) -> object:
     return None if value == "" else value  # KAITO's Go types cannot tell "" from a missing field
 
 
-OptionalName = Annotated[ObjectName | None, BeforeValidator(_empty_is_none)]
-OptionalText = Annotated[str | None, BeforeValidator(_empty_is_none)]
+OptionalName = Annotated[ObjectName | None, BeforeValidator(empty_is_none)]
+OptionalText = Annotated[str | None, BeforeValidator(empty_is_none)]
 
 
 A_URL = "a URL, where an image reference belongs"
@@ -119,7 +119,7 @@ def checked_output_image(image: str) -> str:
 
 
 ImageText = Annotated[str, AfterValidator(checked_image)]
-OptionalImage = Annotated[ImageText | None, BeforeValidator(_empty_is_none)]
+OptionalImage = Annotated[ImageText | None, BeforeValidator(empty_is_none)]
 
 
 def is_local_file(url: str) -> bool:
@@ -203,7 +203,7 @@ class _FromYaml(BaseModel):
 
 class Metadata(_FromYaml):
     name: LabelName
-    namespace: Annotated[LabelName | None, BeforeValidator(_empty_is_none)] = None
+    namespace: Annotated[LabelName | None, BeforeValidator(empty_is_none)] = None
     labels: dict[str, str] = Field(default_factory=dict)
     annotations: dict[str, str] = Field(default_factory=dict)
 
