@@ -579,20 +579,21 @@ def running() -> dict[str, Any]:
             "conditions": [{"type": name, "status": status, **since} for name, status in conditions.items()],
             "performance": {"metrics": {"loss": {"description": "the latest training loss", "value": "0.71"}}},
             "tuning": {
+                "revision": 2,
                 "stage": "train",
                 "attempt": 1,
                 "attempts": 4,
+                "progressPercentage": 46,
                 "step": 230,
-                "steps": 500,
-                "progress": {
-                    "progressPercentage": 46,
-                    "estimatedRemainingSeconds": 512,
-                    "metrics": [{"name": "learning_rate", "value": "0.0001"}, {"name": "loss", "value": "0.71"}],
-                    "lastUpdatedTime": "2026-01-02T03:03:55Z",
-                },
+                "totalSteps": 500,
+                "loss": "0.71",
+                "evalLoss": "0.8",
+                "estimatedRemainingSeconds": 512,
+                "metrics": [{"name": "learning_rate", "value": "0.0001"}, {"name": "tokens_per_s", "value": "5210"}],
+                "lastUpdatedTime": "2026-01-02T03:03:55Z",
                 "artifact": {"image": "contoso.azurecr.io/adapters/phi-3:0.0.1", "digest": f"sha256:{'0' * 64}"},
                 "baseModel": {"id": "microsoft/Phi-3-mini-128k-instruct", "revision": "072c", "digest": "sha256:1"},
-                "datasets": [{"source": "https://example.org/t.parquet", "digest": "sha256:2"}],
+                "dataset": {"digest": "sha256:2", "files": 2, "sizeBytes": 13_100_000, "rows": 14_000},
                 "runDigest": "sha256:3",
             },
         },
@@ -631,7 +632,7 @@ def test_v1alpha1_keeps_its_first_columns() -> None:
 
 def test_the_status_is_kept_and_checked() -> None:
     assert SERVER.apply_status(running()) == []
-    for path, value in (("tuning.stage", "waiting"), ("tuning.progress.progressPercentage", 101), ("tuning.x", 1)):
+    for path, value in (("tuning.stage", "waiting"), ("tuning.progressPercentage", 101), ("tuning.x", 1)):
         written = running()
         *parents, last = path.split(".")
         at = written["status"]

@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from tuner import workspace
 from tuner.cluster import rules
 from tuner.cluster.rules import Rule, Text
+from tuner.runspec import StageName
 
 GROUP, PLURAL, KIND = "kaito.sh", "workspaces", "Workspace"
 NAME = f"{PLURAL}.{GROUP}"
@@ -183,11 +184,11 @@ COLUMNS = (
     _column("TargetNodeCount", "integer", ".status.targetNodeCount"),
     _column("State", "string", ".status.state"),
     _AGE,
-    _column("Progress", "integer", ".status.tuning.progress.progressPercentage", description="percent of the training"),
+    _column("Progress", "integer", ".status.tuning.progressPercentage", description="percent of the training"),
     _column(
         "Loss",
         "string",
-        '.status.tuning.progress.metrics[?(@.name=="loss")].value',
+        ".status.tuning.loss",
         priority=1,
         description="the latest training loss",
     ),
@@ -368,15 +369,12 @@ def _list(description: str, items: Schema, key: str | None = None, limit: int | 
     return schema | {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [key]}
 
 
-STAGES = ("preflight", "fetch", "prepare", "train", "push")
+STAGES = ("check", *typing.get_args(StageName))  # the check Job comes before the run's own stages
 STATES = ("Pending", "Running", "Succeeded", "Failed")
 
 
 def status_schema() -> Schema:
-    """KAITO's status, and `status.tuning`.
-
-    `progress` has the names of Kubeflow Trainer's TrainJob.status.trainerStatus (KEP-2779), figures as strings.
-    """
+    """KAITO's status, and `status.tuning`, whose progress has the names of Kubeflow Trainer's (KEP-2779)."""
     return _object(
         "What became of it. `state` is the short answer, the conditions give reasons.",
         {
@@ -444,40 +442,37 @@ _METRICS_BY_NAME: Schema = {
 _TUNING_STATUS = _object(
     "The run: how far it is, what it made and from what.",
     {
+        "revision": _whole("Which revision of the Workspace this is about, from 1.", format="int64", minimum=1),
+        "runDigest": _text("Names the run: equal inputs give an equal digest."),
         "stage": _text(
-            "What is going on: preflight (secrets, tag and permissions), fetch (data and base model), prepare "
-            "(tokens), train, push.",
+            "What is going on: check (of all that can fail without a GPU), preflight (secrets, tag, permissions), "
+            "fetch (data and base model), prepare (tokens), train, push.",
             enum=list(STAGES),
         ),
         "attempt": _whole("Which attempt this is, from 1.", format="int32", minimum=0),
         "attempts": _whole("How many attempts there are at most.", format="int32", minimum=0),
-        "step": _whole("The optimizer step that is done.", format="int64", minimum=0),
-        "steps": _whole("How many steps there are.", format="int64", minimum=0),
-        "progress": _object(
-            "How far the training is.",
-            {
-                "progressPercentage": _whole("From 0 to 100.", format="int32", minimum=0, maximum=100),
-                "estimatedRemainingSeconds": _whole(
-                    "Seconds until the training ends, if it goes on like this.", format="int64", minimum=0
-                ),
-                "metrics": _list(
-                    "The latest figures: loss, eval_loss, learning_rate, tokens_per_second, samples_per_second, …",
-                    _object(
-                        "A figure.",
-                        {"name": _text("What it is.", maxLength=63), "value": _text("The figure.", maxLength=64)},
-                        required=("name", "value"),
-                    ),
-                    key="name",
-                    limit=64,
-                ),
-                "lastUpdatedTime": _text("When this was last written.", format="date-time"),
-            },
+        "progressPercentage": _whole("How much of the training is done.", format="int32", minimum=0, maximum=100),
+        "step": _whole("The optimizer steps that are done.", format="int64", minimum=0),
+        "totalSteps": _whole("The optimizer steps in all.", format="int64", minimum=0),
+        "loss": _text("The training loss at the last step.", maxLength=64),
+        "evalLoss": _text("The loss on the rows that were held out.", maxLength=64),
+        "estimatedRemainingSeconds": _whole("Seconds until the training ends.", format="int64", minimum=0),
+        "metrics": _list(
+            "More figures as the training reports them: learning_rate, tokens_per_s, samples_per_s, …",
+            _object(
+                "A figure.",
+                {"name": _text("What it is.", maxLength=63), "value": _text("The figure.", maxLength=64)},
+                required=("name", "value"),
+            ),
+            key="name",
+            limit=64,
         ),
+        "lastUpdatedTime": _text("When any of this last changed.", format="date-time"),
         "artifact": _object(
             "The adapter that was pushed.",
             {
-                "image": _text("The image, registry/repository:tag."),
-                "digest": _text("Its digest; pull repository@digest to get exactly this one."),
+                "image": _text("The image; it names exactly this adapter."),
+                "digest": _text("Its digest, sha256:…"),
             },
         ),
         "baseModel": _object(
@@ -488,15 +483,14 @@ _TUNING_STATUS = _object(
                 "digest": _text("The digest of its weights' files."),
             },
         ),
-        "datasets": _list(
+        "dataset": _object(
             "The data that was trained on.",
-            _object(
-                "A file, an image or a volume.",
-                {"source": _text("Where it came from, without its query."), "digest": _text("sha256:…")},
-                required=("source",),
-            ),
-            limit=256,
+            {
+                "digest": _text("One digest over all its files, in order."),
+                "files": _whole("How many files.", format="int64", minimum=0),
+                "sizeBytes": _whole("Their size in bytes.", format="int64", minimum=0),
+                "rows": _whole("The rows that were trained on.", format="int64", minimum=0),
+            },
         ),
-        "runDigest": _text("Names the run: equal inputs give an equal digest."),
     },
 )
