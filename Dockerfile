@@ -7,7 +7,7 @@ ARG BASE=docker.io/library/python:3.11-slim-bookworm
 # What each layer installs, from pyproject.toml and scripts/constraints.txt: an edit that changes no requirement gives
 # the same files, and the layers made from them stay.
 FROM ${BASE} AS requirements
-ARG EXTRAS=train,fast
+ARG EXTRAS=train,fast,track
 ARG TORCH
 COPY pyproject.toml scripts/constraints.txt scripts/image_requirements.py /project/
 RUN python3 /project/image_requirements.py /project /requirements --extras "${EXTRAS}" --torch "${TORCH:-}"

@@ -358,6 +358,8 @@ def test_kaito_fault_17_the_beginning_of_a_key_is_no_key(key: str) -> None:
         ("TrainingArguments: {learning_rate: .inf}", "must be a finite number"),
         ("TrainingArguments: {num_train_epochs: -1}", "must be greater than 0"),
         ("TrainingArguments: {lr_scheduler_type: cosin}", 'did you mean "cosine"?'),
+        ("TrainingArguments: {report_to: wandbb}", 'did you mean "wandb"?'),
+        ("TrainingArguments: {report_to: all}", "'all' is none of tensorboard, mlflow, wandb"),
         ("TrainingArguments: {metric_for_best_model: accuracy}", "'accuracy' is none of eval_loss, loss"),
         ("TrainingArguments: {greater_is_better: true}", "is not supported"),
         ("TrainingArguments: {early_stopping_patience: -1}", "must be 0 or more"),

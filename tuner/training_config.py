@@ -50,6 +50,7 @@ OWN_TYPES: Mapping[str, Mapping[str, str]] = MappingProxyType(
 )
 SECTIONS = ("ModelConfig", "QuantizationConfig", "LoraConfig", "TrainingArguments", "DataCollator", "DatasetConfig")
 
+TRACKERS = ("tensorboard", "mlflow", "wandb")
 DTYPES = ("bfloat16", "float16", "float32")
 WORDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -629,6 +630,8 @@ def _checked(path: str, value: Any) -> Any:
         return None  # the GPU decides, as when it is not written
     if path == "LoraConfig.target_modules":
         return _module_names(value)
+    if path == "TrainingArguments.report_to":
+        return _tracker_names(value)
     if path == "TrainingArguments.output_dir":
         return _under_mnt(value)
     return value
@@ -648,6 +651,16 @@ def _module_names(value: str | list[Any]) -> str | list[str]:
     if not value or not all(isinstance(name, str) for name in value):
         raise ValueError(f'must be names of linear layers or "{ALL_LINEAR}", not {_show(value)}')
     return value
+
+
+def _tracker_names(value: str | list[Any]) -> list[str] | None:
+    """A list of those that there are; `none` is the same as leaving it out."""
+    names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+    for name in names:
+        if name not in ("none", *TRACKERS):
+            near = did_you_mean(name, TRACKERS) if isinstance(name, str) else None
+            raise ValueError(f"{_show(name)} is none of {', '.join(TRACKERS)}{f'; {near}' if near else ''}")
+    return [name for name in dict.fromkeys(names) if name != "none"] or None
 
 
 def _is_pattern(text: str) -> bool:

@@ -9,6 +9,7 @@ push       package, blobs, manifest by digest, tag                never retrains
 
 import fcntl
 import hashlib
+import os
 import shlex
 import shutil
 import time
@@ -37,6 +38,7 @@ from tuner.pipeline.launch import end_with_parent, is_worker, rank, train_in_pro
 from tuner.pipeline.libraries import check_packages, quiet
 from tuner.pipeline.package import LOCK, PACKAGED_FILES, adapter_image
 from tuner.pipeline.prepare import prepare
+from tuner.pipeline.tracking import check_trackers, tracked
 from tuner.pod import SENTINEL
 from tuner.reference import LayoutReference, parse_reference
 from tuner.registry import client_for
@@ -229,6 +231,7 @@ def preflight(spec: RunSpec, secrets: Secrets, work_dir: Path, reporter: Reporte
         partial(_check_model_access, spec, secrets),
         partial(parse_credentials, secrets.pull_docker_configs),
         partial(check_stores, spec.sources),
+        partial(check_trackers, spec.training, os.environ),
         partial(check_destination, spec.destination, spec, secrets, reporter),
     ]
     if spec.probe:
@@ -391,7 +394,7 @@ def train(spec: RunSpec, fetched: Fetched, prepared: Prepared, work_dir: Path, r
     adapter_dir = work_dir / f"adapter-{inputs[:12]}"
     if adapter_dir.exists():
         shutil.rmtree(adapter_dir)
-    with Stop(reporter.warn).listening() as stop:
+    with Stop(reporter.warn).listening() as stop, tracked(spec, work_dir, inputs[:12]):
         outcome = optimise(spec, prepared, work_dir, adapter_dir, checkpoints, stop, reporter)
     base = _base_to_name(spec, fetched)
     config, newer = adapter_config(outcome.lora_config, outcome.lora_defaults, base)

@@ -102,9 +102,10 @@ class Stop:
 class _Recorder(TrainerCallback):  # type: ignore[misc]
     """Reports each log, keeps metrics.jsonl, asks for recovery checkpoints, obeys Stop."""
 
-    def __init__(self, stop: Stop, reporter: Reporter, metrics_file: Path, *, watches: bool) -> None:
+    def __init__(self, stop: Stop, reporter: Reporter, metrics_file: Path, *, watches: bool, evaluates: bool) -> None:
         self._stop = stop
         self._watches = watches
+        self._evaluates = evaluates
         self._reporter = reporter
         self._metrics_file = metrics_file
         self._recorded = 0
@@ -122,6 +123,8 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]
     ) -> TrainerControl:
         # At the end of an epoch an evaluation may follow, and must be in the checkpoint: on_epoch_end is next.
         ends_training = state.global_step >= state.max_steps
+        if ends_training and self._evaluates and args.eval_strategy == "no":
+            control.should_evaluate = True  # while those who are reported to still listen
         if ends_training or control.should_evaluate:  # which may be the end
             control.should_log = True  # the last loss, however seldom the user wants to hear
         if not ends_training and not float(state.epoch).is_integer() and self._is_checkpoint_due(state):
@@ -347,6 +350,8 @@ def training_arguments(
         written["optim"] = written["optim"].removeprefix("paged_")  # there is nothing to page out of
     elif "bf16" not in written and "fp16" not in written:
         written |= {"bf16": device.dtype is torch.bfloat16, "fp16": device.dtype is torch.float16}
+    if written.get("report_to"):
+        written.setdefault("run_name", spec.name)
     # Recovery checkpoints come by the clock, and the best adapter is kept anyway.
     by_steps = "save_steps" in written and written.get("save_strategy") != "epoch"
     if written.get("save_strategy") in (None, "best"):
@@ -454,7 +459,8 @@ def _optimise(
     metrics_file = adapter_dir / METRICS
     metrics_file.unlink(missing_ok=True)
     watches = bool(spec.training.value("TrainingArguments", "watchdog"))
-    recorder = _Recorder(stop, reporter, metrics_file, watches=watches)
+    evaluates = prepared.evaluation is not None
+    recorder = _Recorder(stop, reporter, metrics_file, watches=watches, evaluates=evaluates)
     keep_best = KeepBest(Rule.of(spec.training), model, checkpoints)
     trainer = _trainer(model, exact, arguments, pieces, prepared, work_dir, [recorder, keep_best], reporter)
     trainer.keep_best = keep_best
