@@ -770,6 +770,15 @@ def _check_pod(file: WorkspaceFile, request: Request) -> None:
         if getattr(request, path):
             flag = f"--{path.replace('_', '-')}"
             problems.append(Problem("names something of this machine, which a pod cannot read", path=flag))
+    output = require_tuning(file).output
+    if request.output and needs_secret and not isinstance(output, ImageOutput):
+        problems.append(
+            Problem(
+                "a pod pushes with the Secret that tuning.output.imagePushSecret names, and there is none",
+                path=f"--output {request.output}",
+                hint="write tuning.output with an image and its imagePushSecret",
+            )
+        )
     if request.output and not names_registry(request.output):
         problems.append(
             Problem(

@@ -1,1 +1,141 @@
 """The commands for a cluster: `tuner render`, `tuner submit` and what follows a run there."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tuner.cli.cluster_options import (
+    AnonymousPush,
+    ClusterWorkspace,
+    Deadline,
+    DisruptionOk,
+    Gpus,
+    ImagePullSecret,
+    ImageVolume,
+    InstanceType,
+    Namespace,
+    OutputImage,
+    Patch,
+    PriorityClass,
+    PushHold,
+    Queue,
+    QueuePriority,
+    ResultsVolume,
+    Retries,
+    RuntimeClass,
+    Scheduler,
+    ServiceAccount,
+    SetImage,
+    Spot,
+    Ttl,
+    Urls,
+    WeightsVolume,
+    WorkloadIdentity,
+    read_cluster_run,
+)
+from tuner.cli.common import say
+from tuner.cli.options import (
+    AllowCidr,
+    AllowPrivate,
+    Ca,
+    Config,
+    NoOverwrite,
+    NoPreflight,
+    PlainHttp,
+    Require,
+    Set,
+    Smoke,
+    SourceHeaders,
+    TrustRemoteCode,
+    app,
+)
+from tuner.errors import UsageError
+from tuner.pod import PUSH_HOLD_S
+
+if TYPE_CHECKING:
+    from tuner.cluster.job import JobOptions
+    from tuner.request import Run
+    from tuner.workspace import WorkspaceFile
+
+
+@app.command(epilog="Example: tuner render workspace.yaml --set-image reg.io/tuner:0.1.0 | kubectl apply -f -")
+def render(
+    workspace: ClusterWorkspace,
+    set_image: SetImage = None,
+    namespace: Namespace = None,
+    patch: Patch = None,
+    shows_diff: Annotated[bool, typer.Option("--diff", help="only what options and patches change")] = False,
+    shows_check: Annotated[
+        bool, typer.Option("--check-job", help="instead of the Job the one that checks on a CPU beforehand")
+    ] = False,
+    instance_type: InstanceType = None,
+    gpus: Gpus = None,
+    results_volume: ResultsVolume = None,
+    weights_volume: WeightsVolume = None,
+    service_account: ServiceAccount = None,
+    workload_identity: WorkloadIdentity = False,
+    anonymous_push: AnonymousPush = False,
+    image_pull_secret: ImagePullSecret = None,
+    spot: Spot = False,
+    disruption_ok: DisruptionOk = False,
+    queue: Queue = None,
+    queue_priority: QueuePriority = None,
+    priority_class: PriorityClass = None,
+    scheduler: Scheduler = None,
+    runtime_class: RuntimeClass = None,
+    retries: Retries = 3,
+    ttl: Ttl = None,
+    deadline: Deadline = None,
+    push_hold: PushHold = PUSH_HOLD_S,
+    image_volume: ImageVolume = False,
+    data: Urls = None,
+    output: OutputImage = None,
+    smoke: Smoke = False,
+    config: Config = None,
+    set_: Set = None,
+    source_headers: SourceHeaders = None,
+    plain_http: PlainHttp = False,
+    ca: Ca = None,
+    allow_private_urls: AllowPrivate = False,
+    allow_cidr: AllowCidr = None,
+    no_overwrite: NoOverwrite = False,
+    no_preflight: NoPreflight = False,
+    require: Require = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Print the Kubernetes objects of a run: ConfigMap, Secrets, Job."""
+    from tuner.cluster.job import render_check_job, render_job
+    from tuner.cluster.templates import dump_manifests
+
+    if shows_diff and shows_check:
+        raise UsageError("--diff and --check-job are both given", hint="choose one")
+    file, run, options = read_cluster_run(locals())
+    objects = render_job(file, run, options)
+    for line in (*run.notes, *objects.notes):
+        say(f"note: {line}")
+    if shows_diff:
+        print(_diff(file, run, options, dump_manifests(objects.objects)), end="")
+        return
+    manifests = objects.objects
+    if shows_check:
+        manifests = (*manifests[:-1], render_check_job(objects.job))
+    print(dump_manifests(manifests), end="")
+
+
+def _diff(file: "WorkspaceFile", run: "Run", options: "JobOptions", rendered: str) -> str:
+    """Unified, from what the Workspace alone gives."""
+    import difflib
+
+    from tuner.cluster.job import JobOptions, render_job
+    from tuner.cluster.templates import dump_manifests
+
+    alone = JobOptions(
+        image=options.image,
+        labels_preferred=file.workspace.resource.instance_type is not None,
+        image_volume=options.image_volume,
+        config_text=options.config_text,
+        ca_text=options.ca_text,
+    )
+    default = dump_manifests(render_job(file, run, alone).objects)
+    lines = difflib.unified_diff(default.splitlines(True), rendered.splitlines(True), "default", "rendered")
+    return "".join(lines)

@@ -92,8 +92,9 @@ def read_workspace_file(
     try:
         allowed = Allowed.of(request.network.allow_cidrs, request.network.allow_private_urls)
         if workspace:
-            file = load_workspace_file(workspace, allowed=allowed, output_given=output_given)
-            return with_data(file, data, allowed) if data else file
+            on_box = not request.in_pod
+            file = load_workspace_file(workspace, allowed=allowed, local_files=on_box, output_given=output_given)
+            return with_data(file, data, allowed, local_files=on_box) if data else file
         return WorkspaceFile(make_workspace(str(model), data or (), None, method or "qlora", allowed=allowed))
     except (ConfigError, InputMissingError) as error:
         raise all_at_once([error, *flag_errors(request)]) from error

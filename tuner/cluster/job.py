@@ -15,9 +15,11 @@ from typing import Any
 
 from tuner import __version__, pod
 from tuner.cluster import templates
+from tuner.cluster.checks import job_problems, restricted_problems
+from tuner.cluster.patch import JOB_PATCH_ANNOTATION, apply_patches, parse_patches
 from tuner.cluster.sizes import UNKNOWN_WEIGHTS_GIB, Sizes, read_sizes
 from tuner.cluster.templates import EXAMPLE_NAME, Manifest
-from tuner.errors import ConfigError, Problem
+from tuner.errors import ConfigError, InputMissingError, Problem
 from tuner.instance_types import GIB, Machine, find_instance_type
 from tuner.plan import make_plan
 from tuner.request import HF_TOKEN, SOURCES_ANNOTATION, Run
@@ -72,7 +74,8 @@ class JobOptions:
     """What of a Job no Workspace says. `gpus` and `instance_type` win over the Workspace's instanceType.
 
     `labels_preferred`: no node carries the labels yet, so they must not be required. `owner` is an ownerReference.
-    `config_text` is training_config.yaml as --config has it, `ca_text` what --ca names.
+    `config_text` is training_config.yaml as --config has it, `ca_text` what --ca names. `patch_annotation`: whether
+    the Workspace may name a patch; who renders with other rights than its author's must not let it.
     """
 
     image: str
@@ -98,6 +101,7 @@ class JobOptions:
     disruption_ok: bool = False
     labels_preferred: bool = False
     patches: tuple[Mapping[str, Any], ...] = ()
+    patch_annotation: bool = False
     revision: int = 1
     owner: Mapping[str, Any] | None = None
     config_text: str | None = None
@@ -130,8 +134,11 @@ def render_job(file: WorkspaceFile, run: Run, options: JobOptions) -> JobObjects
     config_map = _config_map(ask)
     own = _own_secret(ask)
     job = _job(ask, config_map["metadata"]["name"], own["metadata"]["name"] if own else None)
+    job = apply_patches(job, [*_annotations_patches(ask), *options.patches])
+    if problems := job_problems(job):
+        raise ConfigError.of(problems)
     secrets = (*_carried_secrets(ask), *([own] if own else []))
-    return JobObjects(config_map, secrets, job, tuple(_notes(ask, config_map)))
+    return JobObjects(config_map, secrets, job, tuple(_notes(ask, config_map, job)))
 
 
 def count_gpus(workspace: Workspace, options: JobOptions, *, smoke: bool = False) -> int:
@@ -277,6 +284,24 @@ def _option_problems(ask: _Ask) -> Iterator[Problem]:
         )
     if options.queue_priority and not options.queue:
         yield Problem("there is no queue for it", path="--queue-priority", hint="--queue NAME, too")
+
+
+def _annotations_patches(ask: _Ask) -> list[Manifest]:
+    """Those in the ConfigMap that the Workspace's annotation names."""
+    written = ask.workspace.metadata.annotations.get(JOB_PATCH_ANNOTATION)
+    if written is None or not ask.options.patch_annotation:
+        return []
+    origin = f"metadata.annotations[{JOB_PATCH_ANNOTATION}]"
+    name, slash, key = written.partition("/")
+    if not slash:
+        raise ConfigError(f"{origin}: {written!r} is not CONFIGMAP/KEY")
+    config_map = ask.file.config_maps.get(name)
+    if config_map is None or key not in config_map.data:
+        missing = f"ConfigMap {name!r} is" if config_map is None else f"the key {key!r} of ConfigMap {name!r} is"
+        raise InputMissingError(
+            f"{origin}: {missing} not in the Workspace's file", hint="put it there as another YAML document"
+        )
+    return parse_patches(config_map.data[key], f"ConfigMap {name!r}, {key}")
 
 
 # ── the ConfigMap and the Secrets ────────────────────────────────────────────────────────────────────────────────────
@@ -690,7 +715,7 @@ def helper_name(name: str, suffix: str) -> str:
 # ── what is worth a line ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _notes(ask: _Ask, config_map: Mapping[str, Any]) -> Iterator[str]:
+def _notes(ask: _Ask, config_map: Mapping[str, Any], job: Mapping[str, Any]) -> Iterator[str]:
     options, spec = ask.options, ask.spec
     instance_type = written_instance_type(ask.workspace, options)
     machine = None if spec.smoke else _machine(ask.workspace, options)
@@ -718,9 +743,10 @@ def _notes(ask: _Ask, config_map: Mapping[str, Any]) -> Iterator[str]:
         yield f"{spec.base_model.id} is gated: without presetOptions.modelAccessSecret the preflight will be denied"
     if options.image_volume or (ask.input_volume and "image" in ask.input_volume):
         yield "an image volume needs Kubernetes 1.35, or 1.31 with the feature gate ImageVolume"
-    for field_path, volume in (("tuning.input", ask.input_volume), ("tuning.output", ask.output_volume)):
-        if volume and "hostPath" in volume:
-            yield f"{field_path}: a hostPath is refused where Pod Security is baseline or restricted"
+    if JOB_PATCH_ANNOTATION in ask.workspace.metadata.annotations and not options.patch_annotation:
+        yield f"the annotation {JOB_PATCH_ANNOTATION} is left out: a Workspace's author may not patch Jobs here"
+    for problem in restricted_problems(templates.pod_spec(job)):
+        yield f"{problem.path}: {problem.message} where Pod Security is restricted"
     size_bytes = len(json.dumps(config_map))
     if size_bytes > _APPLY_BYTES:
         yield f"the ConfigMap has {size_bytes:,} bytes: kubectl apply takes it with --server-side only"

@@ -1,0 +1,224 @@
+"""A user's patch: what it can do to a Job, and what it cannot."""
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import yaml
+from test_cluster_job import NAME, render, workspace
+
+from tuner.cluster.patch import apply_patches, merge, parse_patches
+from tuner.cluster.templates import container, containers, pod_spec, volume
+from tuner.errors import ConfigError
+
+POD = "spec: {template: {spec: {%s}}}"
+
+
+def patched(text: str, **options: Any) -> dict[str, Any]:
+    return apply_patches(render(workspace(), **options).job, parse_patches(text, "patch.yaml"))
+
+
+def refusals(text: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        patched(text)
+    return [str(problem) for problem in caught.value.problems] or [caught.value.message]
+
+
+# ── merging ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("value", "patch", "merged"),
+    [
+        ({"a": 1}, {"b": 2}, {"a": 1, "b": 2}),
+        ({"a": {"b": 1, "c": 2}}, {"a": {"b": None}}, {"a": {"c": 2}}),
+        ({"a": {"b": 1}}, {"a": {"$patch": "replace", "c": 2}}, {"a": {"c": 2}}),
+        ({"a": {"b": 1}, "d": 1}, {"a": {"$patch": "delete"}}, {"d": 1}),
+        ({"tolerations": [{"key": "x"}]}, {"tolerations": [{"key": "y"}]}, {"tolerations": [{"key": "y"}]}),
+        (
+            {"env": [{"name": "A", "value": "1"}, {"name": "B", "value": "2"}]},
+            {"env": [{"name": "B", "value": "3"}, {"name": "C", "value": "4"}]},
+            {"env": [{"name": "A", "value": "1"}, {"name": "B", "value": "3"}, {"name": "C", "value": "4"}]},
+        ),
+        (
+            {"volumeMounts": [{"name": "v", "mountPath": "/a"}]},
+            {"volumeMounts": [{"name": "v", "mountPath": "/b"}]},
+            {"volumeMounts": [{"name": "v", "mountPath": "/a"}, {"name": "v", "mountPath": "/b"}]},
+        ),
+        (
+            {"ports": [{"containerPort": 1, "name": "a"}]},
+            {"ports": [{"containerPort": 1, "name": "b"}]},
+            {"ports": [{"containerPort": 1, "name": "b"}]},
+        ),
+        (
+            {"env": [{"name": "A"}, {"name": "B"}]},
+            {"env": [{"$patch": "delete", "name": "A"}]},
+            {"env": [{"name": "B"}]},
+        ),
+        ({"env": [{"name": "A"}]}, {"env": [{"$patch": "replace"}, {"name": "B"}]}, {"env": [{"name": "B"}]}),
+        (
+            {"volumes": [{"name": "v", "emptyDir": {}}]},
+            {"volumes": [{"name": "v", "$retainKeys": ["name", "nfs"], "nfs": {"path": "/"}}]},
+            {"volumes": [{"name": "v", "nfs": {"path": "/"}}]},
+        ),
+    ],
+)
+def test_patches_merge_as_kubectl_merges_them(value: Any, patch: Any, merged: Any) -> None:
+    before = deepcopy(value)
+    assert merge(value, patch, "") == merged
+    assert value == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a", "must be a mapping, as a Job is"),
+        ("", "there is no patch in it"),
+        ("a: [", "not YAML"),
+        ("containers: []", "a Job has no 'containers'"),
+        ("kind: Deployment", "is for a Deployment, and only the Job can be patched"),
+        (POD % "containers: [{image: x}]", "containers[0]: has no name, by which such lists are merged"),
+        (POD % "volumes: [{$patch: delete, name: none}]", "volumes[name=none]: there is none to delete"),
+        (POD % "$patch: remove", "$patch is merge, replace or delete, not 'remove'"),
+        (POD % "$setElementOrder/volumes: []", "the directive $setElementOrder/volumes is not known here"),
+    ],
+)
+def test_what_no_patch_can_say_is_refused_with_its_place(text: str, message: str) -> None:
+    (refusal,) = refusals(text)
+    assert message in refusal
+
+
+def test_a_patch_for_many_workspaces_calls_the_trainer_by_what_it_does() -> None:
+    job = patched(POD % "containers: [{name: trainer, resources: {requests: {cpu: '8'}}}]")
+    assert container(job, NAME)["resources"]["requests"]["cpu"] == "8"
+    assert len(list(containers(job))) == 4
+
+
+def test_a_users_own_fields_are_theirs() -> None:
+    job = patched(
+        """
+spec:
+  ttlSecondsAfterFinished: 60
+  podFailurePolicy: {rules: null}
+  template:
+    metadata: {annotations: {team/cost-centre: "42"}}
+    spec:
+      hostAliases: [{ip: 10.0.0.1, hostnames: [registry]}]
+      volumes: [{name: data-volume, emptyDir: {sizeLimit: 1Ti}}]
+      initContainers: [{name: data-downloader, env: [{name: HTTPS_PROXY, value: "http://proxy:3128"}]}]
+""".replace("  podFailurePolicy: {rules: null}\n", "")
+    )
+    assert job["spec"]["ttlSecondsAfterFinished"] == 60
+    assert volume(job, "data-volume")["emptyDir"]["sizeLimit"] == "1Ti"
+    assert container(job, "data-downloader")["env"][-1]["name"] == "HTTPS_PROXY"
+    assert pod_spec(job)["hostAliases"]
+
+
+# ── the guard ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("metadata: {name: other}", "metadata.name"),
+        ("metadata: {labels: {kaito.sh/workspace: other}}", "metadata.labels[kaito.sh/workspace]"),
+        ("metadata: {labels: {$patch: delete}}", "metadata.labels[kaito.sh/workspace]"),
+        ("metadata: {annotations: {tuner/run-digest: x}}", "metadata.annotations[tuner/run-digest]"),
+        ("metadata: {ownerReferences: []}", "metadata.ownerReferences"),
+        ("spec: {parallelism: 2}", "spec.parallelism"),
+        ("spec: {podReplacementPolicy: TerminatingOrFailed}", "spec.podReplacementPolicy"),
+        ("spec: {podFailurePolicy: {rules: []}}", "spec.podFailurePolicy.rules"),
+        ("spec: {podFailurePolicy: null}", "spec.podFailurePolicy.rules"),
+        (POD % "restartPolicy: OnFailure", "spec.template.spec.restartPolicy"),
+        (POD % "automountServiceAccountToken: true", "spec.template.spec.automountServiceAccountToken"),
+        (POD % "shareProcessNamespace: true", "spec.template.spec.shareProcessNamespace"),
+        (POD % "containers: [{name: trainer, args: [shell]}]", f"containers[name={NAME}].args"),
+        (POD % "containers: [{name: pusher, command: [sh]}]", "containers[name=pusher].command"),
+        (POD % "containers: [{name: pusher, $patch: delete}]", "containers[name=pusher]"),
+        (POD % "containers: [{$patch: replace}, {name: x, image: y}]", f"containers[name={NAME}]"),
+        (POD % "volumes: [{name: run, emptyDir: {medium: Memory}}]", "volumes[name=run]"),
+        (POD % "volumes: [{name: docker-config, secret: {secretName: other}}]", "volumes[name=docker-config]"),
+        (
+            POD % "containers: [{name: pusher, volumeMounts: [{$patch: delete, mountPath: /run/tuner}]}]",
+            "containers[name=pusher].volumeMounts[mountPath=/run/tuner]",
+        ),
+        (
+            POD % "containers: [{name: trainer, volumeMounts: [{name: docker-config, mountPath: /x}]}]",
+            f"containers[name={NAME}].volumeMounts[mountPath=/x]",
+        ),
+        (
+            POD % "containers: [{name: trainer, env: [{name: T, valueFrom: {secretKeyRef: {name: a, key: b}}}]}]",
+            f"containers[name={NAME}].env[name=T]",
+        ),
+        (POD % "containers: [{name: trainer, envFrom: [{secretRef: {name: a}}]}]", f"containers[name={NAME}].envFrom"),
+        ("spec: {template: {$patch: delete}}", "spec.template.spec.restartPolicy"),
+        ("spec: {$patch: delete}", "spec.template.spec.restartPolicy"),
+    ],
+)
+def test_what_would_break_the_run_or_give_its_secrets_away_is_refused(text: str, path: str) -> None:
+    assert any(f"patch, {path}:" in refusal or f".{path}:" in refusal for refusal in refusals(text)), refusals(text)
+
+
+def test_every_refusal_of_a_patch_comes_at_once_and_says_why() -> None:
+    found = refusals("metadata: {name: other}\n" + POD % "restartPolicy: Always, hostPID: true")
+    assert found == [
+        "patch, metadata.name: is not for a patch to change: its objects go together",
+        "patch, spec.template.spec.restartPolicy: is not for a patch to change: podFailurePolicy needs Never",
+        "patch, spec.template.spec.hostPID: is not for a patch to change: the trainer could read the other containers' "
+        "secrets",
+    ]
+
+
+def test_rules_of_ones_own_go_after_ours() -> None:
+    ours = render(workspace()).job["spec"]["podFailurePolicy"]["rules"]
+    mine = {"action": "Count", "onExitCodes": {"containerName": NAME, "operator": "In", "values": [1]}}
+    job = patched(yaml.safe_dump({"spec": {"podFailurePolicy": {"rules": [*ours, mine]}}}))
+    assert job["spec"]["podFailurePolicy"]["rules"][-1] == mine
+
+
+# ── where patches come from ──────────────────────────────────────────────────────────────────────────────────────────
+
+PATCHES = {
+    "apiVersion": "v1",
+    "kind": "ConfigMap",
+    "metadata": {"name": "patches"},
+    "data": {"big": POD % "containers: [{name: trainer, resources: {requests: {cpu: '16'}}}]"},
+}
+ANNOTATED = {"annotations": {"tuner/job-patch": "patches/big"}}
+
+
+def test_an_annotation_names_a_patch_and_typed_ones_come_after_it() -> None:
+    job = render(workspace(**ANNOTATED), PATCHES, patch_annotation=True).job
+    assert container(job, NAME)["resources"]["requests"]["cpu"] == "16"
+    typed = parse_patches(POD % "containers: [{name: trainer, resources: {requests: {cpu: '4'}}}]", "typed")
+    job = render(workspace(**ANNOTATED), PATCHES, patch_annotation=True, patches=tuple(typed)).job
+    assert container(job, NAME)["resources"]["requests"]["cpu"] == "4"
+
+
+def test_whoever_renders_with_other_rights_leaves_the_annotation_out_and_says_so() -> None:
+    objects = render(workspace(**ANNOTATED), PATCHES)
+    assert container(objects.job, NAME)["resources"]["requests"]["cpu"] == "2"
+    assert any("the annotation tuner/job-patch is left out" in note for note in objects.notes)
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("patches", "'patches' is not CONFIGMAP/KEY"),
+        ("other/big", "ConfigMap 'other' is not in the Workspace's file"),
+        ("patches/small", "the key 'small' of ConfigMap 'patches' is not in the Workspace's file"),
+    ],
+)
+def test_a_patch_that_is_not_there_is_said(written: str, message: str) -> None:
+    annotated = workspace(annotations={"tuner/job-patch": written})
+    with pytest.raises(Exception, match=message.replace("[", "\\[")):
+        render(annotated, PATCHES, patch_annotation=True)
+
+
+def test_a_patched_job_is_checked_as_any_other() -> None:
+    small = parse_patches(POD % "volumes: [{name: dshm, emptyDir: {sizeLimit: 1Ti}}]", "patch.yaml")
+    with pytest.raises(ConfigError, match=f"may hold more than {NAME} may use of memory"):
+        render(workspace(), patches=tuple(small))
+    two_kinds = parse_patches(POD % "volumes: [{name: data-volume, nfs: {server: a, path: /}}]", "patch.yaml")
+    with pytest.raises(ConfigError, match="must be exactly one kind of volume; it is emptyDir, nfs"):
+        render(workspace(), patches=tuple(two_kinds))
