@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from tuner.workspace import WorkspaceFile
 
 
-@app.command(epilog="Example: tuner render workspace.yaml --set-image reg.io/tuner:0.1.0 | kubectl apply -f -")
+@app.command(epilog="Example: tuner render workspace.yaml --set-image reg.example/tuner:0.1.0")
 def render(
     workspace: ClusterWorkspace,
     set_image: SetImage = None,
@@ -103,7 +103,7 @@ def render(
     require: Require = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Print the Kubernetes objects of a run: ConfigMap, Secrets, Job."""
+    """Print the Kubernetes objects of a run, for `kubectl apply -f -`: ConfigMap, Secrets, Job."""
     from tuner.cluster.job import render_check_job, render_job
     from tuner.cluster.templates import dump_manifests
 
