@@ -113,3 +113,66 @@ def make_event(kind: str, name: str, reason: str, note: str, at: str = CREATED) 
         "note": note,
         "eventTime": at,
     }
+
+
+def make_workspace(
+    name: str = "phi-3",
+    *,
+    config: str | None = None,
+    instance_type: str | None = None,
+    preset: str = "phi-3-mini-4k-instruct",
+    annotations: Mapping[str, str] | None = None,
+    status: Object | None = None,
+    generation: int = 1,
+) -> Object:
+    tuning: Object = {
+        "preset": {"name": preset},
+        "method": "qlora",
+        "input": {"urls": ["https://example.com/a.parquet"]},
+        "output": {"image": "example.com/a:1", "imagePushSecret": "push"},
+    }
+    if config:
+        tuning["config"] = config
+    resource: Object = {"labelSelector": {"matchLabels": {"apps": "phi-3"}}}
+    if instance_type:
+        resource["instanceType"] = instance_type
+    workspace: Object = {
+        "apiVersion": "kaito.sh/v1beta1",
+        "kind": "Workspace",
+        "metadata": {
+            "name": name,
+            "namespace": "team",
+            "uid": f"uid-workspace-{name}",
+            "resourceVersion": "1",
+            "generation": generation,
+            "annotations": dict(annotations or {}),
+        },
+        "resource": resource,
+        "tuning": tuning,
+    }
+    if status is not None:
+        workspace["status"] = status
+    return workspace
+
+
+def make_config_map(name: str = "config", text: str = "training_config: {}\n", version: str = "1") -> Object:
+    metadata = {"name": name, "namespace": "team", "resourceVersion": version}
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {"training_config.yaml": text}}
+
+
+def make_node(
+    name: str = "gpu-1",
+    *,
+    labels: Mapping[str, str] | None = None,
+    ready: bool = True,
+    gpus: int = 1,
+    unschedulable: bool = False,
+) -> Object:
+    return {
+        "metadata": {"name": name, "labels": {"apps": "phi-3"} if labels is None else dict(labels)},
+        "spec": {"unschedulable": True} if unschedulable else {},
+        "status": {
+            "conditions": [{"type": "Ready", "status": "True" if ready else "False"}],
+            "allocatable": {"cpu": "8", **({"nvidia.com/gpu": str(gpus)} if gpus else {})},
+        },
+    }

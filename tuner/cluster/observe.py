@@ -94,8 +94,9 @@ def view_job(job: Object, pods: Sequence[Object], events: Sequence[Object] = ())
     if spec.get("suspend"):
         return replace(view, phase="suspended", waiting_for=_suspended(job))
     if newest is None or not alive:
-        reason = _event_note(events, "Job", _name(job), ("FailedCreate",))
-        return replace(view, phase="waiting", waiting_for=reason and f"its pod is refused: {reason}")
+        refused = _event_note(events, "Job", _name(job), ("FailedCreate",))
+        reason = f"its pod is refused: {refused}" if refused else None if view.last else "its pod is not made yet"
+        return replace(view, phase="waiting", waiting_for=reason)
     if reason := _why_pod_waits(newest, events):
         return replace(view, phase="waiting", waiting_for=reason)
     if not _is_running(newest):
