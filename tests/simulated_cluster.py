@@ -1,5 +1,5 @@
-"""A cluster in a dict, for the controller's decisions: what the API server, the Job controller and the garbage collector
-do to the objects of one Workspace, one step at a time and in whatever order a test wants.
+"""A cluster in a dict, for the controller's decisions: what the API server, the Job controller and the garbage
+collector do to the objects of one Workspace, one step at a time and in whatever order a test wants.
 
     cluster.store        the truth
     Controller(cluster)  has a picture of it that may be old, plans from it, and may be ended between two actions
@@ -37,7 +37,7 @@ WORKSPACE: Key = ("Workspace", "phi-3")
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
 
-def render(workspace: Object, config_map: Object | None, revision: int) -> Rendered:
+def render(workspace: Object, config_map: Object | None, revision: int, *, labels_preferred: bool = False) -> Rendered:
     """As small as a revision's objects can be; the real ones are the templates' matter."""
     name = workspace["metadata"]["name"]
     if workspace["tuning"]["preset"]["name"] == "no-such-preset":

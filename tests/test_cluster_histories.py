@@ -1,5 +1,5 @@
-"""Random histories: events heard in any order, twice or not at all, controllers ended between two actions, two of them at
-once, people who edit and delete. Whatever happens, each revision gets one Job, and the end is the same."""
+"""Random histories: events heard in any order, twice or not at all, controllers ended between two actions, two of them
+at once, people who edit and delete. Whatever happens, each revision gets one Job, and the end is the same."""
 
 import copy
 from typing import Any

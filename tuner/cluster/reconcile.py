@@ -17,7 +17,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from tuner.cluster.observe import Object, ProgressLine, view_job
 from tuner.cluster.workspace_status import Standing, build_status, recorded_revision, settled, status_differs
@@ -52,8 +52,13 @@ class Rendered:
     notes: tuple[str, ...] = ()
 
 
-# The Workspace, the ConfigMap that holds for it, the revision → its objects. Raises TunerError with what is wrong.
-Render = Callable[[Object, Object | None, int], Rendered]
+class Render(Protocol):
+    """How a revision's objects are made; raises TunerError with what is wrong with the Workspace."""
+
+    def __call__(
+        self, workspace: Object, config_map: Object | None, revision: int, *, labels_preferred: bool
+    ) -> Rendered:
+        """`labels_preferred`: no node has the labels yet, so none would be made for a pod that requires them."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +186,7 @@ def _plan_new_revision(observed: Observed, settings: Settings, current: int, wan
     """Begin the next revision, or say why it cannot begin and go on with the one that there is."""
     number = current + 1
     try:
-        rendered = settings.render(observed.workspace, observed.config_map, number)
+        rendered = _render(observed, settings, number)
     except TunerError as error:
         sentence = say(error)
         if current:
@@ -250,7 +255,7 @@ def _start(
     if checked and checked.phase != "succeeded":
         return with_status(Standing("check", view=checked, run_digest=_run_digest(observed.check_job)))
     try:
-        rendered = rendered or settings.render(observed.workspace, observed.config_map, number)
+        rendered = rendered or _render(observed, settings, number)
     except TunerError as error:
         return with_status(Standing("invalid", message=say(error)))
     confirm: tuple[Action, ...] = ()
@@ -262,6 +267,15 @@ def _start(
         return with_status(_about("check", rendered.check_job), *confirm, *creates)
     objects = () if checked else tuple(map(Create, rendered.objects))  # the check Job was made after them
     return with_status(_about("job", rendered.job), *confirm, *objects, Create(rendered.job))
+
+
+def _render(observed: Observed, settings: Settings, number: int) -> Rendered:
+    # Karpenter and the autoscaler make no node for a pod that requires labels which they do not know.
+    resource = observed.workspace.get("resource") or {}
+    selector = resource.get("labelSelector") or {}
+    labelled = any(_has_labels(node, selector) for node in observed.nodes or ())
+    preferred = bool(resource.get("instanceType")) and not labelled
+    return settings.render(observed.workspace, observed.config_map, number, labels_preferred=preferred)
 
 
 def _about(kind: Literal["check", "job"], job: Object) -> Standing:
@@ -480,15 +494,20 @@ def _fits(node: Object, resource: Object) -> bool:
     labels = node["metadata"].get("labels") or {}
     conditions = {each["type"]: each["status"] for each in node.get("status", {}).get("conditions") or ()}
     allocatable = node.get("status", {}).get("allocatable") or {}
-    selector = resource.get("labelSelector") or {}
     instance_type = resource.get("instanceType")
     return (
         conditions.get("Ready") == "True"
         and not (node.get("spec") or {}).get("unschedulable")
         and str(allocatable.get("nvidia.com/gpu", "0")) != "0"
         and (not instance_type or labels.get("node.kubernetes.io/instance-type") == instance_type)
-        and all(labels.get(key) == value for key, value in (selector.get("matchLabels") or {}).items())
-        and all(_matches(labels, each) for each in selector.get("matchExpressions") or ())
+        and _has_labels(node, resource.get("labelSelector") or {})
+    )
+
+
+def _has_labels(node: Object, selector: Object) -> bool:
+    labels = node["metadata"].get("labels") or {}
+    return all(labels.get(key) == value for key, value in (selector.get("matchLabels") or {}).items()) and all(
+        _matches(labels, each) for each in selector.get("matchExpressions") or ()
     )
 
 
@@ -544,7 +563,7 @@ def _plan_status(
 
 def _until_next_write_s(written: Mapping[str, Any], now: datetime) -> float:
     """Seconds until progress may be written again; never longer than the pause, whatever a clock says."""
-    last = (written.get("tuning") or {}).get("lastUpdatedTime")
+    last = ((written.get("tuning") or {}).get("progress") or {}).get("lastUpdatedTime")
     if not last:
         return 0.0
     passed_s = (now - datetime.fromisoformat(last)).total_seconds()
