@@ -39,7 +39,7 @@ class JobView:
 
     `has_started` is true once a container of any attempt has run. `attempt` counts from 1 and goes up when a pod has
     failed; an evicted pod is replaced within its attempt. `waiting_for` says why nothing runs at the moment, `last`
-    how the attempt before ended, `failure` why the Job has failed.
+    how the attempt before ended, `failure` why the Job has failed. `is_silent`: only Events could tell why it waits.
     """
 
     phase: Phase
@@ -48,6 +48,7 @@ class JobView:
     attempt: int = 1
     attempts: int = 1
     waiting_for: str | None = None
+    is_silent: bool = False
     last: Ending | None = None
     failure: Ending | None = None
     pod: str | None = None
@@ -96,11 +97,13 @@ def view_job(job: Object, pods: Sequence[Object], events: Sequence[Object] = ())
     if newest is None or not alive:
         refused = _event_note(events, "Job", _name(job), ("FailedCreate",))
         reason = f"its pod is refused: {refused}" if refused else None if view.last else "its pod is not made yet"
+        return replace(view, phase="waiting", waiting_for=reason, is_silent=True)
+    if reason := _why_pod_waits(newest):
         return replace(view, phase="waiting", waiting_for=reason)
-    if reason := _why_pod_waits(newest, events):
-        return replace(view, phase="waiting", waiting_for=reason)
-    if not _is_running(newest):
-        return replace(view, phase="waiting", waiting_for="its containers are being made")
+    if not _has_run(newest):
+        missing = _event_note(events, "Pod", _name(newest), _MOUNT_EVENTS)
+        reason = f"its volumes are not there: {missing}" if missing else "its containers are being made"
+        return replace(view, phase="waiting", waiting_for=reason, is_silent=True)
     return replace(view, stage=_stage(newest))
 
 
@@ -154,10 +157,6 @@ def _state(container: Object, kind: Literal["waiting", "running", "terminated"])
 
 def _has_run(pod: Object) -> bool:
     return any(_state(each, "running") or _state(each, "terminated") for each in _containers(pod))
-
-
-def _is_running(pod: Object) -> bool:
-    return any(_state(each, "running") is not None for each in _containers(pod)) or _has_run(pod)
 
 
 def _stage(pod: Object) -> StageName | None:
@@ -258,6 +257,7 @@ def _why_failed(condition: Object, last: Ending | None) -> Ending:
 # ── why it waits ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 _PULL_ERRORS = ("ImagePullBackOff", "ErrImagePull", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
+_MOUNT_EVENTS = ("FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox")
 _MAKE_ERRORS = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
 
 
@@ -268,8 +268,8 @@ def _suspended(job: Object) -> str:
     return f'suspended; to go on: kubectl patch job {_name(job)} --type merge -p \'{{"spec":{{"suspend":false}}}}\''
 
 
-def _why_pod_waits(pod: Object, events: Sequence[Object]) -> str | None:
-    """What keeps a pod from running, as the scheduler, the kubelet or an event says it; None when nothing does."""
+def _why_pod_waits(pod: Object) -> str | None:
+    """What keeps a pod from running, as the scheduler or the kubelet says it; None when nothing does."""
     for condition in pod.get("status", {}).get("conditions") or ():
         if condition["type"] == "PodScheduled" and condition["status"] == "False":
             reason, message = condition.get("reason", ""), _one_line(condition.get("message", ""))
@@ -285,10 +285,6 @@ def _why_pod_waits(pod: Object, events: Sequence[Object]) -> str | None:
             return f"the image {container.get('image', '')} cannot be pulled: {message or reason}"
         if reason in _MAKE_ERRORS:
             return f"container {container['name']} cannot be made: {message or reason}"
-    if not _has_run(pod):
-        note = _event_note(events, "Pod", _name(pod), ("FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox"))
-        if note:
-            return f"its volumes are not there: {note}"
     return None
 
 

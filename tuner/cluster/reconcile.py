@@ -541,7 +541,7 @@ def _plan_status(
         error=observed.error,
     )
     view = standing.view
-    waits = view is not None and view.phase == "waiting"
+    waits = view is not None and view.is_silent
     runs = view is not None and view.phase == "running" and standing.kind == "job"
     status = build_status(observed.workspace, standing, now, tuning_is_pruned=settings.prunes_tuning_status)
     written: Mapping[str, Any] = observed.workspace.get("status") or {}
@@ -563,7 +563,7 @@ def _plan_status(
 
 def _until_next_write_s(written: Mapping[str, Any], now: datetime) -> float:
     """Seconds until progress may be written again; never longer than the pause, whatever a clock says."""
-    last = ((written.get("tuning") or {}).get("progress") or {}).get("lastUpdatedTime")
+    last = (written.get("tuning") or {}).get("lastUpdatedTime")
     if not last:
         return 0.0
     passed_s = (now - datetime.fromisoformat(last)).total_seconds()

@@ -3,7 +3,7 @@
     status:
       state: Running                          # Pending, Running, Succeeded, Failed
       conditions: [NodesReady, ResourceReady, JobStarted, WorkspaceSucceeded, WorkspaceReady]
-      tuning: {revision, runDigest, stage, attempt, attempts, step, steps, progress, artifact, baseModel, datasets}
+      tuning: {revision, runDigest, stage, attempt, attempts, progressPercentage, step, totalSteps, loss, …}
 
 Where the CRD is KAITO's, which prunes `status.tuning`, the figures go to `status.performance.metrics`.
 """
@@ -208,11 +208,10 @@ def build_status(
         "workerNodes": _worker_nodes(standing, written),
         "conditions": _dated(conditions, workspace, now),
     }
-    before = written.get("tuning") if recorded_revision(workspace) == standing.revision else None
-    figures = _figures(standing, state, before or {}, now)
+    figures = _figures(standing, state, recorded_revision(workspace) == standing.revision, written)
     if tuning_is_pruned:
         return {**status_now, "performance": {"metrics": _as_metrics(figures)}}
-    return {**status_now, "tuning": figures}
+    return {**status_now, "tuning": _dated_figures(figures, written.get("tuning") or {}, now)}
 
 
 _MESSAGE_CHARACTERS = 8192  # metav1.Condition has 32,768; nobody reads so much
@@ -263,107 +262,123 @@ def timestamp(moment: datetime) -> str:
 
 # ── figures ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-# Of which stage's result, the key there → the field of `status.tuning.baseModel`.
-_BASE_MODEL = (("base_model", "id"), ("base_model_revision", "revision"), ("base_model_digest", "digest"))
-_PROGRESS_FIELDS = frozenset({"step", "steps", "progress"})
-_KEPT_FIELDS = ("artifact", "baseModel", "datasets", *sorted(_PROGRESS_FIELDS))
+# Of which stage's result, the key there → the field in `status.tuning`.
+_FROM_RESULTS: tuple[tuple[StageName, str, tuple[str, ...]], ...] = (
+    ("fetch", "base_model", ("baseModel", "id")),
+    ("fetch", "base_model_revision", ("baseModel", "revision")),
+    ("fetch", "base_model_digest", ("baseModel", "digest")),
+    ("fetch", "data_digest", ("dataset", "digest")),
+    ("fetch", "files", ("dataset", "files")),
+    ("fetch", "bytes", ("dataset", "sizeBytes")),
+    ("prepare", "train_rows", ("dataset", "rows")),
+    ("train", "steps", ("step",)),
+    ("train", "loss", ("loss",)),
+    ("train", "eval_loss", ("evalLoss",)),
+)
+
+_TEXT = frozenset({"loss", "evalLoss"})  # as Kubeflow's trainerStatus has it: a number of any size, read by people
+_PROGRESS_FIELDS = frozenset(
+    "progressPercentage step totalSteps loss evalLoss estimatedRemainingSeconds metrics lastUpdatedTime".split()
+)
+_KEPT_FIELDS = ("artifact", "baseModel", "dataset", "evalLoss", *sorted(_PROGRESS_FIELDS - {"evalLoss"}))
 
 
-def _figures(standing: Standing, state: State, before: Mapping[str, Any], now: datetime) -> dict[str, Any]:
-    """`status.tuning`. What was known before, of this revision, stays until it is known anew."""
-    figures: dict[str, Any] = {key: before[key] for key in _KEPT_FIELDS if key in before}
+def _figures(standing: Standing, state: State, same_revision: bool, written: Mapping[str, Any]) -> dict[str, Any]:
+    """`status.tuning` without its time. What was known before and is of this revision stays until it is known anew."""
+    before: Mapping[str, Any] = (written.get("tuning") or {}) if same_revision else {}
+    figures: dict[str, Any] = {key: before[key] for key in _KEPT_FIELDS if key in before and key != "lastUpdatedTime"}
     figures["revision"] = standing.revision
     if standing.run_digest:
         figures["runDigest"] = standing.run_digest
     view = standing.view
+    if standing.kind == "check":
+        return figures if state == "Failed" else {**figures, "stage": "check"}
     if view is None:
         return figures
+    figures |= {"attempt": view.attempt, "attempts": view.attempts}
     if stage := _stage(view, standing.progress):
         figures["stage"] = stage
-    if standing.kind == "check":
-        return figures
-    figures |= {"attempt": view.attempt, "attempts": view.attempts}
-    _put_inputs(figures, _values(view.results.get("fetch")))
-    image = _values(view.results.get("push")).get("image")
-    if isinstance(image, str):
-        _, at, digest = image.partition("@")
-        figures["artifact"] = {"image": image, "digest": digest} if at else {"image": image}
-    if progress := _progress(standing, state, figures.get("progress", {})):
-        figures |= progress
-        known = {key: value for key, value in before.get("progress", {}).items() if key != "lastUpdatedTime"}
-        same = known == figures["progress"] and before.get("step") == figures.get("step")
-        when = before["progress"]["lastUpdatedTime"] if same else timestamp(now)
-        figures["progress"] = {**figures["progress"], "lastUpdatedTime": when}
+    _put_results(figures, view.results)
+    if standing.progress:
+        figures |= _of_progress(standing.progress)
+    if state == "Succeeded":
+        figures["progressPercentage"] = 100
+    if state in ("Succeeded", "Failed"):
+        figures.pop("estimatedRemainingSeconds", None)
     return figures
 
 
-def _put_inputs(figures: dict[str, Any], fetched: Mapping[str, Scalar]) -> None:
-    """What was trained on, as the fetch stage said."""
-    model = {field: fetched[key] for key, field in _BASE_MODEL if fetched.get(key)}
-    if model:
-        figures["baseModel"] = model
-    if digest := fetched.get("data_digest"):
-        files = fetched.get("files")
-        source = "1 file" if files == 1 else f"{files} files"
-        figures["datasets"] = [{"source": source, "digest": digest}]
+def _put_results(figures: dict[str, Any], results: Mapping[StageName, StageResult]) -> None:
+    for stage, key, path in _FROM_RESULTS:
+        value = _values(results.get(stage)).get(key)
+        if value is None:
+            continue
+        *outer, last = path
+        if outer:
+            figures[outer[0]] = {**figures.get(outer[0], {}), last: value}
+        else:
+            figures[last] = _text(value) if last in _TEXT else value
+    image = _values(results.get("push")).get("image")
+    if isinstance(image, str):
+        _, at, digest = image.partition("@")
+        figures["artifact"] = {"image": image, "digest": digest} if at else {"image": image}
 
 
 def _values(result: StageResult | None) -> Mapping[str, Scalar]:
     return result.values if result and result.exit_code == 0 else {}
 
 
-def _progress(standing: Standing, state: State, before: Mapping[str, Any]) -> dict[str, Any]:
-    """`step`, `steps` and `progress` where there is something new; what other stages count is told by the stage."""
-    figures: dict[str, Any] = {}
-    shown = {key: value for key, value in before.items() if key != "lastUpdatedTime"}
-    metrics = {each["name"]: each["value"] for each in before.get("metrics", ())}
-    line = standing.progress
-    if line and line.unit == "steps":
-        figures["step"] = line.done
-        if line.total:
-            figures["steps"] = line.total
-            shown["progressPercentage"] = min(100, line.done * 100 // line.total)
-        if line.eta_s is not None:
-            shown["estimatedRemainingSeconds"] = line.eta_s
-        metrics |= {name: _text(value) for name, value in line.values.items()}
-    trained = _values(standing.view.results.get("train")) if standing.view else {}
-    if isinstance(steps := trained.get("steps"), int):
-        figures |= {"step": steps, "steps": steps}
-    for name in ("loss", "eval_loss"):
-        if trained.get(name) is not None:
-            metrics[name] = _text(trained[name])
-    if state == "Succeeded":
-        shown["progressPercentage"] = 100
-    if state in ("Succeeded", "Failed"):
-        shown.pop("estimatedRemainingSeconds", None)
-    if metrics:
-        shown["metrics"] = [{"name": name, "value": metrics[name]} for name in sorted(metrics)]
-    return {**figures, "progress": shown} if shown else figures
+def _of_progress(progress: ProgressLine) -> dict[str, Any]:
+    """A training's steps; what other stages count is told by the stage alone."""
+    if progress.unit != "steps":
+        return {}
+    figures: dict[str, Any] = {"step": progress.done}
+    if progress.total:
+        figures |= {"totalSteps": progress.total, "progressPercentage": min(100, progress.done * 100 // progress.total)}
+    if progress.eta_s is not None:
+        figures["estimatedRemainingSeconds"] = progress.eta_s
+    if "loss" in progress.values:
+        figures["loss"] = _text(progress.values["loss"])
+    if "eval_loss" in progress.values:
+        figures["evalLoss"] = _text(progress.values["eval_loss"])
+    others = {name: value for name, value in progress.values.items() if name not in ("loss", "eval_loss")}
+    if others:
+        figures["metrics"] = [{"name": name, "value": _text(others[name])} for name in sorted(others)]
+    return figures
 
 
 def _text(value: Any) -> str:
-    """As Kubeflow's trainerStatus has it: a figure that people read."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def _dated_figures(figures: dict[str, Any], before: Mapping[str, Any], now: datetime) -> dict[str, Any]:
+    same = figures == {key: value for key, value in before.items() if key != "lastUpdatedTime"}
+    return {**figures, "lastUpdatedTime": before["lastUpdatedTime"] if same and before else timestamp(now)}
+
+
+# Our field → the name, description and unit that KAITO's metrics have room for.
+_METRICS = (
+    ("revision", "revision", "the Workspace's revision that this is about", ""),
+    ("progressPercentage", "progress", "how far the training is", "%"),
+    ("step", "step", "optimizer steps done", "steps"),
+    ("totalSteps", "totalSteps", "optimizer steps in all", "steps"),
+    ("loss", "loss", "training loss at the last step", ""),
+    ("evalLoss", "evalLoss", "loss on the rows held out", ""),
+    ("estimatedRemainingSeconds", "eta", "time left", "s"),
+)
+
+
 def _as_metrics(figures: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """The figures where KAITO's CRD has room for some: in the metrics of an inference benchmark."""
-    progress = figures.get("progress", {})
-    named: tuple[tuple[str, str, str, Any], ...] = (
-        ("revision", "the Workspace's revision that this is about", "", figures["revision"]),
-        ("stage", "what is going on", "", figures.get("stage")),
-        ("progress", "how far the training is", "%", progress.get("progressPercentage")),
-        ("step", "optimizer steps done", "steps", figures.get("step")),
-        ("steps", "optimizer steps in all", "steps", figures.get("steps")),
-        ("eta", "time left", "s", progress.get("estimatedRemainingSeconds")),
-        *((each["name"], "as the training reports it", "", each["value"]) for each in progress.get("metrics", ())),
-        ("artifact", "the adapter that was pushed", "", figures.get("artifact", {}).get("image")),
-    )
-    return {
-        name: {"description": description, "value": str(value), **({"unit": unit} if unit else {})}
-        for name, description, unit, value in named
-        if value is not None
+    metrics = {
+        name: {"description": description, "value": str(figures[key]), **({"unit": unit} if unit else {})}
+        for key, name, description, unit in _METRICS
+        if key in figures
     }
+    for each in figures.get("metrics", ()):
+        metrics[each["name"]] = {"description": "as the training reports it", "value": each["value"]}
+    if "artifact" in figures:
+        metrics["artifact"] = {"description": "the pushed adapter", "value": figures["artifact"]["image"]}
+    return metrics
 
 
 # ── whether to write it ──────────────────────────────────────────────────────────────────────────────────────────────
