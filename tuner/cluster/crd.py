@@ -5,8 +5,12 @@ that the parser learns is one that the CRD has, and neither can say what the oth
 description here, or a description without its field, is an error. It takes whatever KAITO's takes and is correct, and
 has `status.tuning` besides.
 
+    python scripts/generate_crd.py
+
+writes job_templates/install/crd.yaml from it.
 """
 
+import copy
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -129,7 +133,6 @@ _LIST_LENGTHS = {"tuning.input.urls": rules.MAX_URLS}
 
 def custom_resource_definition(*, opened: bool = False) -> dict[str, Any]:
     """The object for `kubectl apply`. `opened`: some private addresses may be fetched from (see rules.url)."""
-    schema = _root(opened)
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
@@ -146,8 +149,8 @@ def custom_resource_definition(*, opened: bool = False) -> dict[str, Any]:
             },
             "scope": "Namespaced",
             "versions": [
-                _version(OLDER, schema, _COLUMNS_OF_OLDER, stored=False),
-                _version(STORED, schema, COLUMNS, stored=True),
+                _version(OLDER, _root(opened), _COLUMNS_OF_OLDER, stored=False),
+                _version(STORED, _root(opened), COLUMNS, stored=True),
             ],
         },
     }
@@ -160,7 +163,7 @@ def _version(name: str, schema: Schema, columns: Sequence[Schema], *, stored: bo
         "storage": stored,
         "schema": {"openAPIV3Schema": schema},
         "subresources": {"status": {}},
-        "additionalPrinterColumns": list(columns),
+        "additionalPrinterColumns": [dict(each) for each in columns],
     }
 
 
@@ -211,7 +214,7 @@ def _root(opened: bool) -> Schema:
         "kind": _text(DESCRIPTIONS["kind"]),
         "metadata": {"type": "object", "properties": {"name": name}},
         **schema["properties"],
-        "status": status_schema(),
+        "status": copy.deepcopy(status_schema()),
     }
     return schema
 
