@@ -40,10 +40,10 @@ def read_dockerfile() -> list[Instruction]:
 
 
 def load_script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"scripts_{name}", ROOT / "scripts" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look for it there
     spec.loader.exec_module(module)
     return module
 
@@ -51,6 +51,7 @@ def load_script(name: str) -> ModuleType:
 DOCKERFILE = read_dockerfile()
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 REQUIREMENTS = load_script("image_requirements")
+BUILD = load_script("test_image")
 
 
 def values(stage: str, name: str) -> list[str]:
@@ -197,6 +198,42 @@ def test_no_syntax_that_only_one_builder_reads() -> None:
     text = (ROOT / "Dockerfile").read_text("utf-8")
     for syntax in ("# syntax=", "--mount", "<<", "--link", "ADD ", "--chmod"):
         assert syntax not in text, syntax
+
+
+# ── what test-image says of sizes ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_sizes_are_read_as_they_were_written() -> None:
+    sizes = {("run", "torch"): 217.1, ("run", "all"): 669.2, ("run with CUDA", "estimate"): 3207.7}
+    assert BUILD.read_sizes(BUILD.render_sizes(sizes)) == sizes
+    assert BUILD.read_sizes(BUILD.SIZES.read_text("utf-8"))["run with CUDA", "estimate"] <= BUILD.CUDA_LIMIT_MB
+
+
+@pytest.mark.parametrize(
+    ("layers", "estimate", "complaint"),
+    [
+        ({"tuner": 6.0}, 3000, "control: our code is 6.0 MB, more than 5"),
+        ({"tuner": 1.0}, 4001, "about 4,001 MB, more than 4,000"),
+        ({"libraries": 112.0}, None, "control, libraries: 112.0 MB, was 100.0; if that is right: --write"),
+    ],
+)
+def test_what_has_grown_too_much_is_an_error(
+    layers: dict[str, float], estimate: float | None, complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = tmp_path / "sizes.md"
+    sizes.write_text(BUILD.render_sizes({("control", "libraries"): 100.0}))
+    monkeypatch.setattr(BUILD, "SIZES", sizes)
+    with pytest.raises(SystemExit, match=re.escape(complaint)):
+        BUILD.judge({"control": layers}, estimate, write=False)
+    BUILD.judge({"control": {"libraries": 109.0}}, 3999, write=False)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_layer_that_the_dockerfile_makes_has_a_name(target: str) -> None:
+    made = [value for stage in ("base", target) for value in values(stage, "RUN")]
+    names = [BUILD.layer_name(value) for value in made]
+    assert "base" not in names
+    assert len(set(names)) == len(made)
 
 
 # ── the package ──────────────────────────────────────────────────────────────────────────────────────────────────────
