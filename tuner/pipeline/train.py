@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -186,10 +187,15 @@ def _any_rank(flag: bool) -> bool:
     """Whether any of the training processes says so: all must save at one and the same step."""
     if not torch.distributed.is_initialized():
         return flag
-    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-    said = torch.tensor(int(flag), device=device)
-    torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX)
+    said = torch.tensor(int(flag))
+    torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX, group=_cpu_group())
     return bool(said)
+
+
+@cache
+def _cpu_group() -> Any:
+    """All ranks, talking over the CPU: what is read back from a GPU waits for everything that is queued on it."""
+    return torch.distributed.new_group(backend="gloo")
 
 
 class _Carry(TrainerCallback):  # type: ignore[misc]
@@ -309,13 +315,18 @@ def written_checkpointing(training: TrainingConfig) -> bool | None:
     return written
 
 
+def _longest(prepared: Prepared) -> int:
+    """Tokens of the longest row, learnt or held out."""
+    return max(split.longest for split in (prepared.train, prepared.evaluation) if split)
+
+
 def choose_pieces(spec: RunSpec, prepared: Prepared, base_dir: Path, device: Device) -> Pieces:
     """As many tokens as the GPU's free memory holds by the estimate of `tuner plan`, kept activations before recomputed
     ones. An estimate: on a GPU the probe measures it, and PackedTrainer gives way where both are wrong."""
     written = written_checkpointing(spec.training)
     if not device.is_cuda:
         return Pieces(CPU_MICRO_BATCH_TOKENS, bool(written))
-    longest = max(split.longest for split in (prepared.train, prepared.evaluation) if split)
+    longest = _longest(prepared)
     try:
         shape = read_shape(spec.preset.name, json.loads((base_dir / "config.json").read_text(encoding="utf-8")))
         setup = read_setup(spec.preset, spec.training, shape, torch.cuda.device_count())
@@ -433,8 +444,9 @@ def optimise(
     except torch.cuda.OutOfMemoryError as error:
         raise OutOfGpuMemoryError(
             f"{device.name} ran out of memory: {error}",
-            hint="lower TrainingArguments.per_device_train_batch_size (the documents per step stay as they are when "
-            "gradient_accumulation_steps is not written) or max_length",
+            hint=f"smaller pieces of a step and recomputed activations were tried; what is left is a lower "
+            f"TrainingArguments.max_length (the longest row has {_longest(prepared):,} tokens), 4 bit, a lower "
+            "LoraConfig.r, or a larger GPU: `tuner plan WORKSPACE --gpu 24GB` names the fewest changes that fit",
         ) from error
     return replace(outcome, seconds=time.monotonic() - started)
 

@@ -8,7 +8,6 @@ whole step, on all ranks, so that no way of splitting the documents changes a gr
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -109,13 +108,15 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         # Gradients are averaged over the ranks, and each rank divides by the tokens of all.
         scale = self.accelerator.num_processes / max(1, count)
         total = torch.zeros((), device=self.args.device)
-        for index, bin_ in enumerate(micro_batches):
-            last = index == len(micro_batches) - 1
-            with nullcontext() if last else self.accelerator.no_sync(model):
+        # Ranks meet once, at the end of the step: one that runs out of memory can try again while the others wait.
+        with self.accelerator.no_sync(model):
+            for bin_ in micro_batches:
                 with self.compute_loss_context_manager():
                     loss = model(**micro_batch(bin_, self.args.device, packed=self.packs)) * scale
                 self.accelerator.backward(loss)
-            total += loss.detach()
+                total += loss.detach()
+        if self.accelerator.num_processes > 1:
+            average_gradients(model, self.accelerator.num_processes)
         return total
 
     def _micro_batches(self, documents: Sequence[Document]) -> list[list[Document]]:
@@ -125,8 +126,6 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _give_way(self, documents: Sequence[Document]) -> bool:
         """Make the next try smaller: half the tokens at once, then recomputed activations. False: nothing is left."""
-        if self.accelerator.num_processes > 1:
-            return False  # the other ranks wait in a collective that this one will not reach
         longest = max(len(document["input_ids"]) for document in documents)
         if self.micro_batch_tokens > longest:
             self.micro_batch_tokens = max(longest, self.micro_batch_tokens // 2)
@@ -254,6 +253,19 @@ def _on_device(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
     """On a GPU through pinned memory: only from there is a copy queued behind the work that is already there."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def average_gradients(model: torch.nn.Module, ranks: int) -> None:
+    """Give every rank the mean of all ranks' gradients, in one message: adapters are small."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    together = torch.cat([parameter.grad.reshape(-1) for parameter in trained]) / ranks
+    torch.distributed.all_reduce(together)
+    parts = together.split([parameter.numel() for parameter in trained])
+    for parameter, part in zip(trained, parts, strict=True):
+        parameter.grad.copy_(part.view_as(parameter.grad))
 
 
 def longrope_boundary(model: PreTrainedModel) -> int | None:
