@@ -145,6 +145,8 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
+    if window is not None and window >= longest:
+        window = None  # (-1, 0) is plain causal attention, for which there are more and faster kernels
     options: dict[str, Any] = {"scale": scaling, "window_size": (-1 if window is None else window - 1, 0)}
     if q.shape[1] != k.shape[1]:
         if "enable_gqa" in _varlen_parameters():

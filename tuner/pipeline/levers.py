@@ -346,22 +346,27 @@ class Bench:
         travelling = 4 * trained if ranks > 1 else 0
         return Room(self._free(), int(state) + travelling)
 
-    # ── the GPU's own counts ──
+    # ── the GPU's own counts; a CPU has none ──
 
     def _free(self) -> int:
         torch.cuda.empty_cache()
-        free = torch.cuda.mem_get_info(self._device.device)[0]
-        held = torch.cuda.memory_reserved(self._device.device) - torch.cuda.memory_allocated(self._device.device)
-        return int(free + held)
+        free, whole = torch.cuda.mem_get_info(self._device.device)
+        allocated = torch.cuda.memory_allocated(self._device.device)
+        held = torch.cuda.memory_reserved(self._device.device) - allocated
+        allowed = whole  # a process may be held to a part of its GPU
+        if hasattr(torch.cuda, "get_per_process_memory_fraction"):
+            allowed = int(whole * torch.cuda.get_per_process_memory_fraction(self._device.device))
+        return int(min(free + held, allowed - allocated))
 
     def _allocated(self) -> int:
-        return int(torch.cuda.memory_allocated(self._device.device))
+        return int(torch.cuda.memory_allocated(self._device.device)) if self._device.is_cuda else 0
 
     def _reset_peak(self) -> None:
-        torch.cuda.reset_peak_memory_stats(self._device.device)
+        if self._device.is_cuda:
+            torch.cuda.reset_peak_memory_stats(self._device.device)
 
     def _peak(self) -> int:
-        return int(torch.cuda.max_memory_allocated(self._device.device))
+        return int(torch.cuda.max_memory_allocated(self._device.device)) if self._device.is_cuda else 0
 
     def _synchronize(self) -> None:
         if self._device.is_cuda:
@@ -552,10 +557,11 @@ def _optimizer(trainer: PackedTrainer) -> str:
     return str(getattr(trainer.args.optim, "value", trainer.args.optim))
 
 
-def apply(choice: Choice, trainer: PackedTrainer, exact: Exact, device: Device) -> None:
-    """Put on the model what was chosen."""
-    for lever in levers_of(trainer, exact, device):
-        if lever.name in choice.on:
-            lever.turn_on()
+def apply(choice: Choice, trainer: PackedTrainer, exact: Exact, device: Device) -> list[Lever]:
+    """Put on the model what was chosen; which levers that were."""
+    taken = [lever for lever in levers_of(trainer, exact, device) if lever.name in choice.on]
+    for lever in taken:
+        lever.turn_on()
     trainer.recompute(choice.recomputes)
     trainer.micro_batch_tokens = choice.tokens if exact.packs else 1
+    return taken
