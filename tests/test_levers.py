@@ -68,8 +68,7 @@ def trainer(tmp_path: Path) -> Any:
         job.spec, prepared, device, pieces, tmp_path / "checkpoints", evaluate_first=False
     )
     model, _, exact = train._model(job.spec, prepared, job.work_dir, device, Heard())
-    recorder = train._Recorder(train.Stop(print), Heard(), tmp_path / "metrics.jsonl")
-    made = train._trainer(model, exact, arguments, pieces, prepared, job.work_dir, recorder, Heard())
+    made = train._trainer(model, exact, arguments, pieces, prepared, job.work_dir, [], Heard())
     made.exact = exact
     return made
 
