@@ -25,6 +25,7 @@ from test_workspace import CLAIM, IMAGE, URL, changed, good
 from tuner import workspace
 from tuner.cluster import rules
 from tuner.cluster.crd import custom_resource_definition
+from tuner.cluster.workspace_status import Standing, build_status
 from tuner.errors import ConfigError, Problem
 from tuner.urls import Allowed, url_problem
 from tuner.workspace import cluster_problems, parse_workspace_text
@@ -640,6 +641,13 @@ def test_the_status_is_kept_and_checked() -> None:
             at = at[parent]
         at[last] = value
         assert SERVER.apply_status(written)
+
+
+@pytest.mark.parametrize("kind", ["check", "waiting", "invalid", "inference", "deleting"])
+def test_the_crd_has_room_for_all_that_the_controller_writes(kind: Any) -> None:
+    standing = Standing(kind, message="why", revision=3, run_digest="sha256:1", notice="a notice", error="an error")
+    status = build_status(running(), standing, NOW)
+    assert SERVER.apply_status(running() | {"status": status}) == []
 
 
 # ── the tools of this file ───────────────────────────────────────────────────────────────────────────────────────────

@@ -208,6 +208,15 @@ def test_several_documents_are_told_apart() -> None:
     assert "eyJhdXRocyI6" not in repr(file)
 
 
+def test_what_the_server_filled_in_is_nobodys_mistake() -> None:
+    written = changed("resource.count", 1)
+    written["tuning"]["preset"]["accessMode"] = "public"
+    assert parse_objects(written).notes == ()
+    assert len(parse(written).notes) == 2
+    written["tuning"]["preset"]["accessMode"] = "private"
+    assert len(parse_objects(written).notes) == 1
+
+
 def test_what_kubectl_get_writes_parses() -> None:
     file = load("from_cluster.yaml")
     assert file.workspace.metadata.annotations == {"workspace.kaito.io/revision": "1"}

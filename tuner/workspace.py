@@ -964,8 +964,23 @@ def is_reserved_label(key: str) -> bool:
 _EXAMPLE_HOST = re.compile(r"(?:https?://)?(?:[a-z0-9-]+\.)*example\.(?:com|org|net)(?=[:/]|$)", re.IGNORECASE)
 
 
+# What an API server fills in where it was not written: KAITO's CRD, and ours.
+SERVER_DEFAULTS: dict[Location, Any] = {("resource", "count"): 1, ("tuning", "preset", "accessMode"): "public"}
+
+
 def _notes(document: "_Document", workspace: Workspace) -> list[str]:
-    return [str(document.problem(fault)) for fault in _outdated(document.value, workspace)]
+    faults = _outdated(document.value, workspace)
+    if not document.lines:  # an object of the API server: nobody wrote its defaults
+        faults = (each for each in faults if not _is_default(document.value, each.location))
+    return [str(document.problem(fault)) for fault in faults]
+
+
+def _is_default(value: Any, location: Location) -> bool:
+    if location not in SERVER_DEFAULTS:
+        return False
+    for key in location:
+        value = value.get(key, {})
+    return bool(value == SERVER_DEFAULTS[location])
 
 
 def _outdated(written: Mapping[str, Any], workspace: Workspace) -> Iterator[_Fault]:

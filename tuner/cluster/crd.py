@@ -127,7 +127,7 @@ _RULES: dict[str, Sequence[Rule]] = {
 # Their names count only beside an image: a rule of the object above them has them.
 _NAMES_BESIDE_AN_IMAGE = ("tuning.input.imagePullSecrets[]", "tuning.output.imagePushSecret")
 _ALTERNATIVES = ("tuning.input.image", "tuning.output.image")  # "" is as good as not written
-_DEFAULTS = {"resource.count": 1, "tuning.preset.accessMode": "public"}  # KAITO's
+_DEFAULTS = {".".join(map(str, location)): value for location, value in workspace.SERVER_DEFAULTS.items()}
 _LIST_LENGTHS = {"tuning.input.urls": rules.MAX_URLS}
 
 
