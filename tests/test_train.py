@@ -500,7 +500,7 @@ def test_a_damaged_newest_checkpoint_is_left_for_the_one_before(tmp_path: Path) 
 
 
 def test_a_checkpoint_whose_writing_was_cut_off_is_not_used(tmp_path: Path) -> None:
-    from tuner.pipeline.train import newest_checkpoint, seal
+    from tuner.pipeline.checkpoints import newest_checkpoint, seal
 
     for step in (2, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()

@@ -221,6 +221,10 @@ class RunSpec(Contract):
     def digest(self) -> str:
         """`sha256:…` over everything that decides the adapter: not where it goes, nor how it is reached, nor what it
         must reach to go there."""
+        return f"sha256:{hashlib.sha256(json.dumps(self.inputs(), sort_keys=True).encode()).hexdigest()}"
+
+    def inputs(self) -> dict[str, Any]:
+        """What the digest is of."""
         inputs = self.model_dump(mode="json", exclude={"destination", "probe", "network", "preflight", "require"})
         del inputs["training"]["notes"]
         for settings in inputs["training"]["settings"].values():
@@ -229,7 +233,7 @@ class RunSpec(Contract):
         for place in (*inputs["sources"], inputs["base_model"]):
             if place["kind"] in ("file", "local"):
                 del place["path"]  # known by content
-        return f"sha256:{hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()}"
+        return inputs
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from tuner.pipeline.checkpoints import room_for
 from tuner.training_config import TrainingConfig
 
 PATIENT_SHARE = 0.4  # of all steps; that long without a better loss, and at least two evaluations
@@ -117,7 +118,8 @@ class KeepBest(TrainerCallback):  # type: ignore[misc]
         path = self._directory / _NAME.format(step)
         partial = path.with_suffix(".partial")
         weights = {name: p.detach().to("cpu").contiguous() for name, p in _trained(self._model).items()}
-        save_file(weights, partial)
+        with room_for(partial):
+            save_file(weights, partial)
         partial.replace(path)
         for other in self._directory.glob(_NAME.format("*")):
             if other != path:

@@ -32,6 +32,7 @@ from tuner.pipeline.adapter import (
     run_lock,
     write_json,
 )
+from tuner.pipeline.checkpoints import CHECKPOINTS, begin, check_unfinished, newest_checkpoint
 from tuner.pipeline.download import format_bytes
 from tuner.pipeline.fetch import check_stores, fetch
 from tuner.pipeline.launch import end_with_parent, is_worker, rank, train_in_processes, world_size
@@ -231,6 +232,7 @@ def preflight(spec: RunSpec, secrets: Secrets, work_dir: Path, reporter: Reporte
         partial(_check_model_access, spec, secrets),
         partial(parse_credentials, secrets.pull_docker_configs),
         partial(check_stores, spec.sources),
+        partial(check_unfinished, spec, work_dir),
         partial(check_trackers, spec.training, os.environ),
         partial(check_destination, spec.destination, spec, secrets, reporter),
     ]
@@ -383,9 +385,10 @@ def train(spec: RunSpec, fetched: Fetched, prepared: Prepared, work_dir: Path, r
         return done
     quiet()
     from tuner.pipeline.model import gpu_count
-    from tuner.pipeline.train import Stop, newest_checkpoint, optimise
+    from tuner.pipeline.train import Stop, optimise
 
     checkpoints = checkpoints_of(inputs, work_dir, world_size() if is_worker() else max(1, gpu_count()))
+    begin(checkpoints, spec)
     if not is_worker() and gpu_count() > 1:
         newest_checkpoint(checkpoints, reporter)  # removes damaged ones, before several processes look at them
         train_in_processes(spec, work_dir, gpu_count(), reporter)
@@ -460,7 +463,7 @@ def _help_train(spec: RunSpec, work_dir: Path) -> None:
 def checkpoints_of(inputs: str, work_dir: Path, processes: int) -> Path:
     """Where a run of these inputs keeps its checkpoints. Another number of processes goes through the rows in other
     steps, so it begins anew."""
-    return work_dir / "checkpoints" / (inputs[:12] if processes == 1 else f"{inputs[:12]}-{processes}")
+    return work_dir / CHECKPOINTS / (inputs[:12] if processes == 1 else f"{inputs[:12]}-{processes}")
 
 
 def inputs_digest(fetched: Fetched) -> str:

@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -25,8 +23,9 @@ from tuner.errors import ConfigError, InputMissingError, InterruptedRunError, Ou
 from tuner.levers import LEARNT_HEAD, PACKING
 from tuner.memory import read_shape
 from tuner.pipeline import watchdog
-from tuner.pipeline.adapter import ADAPTER_WEIGHTS, file_digests, write_json
+from tuner.pipeline.adapter import ADAPTER_WEIGHTS
 from tuner.pipeline.best import KeepBest, Rule, held_out_losses
+from tuner.pipeline.checkpoints import SEAL, newest_checkpoint, room_for, seal
 from tuner.pipeline.kernels import Exact, has_plain_head, prove
 from tuner.pipeline.launch import is_worker, rank, world_size
 from tuner.pipeline.levers import Choice, apply, choose
@@ -44,7 +43,6 @@ CPU_MICRO_BATCH_TOKENS = 2048  # more only costs memory
 UNKNOWN_MICRO_BATCH_TOKENS = 2048
 CHECKPOINT_INTERVAL_S = 600  # the most work that a lost machine costs
 KEPT_CHECKPOINTS = 2  # the one before is there when the newest was not written whole
-SEAL = "seal.json"  # the last file of a checkpoint: what the others must be
 METRICS = "metrics.jsonl"
 LEVERS = "levers.json"  # beside the checkpoints
 EVALUATIONS = 5  # in a run, unless the user says how often
@@ -238,18 +236,15 @@ class _Trainer(PackedTrainer):
     keep_best: KeepBest
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        unlogged_loss = float(self.accelerator.reduce(self._tr_loss, "mean"))
-        self.accelerator.wait_for_everyone()  # each rank writes its random state
-        if self.args.should_save:
-            self._keep_pieces()
-            checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            self.keep_best.copy_into(checkpoint)
-            seal(
-                checkpoint,
-                unlogged_loss=unlogged_loss,
-                last_logged_step=self._globalstep_last_logged,
-            )
+        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with room_for(checkpoint):
+            super()._save_checkpoint(model, trial)
+            unlogged_loss = float(self.accelerator.reduce(self._tr_loss, "mean"))
+            self.accelerator.wait_for_everyone()  # each rank writes its random state
+            if self.args.should_save:
+                self._keep_pieces()
+                self.keep_best.copy_into(checkpoint)
+                seal(checkpoint, unlogged_loss=unlogged_loss, last_logged_step=self._globalstep_last_logged)
 
     def _keep_pieces(self) -> None:
         """A run that had to make its steps smaller goes on with those after a stop."""
@@ -263,41 +258,6 @@ class _Trainer(PackedTrainer):
         self.accelerator.prepare_model(self.model, evaluation_mode=True)  # autocast, as train() would have put on it
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-
-
-# ── recovery checkpoints ─────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def seal(checkpoint: Path, *, unlogged_loss: float, last_logged_step: int) -> None:
-    """Put the checkpoint on the disk for good, then say in its last file what it consists of."""
-    for path in [*checkpoint.iterdir(), checkpoint]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    contents = {"files": file_digests(checkpoint), "unlogged_loss": unlogged_loss, "last_logged_step": last_logged_step}
-    write_json(checkpoint / SEAL, contents)
-
-
-def is_whole(checkpoint: Path) -> bool:
-    """Whether every file is there as it was sealed."""
-    try:
-        sealed = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError):
-        return False
-    found = file_digests(checkpoint)
-    del found[SEAL]
-    return bool(found == sealed)
-
-
-def newest_checkpoint(directory: Path, reporter: Reporter) -> Path | None:
-    """The newest whole checkpoint. Damaged ones that are newer are removed, so that they are written anew."""
-    by_step = {int(path.name.rpartition("-")[2]): path for path in directory.glob("checkpoint-*")}
-    for step, path in sorted(by_step.items(), reverse=True):
-        if is_whole(path):
-            return path
-        reporter.warn(f"the checkpoint of step {step} was not written whole: going back to the one before")
-        shutil.rmtree(path)
-    return None
 
 
 # ── the stage ────────────────────────────────────────────────────────────────────────────────────────────────────────
