@@ -1,6 +1,7 @@
 """The commands for a cluster: `tuner render`, `tuner submit` and what follows a run there."""
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -68,6 +69,18 @@ def render(
     shows_check: Annotated[
         bool, typer.Option("--check-job", help="instead of the Job the one that checks on a CPU beforehand")
     ] = False,
+    serving: Annotated[
+        str | None, typer.Option("--serving", metavar="SERVER", help="what serves the adapter: kaito or vllm")
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option("--adapter", metavar="REF", help="with --serving: the pushed image, by digest")
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option("--strength", metavar="S", help="with --serving kaito: of the adapter, 0 to 1")
+    ] = None,
+    vllm_image: Annotated[
+        str | None, typer.Option("--vllm-image", metavar="I", help="with --serving vllm [vllm/vllm-openai]")
+    ] = None,
     instance_type: InstanceType = None,
     gpus: Gpus = None,
     results_volume: ResultsVolume = None,
@@ -107,8 +120,14 @@ def render(
     from tuner.cluster.job import render_check_job, render_job
     from tuner.cluster.templates import dump_manifests
 
-    if shows_diff and shows_check:
-        raise UsageError("--diff and --check-job are both given", hint="choose one")
+    given = {"--diff": shows_diff, "--check-job": shows_check, "--serving": serving is not None}
+    if len(chosen := [flag for flag, is_given in given.items() if is_given]) > 1:
+        raise UsageError(f"{' and '.join(chosen)} are both given", hint="choose one")
+    if serving is None and (adapter or vllm_image or strength is not None):
+        raise UsageError("--adapter, --strength and --vllm-image are for --serving", hint="--serving kaito or vllm")
+    if serving is not None:
+        _serve(serving, locals())
+        return
     file, run, options = read_cluster_run(locals())
     objects = render_job(file, run, options)
     for line in (*run.notes, *objects.notes):
@@ -120,6 +139,22 @@ def render(
     if shows_check:
         manifests = (*manifests[:-1], render_check_job(objects.job))
     print(dump_manifests(manifests), end="")
+
+
+def _serve(server: str, typed: Mapping[str, Any]) -> None:
+    from tuner.cluster.serving import SERVERS, ServingOptions, render_serving
+    from tuner.cluster.templates import dump_manifests
+
+    known = next((known for known in SERVERS if known == server), None)
+    if known is None:
+        raise UsageError(f"--serving {server}: there is {' and '.join(SERVERS)}")
+    file, run, options = read_cluster_run(typed, needs_image=known == "vllm")
+    serving = render_serving(
+        known, file, run, options, ServingOptions(typed["adapter"], typed["strength"], typed["vllm_image"])
+    )
+    for line in serving.notes:
+        say(f"note: {line}")
+    print(dump_manifests(serving.objects), end="")
 
 
 def _diff(file: "WorkspaceFile", run: "Run", options: "JobOptions", rendered: str) -> str:

@@ -76,7 +76,9 @@ ImageVolume = Annotated[
 ]
 
 
-def read_cluster_run(typed: Mapping[str, Any], **decided: Any) -> "tuple[WorkspaceFile, Run, JobOptions]":
+def read_cluster_run(
+    typed: Mapping[str, Any], *, needs_image: bool = True, **decided: Any
+) -> "tuple[WorkspaceFile, Run, JobOptions]":
     """The Workspace, its run in a pod and the options of its Job, from the parameters of `render` or `submit`.
 
     `decided` are fields of JobOptions that the caller knows better. Raises the TunerError of what is wrong.
@@ -85,7 +87,7 @@ def read_cluster_run(typed: Mapping[str, Any], **decided: Any) -> "tuple[Workspa
     from tuner.cluster.patch import load_patches
     from tuner.request import Request
 
-    if not typed["set_image"]:
+    if needs_image and not typed["set_image"]:
         raise UsageError(
             "which image is the pod to run? --set-image is missing",
             hint="build the target `run` of the Dockerfile, push it, and give --set-image REF or set TUNER_IMAGE",
@@ -109,7 +111,7 @@ def read_cluster_run(typed: Mapping[str, Any], **decided: Any) -> "tuple[Workspa
     )
     file = read_workspace_file(typed["workspace"], None, typed["data"], None, request)
     options = JobOptions(
-        image=typed["set_image"],
+        image=typed["set_image"] or "",
         namespace=typed["namespace"],
         gpus=typed["gpus"],
         instance_type=typed["instance_type"],

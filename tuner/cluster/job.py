@@ -444,27 +444,25 @@ def _set_place(job: Manifest, ask: _Ask) -> None:
             {"key": key, "operator": "Equal", "value": value, "effect": "NoSchedule"}
             for key, value in _SPOT_TAINTS.items()
         ]
-    affinity = _node_affinity(ask)
+    affinity = {} if ask.spec.smoke else node_affinity(ask.workspace, ask.options)
     if affinity:
         spec["affinity"] = {"nodeAffinity": affinity}
     else:
         del spec["affinity"]
 
 
-def _node_affinity(ask: _Ask) -> Manifest:
-    """From labelSelector, instanceType and preferredNodes; empty for a run that any node will do for."""
-    if ask.spec.smoke:
-        return {}
+def node_affinity(workspace: Workspace, options: JobOptions) -> Manifest:
+    """From labelSelector, instanceType and preferredNodes; empty where none of them says anything."""
     required: list[Manifest] = []
     preferred: list[list[Manifest]] = []
-    if instance_type := written_instance_type(ask.workspace, ask.options):
+    if instance_type := written_instance_type(workspace, options):
         required.append({"key": INSTANCE_TYPE_LABEL, "operator": "In", "values": [instance_type]})
-    labels = list(_label_expressions(ask.workspace))
-    if labels and ask.options.labels_preferred:
+    labels = list(_label_expressions(workspace))
+    if labels and options.labels_preferred:
         preferred.append(labels)
     else:
         required += labels
-    if nodes := ask.workspace.resource.preferred_nodes:
+    if nodes := workspace.resource.preferred_nodes:
         preferred.append([{"key": "kubernetes.io/hostname", "operator": "In", "values": list(nodes)}])
     affinity: Manifest = {}
     if required:
