@@ -33,6 +33,7 @@ _LEAKS = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write tests/golden/ anew, to be read in review")
     parser.addoption("--long", action="store_true", help="run the tests that take minutes too")
 
 

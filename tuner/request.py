@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -247,9 +248,17 @@ def _training(
     tuning: Tuning, preset: Preset, source: ConfigSource | None, request: Request, work_dir: Path
 ) -> TrainingConfig:
     overrides = (*(SMOKE_OVERRIDES if request.smoke else ()), *request.overrides)  # what was typed wins
-    training = resolve_training_config(
-        method=tuning.method, preset=preset, config_map=source, overrides=overrides, world_size=request.world_size
+    resolve = partial(
+        resolve_training_config,
+        method=tuning.method,
+        preset=preset,
+        overrides=overrides,
+        world_size=request.world_size,
     )
+    training = resolve(config_map=source)
+    if request.in_pod and source:
+        # Once more, for origins as the pod has them: the same run wherever its file lies, no path of this machine.
+        training = resolve(config_map=ConfigSource(source.text, pod.TRAINING_CONFIG))
     if request.smoke:
         training = _with_smoke_origin(training, request.overrides)
     if training.value("ModelConfig", "trust_remote_code") and not request.trust_remote_code:

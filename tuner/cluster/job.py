@@ -499,9 +499,8 @@ def _set_identity(job: Manifest, ask: _Ask) -> None:
     if options.workload_identity:
         template = templates.pod_template(job)
         templates.label(template, {"azure.workload.identity/use": "true"})
-        skipped = {"azure.workload.identity/skip-containers": ask.name, "eks.amazonaws.com/skip-containers": ask.name}
-        if not ask.output_volume:
-            templates.annotate(template, skipped)
+        for key in ("azure.workload.identity/skip-containers", "eks.amazonaws.com/skip-containers"):
+            templates.annotate(template, {key: ask.name})
 
 
 def _kubelet_secrets(ask: _Ask) -> tuple[str, ...]:

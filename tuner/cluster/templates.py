@@ -16,7 +16,17 @@ DEFAULT_CONTAINER = "kubectl.kubernetes.io/default-container"
 EXAMPLE_NAME = "my-adapter"  # the Workspace of the templates, as which their trainer is called
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml where it is there: ten times as quick
-_Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Texts of several lines as blocks that people can read, where YAML has such for them."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def load_template(name: str) -> Manifest:
