@@ -1,13 +1,19 @@
 """What a Workspace becomes in a cluster: the objects, field by field."""
 
 import base64
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from tuner.cluster.checks import job_problems
 from tuner.cluster.job import (
     JobObjects,
     JobOptions,
@@ -17,9 +23,11 @@ from tuner.cluster.job import (
     render_job,
     render_retry_push,
 )
-from tuner.cluster.templates import container, containers, pod_spec, volume
+from tuner.cluster.templates import container, containers, dump_manifests, load_template, pod_spec, volume
 from tuner.errors import ConfigError
+from tuner.pod import CONTAINERS
 from tuner.request import Request, build_run
+from tuner.runspec import RunSpec
 from tuner.workspace import WorkspaceFile, parse_objects
 
 NAME = "tickets"
@@ -185,3 +193,350 @@ def test_names_of_helpers_are_never_too_long_and_differ_where_names_do() -> None
     long = [helper_name("a" * 62 + end, "check") for end in "bc"]
     assert [len(name) for name in long] == [63, 63]
     assert long[0] != long[1]
+
+
+# ── nodes ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def affinity(**given: Any) -> dict[str, Any]:
+    resource = given.pop("resource")
+    return pod_spec(render(workspace(resource=resource), **given).job).get("affinity", {}).get("nodeAffinity", {})
+
+
+REQUIRED, PREFERRED = (f"{word}DuringSchedulingIgnoredDuringExecution" for word in ("required", "preferred"))
+A100 = "Standard_NC24ads_A100_v4"
+IN_A100 = {"key": "node.kubernetes.io/instance-type", "operator": "In", "values": [A100]}
+
+
+def test_labels_are_required_and_expressions_go_over_one_to_one() -> None:
+    selector = {
+        "matchLabels": {"app": "tickets", "kaito.sh/workspace": "ignored"},
+        "matchExpressions": [
+            {"key": "zone", "operator": "NotIn", "values": ["a", "b"]},
+            {"key": "gpu", "operator": "Exists"},
+        ],
+    }
+    (term,) = affinity(resource={"labelSelector": selector})[REQUIRED]["nodeSelectorTerms"]
+    assert term["matchExpressions"] == [
+        {"key": "app", "operator": "In", "values": ["tickets"]},
+        {"key": "zone", "operator": "NotIn", "values": ["a", "b"]},
+        {"key": "gpu", "operator": "Exists"},
+    ]
+
+
+def test_an_instance_type_is_required_and_labels_may_be_a_preference() -> None:
+    resource = {"instanceType": A100, "labelSelector": {"matchLabels": {"app": "x"}}, "preferredNodes": ["node-1"]}
+    found = affinity(resource=resource, labels_preferred=True)
+    assert found[REQUIRED]["nodeSelectorTerms"] == [{"matchExpressions": [IN_A100]}]
+    assert [each["preference"]["matchExpressions"][0]["key"] for each in found[PREFERRED]] == [
+        "app",
+        "kubernetes.io/hostname",
+    ]
+    assert {each["weight"] for each in found[PREFERRED]} == {100}
+    (term,) = affinity(resource=resource)[REQUIRED]["nodeSelectorTerms"]
+    assert [each["key"] for each in term["matchExpressions"]] == [IN_A100["key"], "app"]
+
+
+def test_a_typed_instance_type_wins_and_brings_its_gpus() -> None:
+    document = workspace(resource={"instanceType": A100})
+    job = render(document, instance_type="Standard_NC96ads_A100_v4").job
+    expressions = pod_spec(job)["affinity"]["nodeAffinity"][REQUIRED]["nodeSelectorTerms"][0]["matchExpressions"]
+    assert expressions[0]["values"] == ["Standard_NC96ads_A100_v4"]
+    trainer = container(job, NAME)
+    assert trainer["resources"]["requests"]["nvidia.com/gpu"] == trainer["resources"]["limits"]["nvidia.com/gpu"] == "4"
+
+
+def test_without_any_wish_every_node_with_a_gpu_will_do() -> None:
+    assert affinity(resource={}) == {}
+
+
+@pytest.mark.parametrize(
+    ("instance_type", "sentence"),
+    [
+        ("Standard_NC6s_v3", "V100-16 has compute capability 7.0"),
+        ("g4ad.xlarge", "Radeon Pro V520 is made by AMD"),
+        ("trn1.2xlarge", "Trainium is made by AWS"),
+    ],
+)
+def test_a_machine_that_cannot_train_is_refused_before_a_node_boots(instance_type: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        render(workspace(resource={"instanceType": instance_type}))
+
+
+def test_of_an_unknown_machine_it_is_said_that_one_gpu_is_asked_for() -> None:
+    objects = render(workspace(resource={"instanceType": "Standard_NC999"}))
+    assert "instance type Standard_NC999 is in no table: one GPU is asked for; --gpus N says otherwise" in objects.notes
+    assert container(objects.job, NAME)["resources"]["limits"]["nvidia.com/gpu"] == "1"
+
+
+def test_what_does_not_fit_the_gpu_is_said() -> None:
+    large = {"preset": {"name": "qwen2.5-coder-32b-instruct"}, "method": "lora"}
+    notes = render(workspace(tuning=large, resource={"instanceType": "g5.xlarge"})).notes
+    assert any("as estimated one document needs" in note and "g5.xlarge has 22" in note for note in notes)
+
+
+# ── what the pod asks for ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def gib(text: str) -> int:
+    return int(text.removesuffix("Gi"))
+
+
+def test_a_larger_model_asks_for_more_memory_and_disk() -> None:
+    small = container(render(workspace()).job, NAME)["resources"]
+    large = container(render(workspace(tuning={"preset": {"name": "qwen2.5-coder-32b-instruct"}})).job, NAME)[
+        "resources"
+    ]
+    for key in ("memory", "ephemeral-storage"):
+        assert gib(large["requests"][key]) > gib(small["requests"][key])
+    assert gib(small["requests"]["ephemeral-storage"]) > 7.12  # the weights alone
+    assert gib(large["requests"]["ephemeral-storage"]) > 61
+
+
+def test_the_smallest_gpu_machine_of_a_cloud_has_room_for_the_quick_start() -> None:
+    """g5.xlarge: 4 CPUs, 16 GiB, of which a kubelet leaves 3.9 and about 14.5."""
+    spec = pod_spec(render(workspace(resource={"instanceType": "g5.xlarge"})).job)
+    requests = [each["resources"]["requests"] for each in spec["containers"]]
+    assert sum(gib(each["memory"]) if each["memory"].endswith("Gi") else 0.25 for each in requests) <= 14
+    assert requests[0]["cpu"] == "2"
+
+
+def test_a_claim_is_not_counted_as_the_nodes_disk() -> None:
+    job = render(workspace(), results_volume="results", weights_volume="weights").job
+    plain = render(workspace()).job
+    for name in ("data-downloader", NAME):
+        on_claims = container(job, name)["resources"]["requests"]["ephemeral-storage"]
+        assert gib(on_claims) < gib(container(plain, name)["resources"]["requests"]["ephemeral-storage"])
+    assert volume(job, "results-volume")["persistentVolumeClaim"]["claimName"] == "results"
+    assert volume(job, "model-weights-volume")["persistentVolumeClaim"]["claimName"] == "weights"
+
+
+def test_a_model_of_unknown_size_gets_an_allowance_no_limit_and_a_line() -> None:
+    objects = render(workspace(tuning={"preset": {"name": "someone/some-model"}}))
+    assert volume(objects.job, "model-weights-volume") == {"name": "model-weights-volume", "emptyDir": {}}
+    assert any("someone/some-model is no preset: room for 30 GiB" in note for note in objects.notes)
+
+
+def test_results_are_mounted_at_output_dir_and_trackers_write_there() -> None:
+    config = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": "mine"},
+        "data": {"training_config.yaml": "training_config: {TrainingArguments: {output_dir: /mnt/out/run}}"},
+    }
+    job = render(workspace(tuning={"config": "mine"}), config).job
+    assert names_with(job, "/mnt/out/run") == ["preflight", "data-downloader", NAME, "pusher"]
+    assert env_of(container(job, NAME))["WANDB_DIR"] == "/mnt/out/run"
+    config["data"]["training_config.yaml"] = "training_config: {TrainingArguments: {output_dir: /mnt/data/out}}"
+    with pytest.raises(ConfigError, match="in a pod /mnt/data holds the data"):
+        render(workspace(tuning={"config": "mine"}), config)
+
+
+def test_the_users_data_volume_is_read_only_in_every_container() -> None:
+    job = render(workspace(tuning={"input": {"volumeSource": CLAIM}})).job
+    mounts = [mount for each in containers(job) for mount in each["volumeMounts"] if mount["name"] == "data-volume"]
+    assert len(mounts) == 2
+    assert all(mount["readOnly"] for mount in mounts)
+
+
+def test_an_image_volume_is_pulled_by_the_kubelet_with_the_inputs_secrets() -> None:
+    source = {"input": {"image": "contoso.azurecr.io/data:1", "imagePullSecrets": ["pull"]}}
+    objects = render(workspace(tuning=source), image_volume=True)
+    spec = pod_spec(objects.job)
+    assert spec["imagePullSecrets"] == [{"name": "pull"}]
+    assert volume(objects.job, "data-volume")["image"] == {"reference": "contoso.azurecr.io/data:1"}
+    assert [each["name"] for each in spec["initContainers"]] == ["preflight", "data-downloader"]
+    assert "an image volume needs Kubernetes 1.35" in " ".join(objects.notes)
+
+
+def test_base_weights_from_an_image_are_pulled_with_the_presets_secrets() -> None:
+    options = {"image": "contoso.azurecr.io/weights:1", "imagePullSecrets": ["weights-pull"]}
+    job = render(workspace(tuning={"preset": {"name": "phi-4-mini-instruct", "presetOptions": options}})).job
+    assert names_with(job, "/run/secrets/pull/weights-pull") == ["preflight", "data-downloader"]
+
+
+def test_a_deadline_a_ttl_and_retries_are_the_jobs() -> None:
+    spec = render(workspace(), ttl_s=60, deadline_s=3600, backoff_limit=0).job["spec"]
+    assert (spec["ttlSecondsAfterFinished"], spec["activeDeadlineSeconds"], spec["backoffLimit"]) == (60, 3600, 0)
+    plain = render(workspace()).job["spec"]
+    assert "ttlSecondsAfterFinished" not in plain
+    assert "activeDeadlineSeconds" not in plain
+
+
+def test_the_queue_of_the_workspaces_own_labels_is_the_jobs_and_a_typed_one_wins() -> None:
+    labelled = workspace(labels={"kueue.x-k8s.io/queue-name": "team", "other": "x"})
+    assert render(labelled).job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team"
+    assert "other" not in render(labelled).job["metadata"]["labels"]
+    assert render(labelled, queue="mine").job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "mine"
+    check = render_check_job(render(labelled).job)
+    assert "kueue.x-k8s.io/queue-name" not in check["metadata"]["labels"]
+
+
+def test_spot_nodes_are_tolerated_and_the_pod_is_not_held_on_to() -> None:
+    pods = [render(workspace(), **options).job["spec"]["template"] for options in ({}, {"spot": True})]
+    held = [
+        "karpenter.sh/do-not-disrupt" in each["metadata"]["annotations"]
+        and "cluster-autoscaler.kubernetes.io/safe-to-evict" in each["metadata"]["annotations"]
+        for each in pods
+    ]
+    assert held == [True, False]
+    keys = {each["key"] for each in pods[1]["spec"]["tolerations"]}
+    assert keys >= {
+        "kubernetes.azure.com/scalesetpriority",
+        "cloud.google.com/gke-spot",
+        "nvidia.com/gpu",
+        "sku",
+        "gpu",
+    }
+
+
+def test_a_clouds_identity_is_kept_from_the_trainer_and_no_token_is_mounted() -> None:
+    template = render(workspace(), service_account="tuner", workload_identity=True).job["spec"]["template"]
+    assert template["metadata"]["labels"]["azure.workload.identity/use"] == "true"
+    assert template["metadata"]["annotations"]["azure.workload.identity/skip-containers"] == NAME
+    assert template["spec"]["automountServiceAccountToken"] is False
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"workload_identity": True}, "--workload-identity: whose identity?"),
+        ({"queue_priority": "high"}, "--queue-priority: there is no queue for it"),
+        ({"gpus": 0}, "--gpus: 0 GPUs: at least one trains"),
+    ],
+)
+def test_options_that_mean_nothing_alone_are_refused(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence.replace("?", "\\?")):
+        render(workspace(), **options)
+
+
+def test_a_claim_for_results_beside_an_output_volume_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the output is a volume already"):
+        render(workspace(tuning={"output": {"volumeSource": CLAIM}}), results_volume="results")
+
+
+def test_the_owner_of_a_workspace_owns_all_that_is_made_for_it() -> None:
+    owner = {"apiVersion": "kaito.sh/v1beta1", "kind": "Workspace", "name": NAME, "uid": "1", "controller": True}
+    objects = render(workspace(tuning={"input": {"urls": ["https://a.contoso.com/x.csv?sig=1"]}}), owner=owner)
+    assert len(objects.objects) == 3
+    assert all(each["metadata"]["ownerReferences"] == [owner] for each in objects.objects)
+    assert render_check_job(objects.job)["metadata"]["ownerReferences"] == [owner]
+
+
+def test_a_run_that_would_be_lost_with_its_node_says_so() -> None:
+    sentence = "checkpoints and adapter are in the pod: a lost node loses the run"
+    assert any(sentence in note for note in render(workspace()).notes)
+    assert not any(sentence in note for note in render(workspace(), results_volume="results").notes)
+
+
+def test_a_volume_that_a_restricted_namespace_refuses_is_a_line_and_no_error() -> None:
+    objects = render(workspace(tuning={"input": {"volumeSource": {"hostPath": {"path": "/data"}}}}))
+    assert any("a hostPath is refused where Pod Security is restricted" in note for note in objects.notes)
+
+
+# ── secrets of the file ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_secrets_in_the_file_that_the_run_names_come_along_and_others_do_not() -> None:
+    def secret(name: str) -> dict[str, Any]:
+        config = json.dumps({"auths": {"contoso.azurecr.io": {"auth": "bWU6cHc="}}})
+        return {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "stringData": {"config.json": config}}
+
+    objects = render(workspace(), secret("push"), secret("other"), namespace="tuning")
+    (carried,) = objects.secrets
+    assert carried["metadata"] == {"name": "push", "namespace": "tuning"}
+    assert carried["stringData"] == secret("push")["stringData"]
+
+
+def test_a_names_hash_of_a_secret_is_slow_to_guess_from_and_the_same_for_the_same() -> None:
+    def name_of(query: str) -> str:
+        (secret,) = render(workspace(tuning={"input": {"urls": [f"https://a.contoso.com/x.csv?{query}"]}})).secrets
+        return secret["metadata"]["name"]
+
+    assert name_of("sig=1") == name_of("sig=1") != name_of("sig=2")
+    fast = hashlib.sha256(json.dumps({"0000-x.csv": "sig=1"}).encode()).hexdigest()
+    assert fast[:10] not in name_of("sig=1")
+
+
+# ── hostile values ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def config_with(text: str) -> dict[str, Any]:
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": "mine"},
+        "data": {"training_config.yaml": text},
+    }
+
+
+def test_a_config_map_over_a_mebibyte_is_refused_with_what_is_large() -> None:
+    comment = "# " + "x" * 2**20
+    with pytest.raises(ConfigError, match=r"most of them are training_config\.yaml"):
+        render(workspace(tuning={"config": "mine"}), config_with(f"training_config: {{}}\n{comment}\n"))
+
+
+def test_a_config_map_that_kubectl_apply_cannot_annotate_is_said() -> None:
+    comment = "# " + "x" * 300_000
+    objects = render(workspace(tuning={"config": "mine"}), config_with(f"training_config: {{}}\n{comment}\n"))
+    assert any("kubectl apply takes it with --server-side only" in note for note in objects.notes)
+
+
+@pytest.mark.parametrize("name", ["Upper", "a.b", "a" * 64, "-a", "a_b", "preflight", "pusher", "check", "puller", ""])
+def test_names_that_a_job_or_its_container_cannot_have_are_refused_at_the_door(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"metadata\.name"):
+        render({**workspace(), "metadata": {"name": name}})
+
+
+def test_the_longest_name_fits_every_object() -> None:
+    name = "a" * 63
+    objects = render({**workspace(), "metadata": {"name": name}}, results_volume="results")
+    for job in (objects.job, render_check_job(objects.job), render_retry_push(objects.job)):
+        assert job_problems(job) == []
+
+
+# What would be another manifest, if any value were pasted into one.
+YAML_IN = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc", "Cn", "Zl", "Zp")), max_size=40)
+LABEL_NAME = st.from_regex(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", fullmatch=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=LABEL_NAME.filter(lambda name: name not in CONTAINERS and "--" not in name[:4]),
+    path=YAML_IN,
+    query=YAML_IN,
+    label=st.from_regex(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?", fullmatch=True),
+    comment=YAML_IN,
+    secret=st.from_regex(r"[a-z0-9]([-a-z0-9.]{0,20}[a-z0-9])?", fullmatch=True).filter(lambda text: ".." not in text),
+)
+def test_no_value_of_a_workspace_changes_what_it_is_written_into(
+    name: str, path: str, query: str, label: str, comment: str, secret: str
+) -> None:
+    url = f"https://data.contoso.com/{quote(path)}/x.csv?{quote(query, safe='=&:')}\n".strip()
+    document = {
+        **workspace(
+            tuning={
+                "input": {"urls": [url]},
+                "output": {**TO_IMAGE, "imagePushSecret": secret},
+                "config": "mine",
+            },
+            resource={"labelSelector": {"matchLabels": {"app": label}}},
+        ),
+        "metadata": {"name": name, "annotations": {"any": comment}},
+    }
+    config = config_with(f"training_config: {{}}\n# {comment}\n")
+    objects = render(document, config)
+    again = list(yaml.safe_load_all(dump_manifests(objects.objects)))
+    assert again == json.loads(json.dumps(list(objects.objects)))
+    config_map, job = again[0], again[-1]
+    assert [each["kind"] for each in again] == ["ConfigMap", *(["Secret"] if query else []), "Job"]
+    assert config_map["data"]["training_config.yaml"] == config["data"]["training_config.yaml"]
+    assert RunSpec.model_validate_json(config_map["data"]["run.json"]).sources[0].url == url.partition("?")[0]
+    assert job["metadata"]["name"] == container(job, name)["name"] == name
+    assert volume(job, "docker-config")["secret"]["secretName"] == secret
+    terms = pod_spec(job)["affinity"]["nodeAffinity"][REQUIRED]["nodeSelectorTerms"]
+    assert terms == [{"matchExpressions": [{"key": "app", "operator": "In", "values": [label]}]}]
+    assert {key for each in containers(job) for key in each} <= CONTAINER_KEYS
+
+
+CONTAINER_KEYS = set().union(*(each.keys() for each in containers(load_template("job.yaml"))))
