@@ -209,7 +209,7 @@ class Pod:
         self._disrupted = False
         directory.mkdir(parents=True)
         self._volumes = {volume["name"]: self._make_volume(volume) for volume in self.spec.get("volumes", ())}
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     # what tests look at and do
@@ -227,6 +227,7 @@ class Pod:
         deadline = time.monotonic() + timeout_s
         while not condition():
             if not self._thread.is_alive() or time.monotonic() > deadline:
+                self.terminate(grace_s=0)
                 pytest.fail(f"waited in vain, and this is what the pod said:\n{self._all_logs()}")
             time.sleep(poll_s)
 
