@@ -594,7 +594,10 @@ class FakeKubernetes:
         """Raises 403 as the RBAC authorizer does."""
         plural = f"{request.kind.plural}/{request.subresource}" if request.subresource else request.kind.plural
         with self._lock:
-            if self.may(request.verb, request.kind.group, plural, request.namespace, request.name):
+            # A list of one name asks about that name, as the server's request info has it.
+            one = re.fullmatch(r"metadata\.name==?([^,=!]+)", request.query.get("fieldSelector", ""))
+            name = one[1] if one and not request.name else request.name
+            if self.may(request.verb, request.kind.group, plural, request.namespace, name):
                 return
         where = f' in the namespace "{request.namespace}"' if request.namespace else " at the cluster scope"
         named = f' "{request.name}"' if request.name else ""

@@ -148,7 +148,7 @@ def applied(
     for other, path in conflicts:
         owners[other].discard(path)
     others: set[Path] = set().union(*(paths for other, paths in owners.items() if other != manager))
-    for path in owners.get(manager, set()) - set(new) - others:
+    for path in sorted(owners.get(manager, set()) - set(new) - others, key=_keys_last):
         _remove(result, path)
     for path, value in new.items():
         _set(result, path, copied(value))
@@ -191,6 +191,12 @@ def _set(document: dict[str, Any], path: Path, value: Any) -> None:
     place[path[-1]] = value
 
 
+def _keys_last(path: Path) -> tuple[bool, int]:
+    """An item whose key is gone is not found any more: what else it has goes first."""
+    is_key = len(path) > 1 and isinstance(path[-2], tuple) and path[-1] == path[-2][0]
+    return is_key, -len(path)
+
+
 def _remove(document: dict[str, Any], path: Path) -> None:
     """Without the leaf, and without what is empty then or is only the key of a list's item."""
     places: list[Any] = [document]
@@ -200,10 +206,10 @@ def _remove(document: dict[str, Any], path: Path) -> None:
             return
         places.append(inner)
     places[-1].pop(path[-1], None)
-    for place, part in zip(reversed(places[:-1]), reversed(path[:-1]), strict=True):
-        inner = _item(place, part, make=False)
+    # The places as they were found: an item whose key has been removed is not found by it any more.
+    for place, part, inner in zip(reversed(places[:-1]), reversed(path[:-1]), reversed(places[1:]), strict=True):
         if isinstance(part, tuple):
-            if set(inner) <= {part[0]}:
+            if set(inner) <= {part[0]} and inner in place:
                 place.remove(inner)
         elif not inner:
             del place[part]

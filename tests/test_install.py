@@ -1,8 +1,10 @@
 """The controller's installation: what is in it, what it may do, and that kustomize and `tuner install` agree."""
 
 import json
+import shlex
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,16 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from tests.fake_kubernetes import FakeKubernetes
+from tuner.cli import main
+from tuner.cluster.api import SECRET, WORKSPACE, Api
+from tuner.cluster.api_errors import ForbiddenError
 from tuner.cluster.crd import custom_resource_definition
-from tuner.cluster.install import NAME, NAMESPACE, InstallOptions, installation
+from tuner.cluster.install import DEFAULT_NAMESPACE, NAME, InstallOptions, install, installation, uninstall
+from tuner.cluster.kaito import has_kaitos_crd, kaitos_controller, refuse_beside_kaito
 from tuner.cluster.templates import container, pod_spec
 from tuner.data import data_dir
-from tuner.errors import ConfigError
+from tuner.errors import ConfigError, UsageError
 from tuner.presets import find_preset
 from tuner.training_config import ConfigSource, resolve_training_config
 
@@ -154,7 +161,8 @@ def test_every_binding_binds_the_deployments_account_to_a_role_that_is_there() -
 def test_the_pods_keep_to_the_restricted_standard() -> None:
     """https://kubernetes.io/docs/concepts/security/pod-security-standards/"""
     assert (
-        one(DEFAULT, "Namespace", NAMESPACE)["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+        one(DEFAULT, "Namespace", DEFAULT_NAMESPACE)["metadata"]["labels"]["pod-security.kubernetes.io/enforce"]
+        == "restricted"
     )
     pod = pod_spec(one(DEFAULT, "Deployment"))
     assert pod["securityContext"]["runAsNonRoot"] is True
@@ -190,8 +198,8 @@ def test_two_replicas_of_which_one_may_go_are_probed_and_bounded() -> None:
 
 def test_variables_in_arguments_are_defined() -> None:
     controller = container(one(DEFAULT, "Deployment"), "controller")
-    assert "--image=$(RUN_IMAGE)" in controller["args"]
-    assert "RUN_IMAGE" in {each["name"] for each in controller["env"]}
+    assert "--image=$(TUNER_IMAGE)" in controller["args"]
+    assert "TUNER_IMAGE" in {each["name"] for each in controller["env"]}
 
 
 # ── what is asked for ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -199,7 +207,7 @@ def test_variables_in_arguments_are_defined() -> None:
 
 def images(options: InstallOptions) -> tuple[str, str]:
     controller = container(one(installation(options), "Deployment"), "controller")
-    return controller["image"], next(each["value"] for each in controller["env"] if each["name"] == "RUN_IMAGE")
+    return controller["image"], next(each["value"] for each in controller["env"] if each["name"] == "TUNER_IMAGE")
 
 
 def test_one_image_does_for_both_and_a_slim_one_can_be_named() -> None:
@@ -211,7 +219,9 @@ def test_one_image_does_for_both_and_a_slim_one_can_be_named() -> None:
 def test_everything_but_the_crd_goes_into_the_namespace_and_says_so() -> None:
     manifests = installation(InstallOptions(namespace="tuning"))
     assert not [
-        each for each in manifests if NAMESPACE in json.dumps(each) and each["kind"] != "CustomResourceDefinition"
+        each
+        for each in manifests
+        if DEFAULT_NAMESPACE in json.dumps(each) and each["kind"] != "CustomResourceDefinition"
     ]
     for each in manifests:
         if each["kind"] != "CustomResourceDefinition":
@@ -252,3 +262,206 @@ def test_the_default_configurations_are_our_defaults(method: Any, gpus: int) -> 
         assert not written.is_written(*follows.split("."))
     assert not written.is_written("TrainingArguments", "gradient_accumulation_steps")
     assert written.is_written("LoraConfig", "r")
+
+
+# ── into a cluster ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+OPTIONS = InstallOptions(image="reg.example/tuner:1")
+
+
+@pytest.fixture
+def cluster() -> Iterator[FakeKubernetes]:
+    with FakeKubernetes(workspaces=False, job_controller=False, namespaces=("default", "ml")) as fake:
+        yield fake
+
+
+@pytest.fixture
+def kubeconfig(cluster: FakeKubernetes, tmp_path: Path) -> Path:
+    return cluster.write_kubeconfig(tmp_path / "kubeconfig")
+
+
+@pytest.fixture
+def api(kubeconfig: Path) -> Api:
+    return Api.from_config(namespace="default", env={"KUBECONFIG": str(kubeconfig)}, patience_s=5)
+
+
+def install_into(api: Api, options: InstallOptions = OPTIONS) -> list[str]:
+    said: list[str] = []
+    install(api, options, said.append)
+    return said
+
+
+def names(cluster: FakeKubernetes) -> set[tuple[str, str, str]]:
+    plurals = "namespaces customresourcedefinitions serviceaccounts clusterroles clusterrolebindings roles rolebindings"
+    plurals += " configmaps networkpolicies poddisruptionbudgets deployments"
+    return {key(each) for plural in plurals.split() for each in cluster.objects(plural)}
+
+
+def test_install_makes_what_it_prints_and_workspaces_can_be_made(cluster: FakeKubernetes, api: Api) -> None:
+    before = names(cluster)
+    assert all(line.endswith(": made") for line in install_into(api))
+    assert names(cluster) - before == {key(each) for each in installation(OPTIONS)}
+    assert api.serves(WORKSPACE)
+
+
+def test_installing_twice_changes_nothing_and_another_image_one_object(cluster: FakeKubernetes, api: Api) -> None:
+    install_into(api)
+    again = install_into(api)
+    assert {line.rpartition(": ")[2] for line in again} == {"unchanged", "is there"}
+    changed = [line for line in install_into(api, InstallOptions(image="reg.example/tuner:2")) if "changed" in line]
+    assert [line for line in changed if not line.endswith("unchanged")] == [
+        "Deployment tuner-system/tuner-controller: changed"
+    ]
+
+
+def test_a_namespace_that_is_there_keeps_its_labels(cluster: FakeKubernetes, api: Api) -> None:
+    said = install_into(api, InstallOptions(image="reg.example/tuner:1", namespace="ml"))
+    assert said[0] == "Namespace ml: is there"
+    (namespace,) = (each for each in cluster.objects("namespaces") if each["metadata"]["name"] == "ml")
+    assert "pod-security.kubernetes.io/enforce" not in namespace["metadata"].get("labels", {})
+
+
+KAITOS_CRD = custom_resource_definition() | {"metadata": {"name": "workspaces.kaito.sh"}}
+
+
+def test_kaitos_crd_is_never_overwritten(cluster: FakeKubernetes, api: Api) -> None:
+    api.create(KAITOS_CRD)
+    before = cluster.objects("customresourcedefinitions")
+    assert has_kaitos_crd(api)
+    (said,) = (line for line in install_into(api) if line.startswith("CustomResourceDefinition"))
+    assert "KAITO's is there and stays" in said
+    assert cluster.objects("customresourcedefinitions") == before
+
+
+def test_our_own_crd_is_brought_up_to_date(cluster: FakeKubernetes, api: Api) -> None:
+    install_into(api)
+    assert not has_kaitos_crd(api)
+    opened = InstallOptions(image="reg.example/tuner:1", allow_cidrs=("10.0.0.0/8",))
+    assert "CustomResourceDefinition workspaces.kaito.sh: changed" in install_into(api, opened)
+
+
+def deployment(replicas: int = 1, name: str = "kaito-workspace") -> dict[str, Any]:
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": name, "namespace": "ml"},
+        "spec": {"replicas": replicas, "selector": {"matchLabels": {}}, "template": {}},
+    }
+
+
+WEBHOOK = {
+    "apiVersion": "admissionregistration.k8s.io/v1",
+    "kind": "ValidatingWebhookConfiguration",
+    "metadata": {"name": "validation.workspace.kaito.sh"},
+}
+
+
+@pytest.mark.parametrize("there", [deployment(), WEBHOOK], ids=["deployment", "webhook"])
+def test_beside_kaitos_controller_nothing_is_written(there: dict[str, Any], cluster: FakeKubernetes, api: Api) -> None:
+    cluster.put(there)
+    before = names(cluster)
+    with pytest.raises(ConfigError, match="KAITO's own controller runs in this cluster") as caught:
+        install_into(api)
+    assert "tuner submit" in (caught.value.hint or "")
+    assert names(cluster) == before
+
+
+def test_a_deployment_without_replicas_or_of_another_name_is_no_controller(cluster: FakeKubernetes, api: Api) -> None:
+    cluster.put(deployment(replicas=0))
+    cluster.put(deployment(name="workspace"))
+    assert kaitos_controller(api) is None
+
+
+def test_the_controller_may_ask_for_kaitos_with_its_own_permissions(cluster: FakeKubernetes, api: Api) -> None:
+    cluster.allow_only(CLUSTER_RULES)
+    cluster.put(deployment())
+    assert kaitos_controller(api) == "Deployment kaito-workspace in namespace ml"
+    with pytest.raises(ConfigError):
+        refuse_beside_kaito(api)
+    with pytest.raises(ForbiddenError):
+        api.list(SECRET)
+
+
+def test_who_may_see_nothing_of_the_cluster_asks_in_vain_and_goes_on(cluster: FakeKubernetes, api: Api) -> None:
+    cluster.put(deployment())
+    cluster.allow_only([{"apiGroups": [""], "resources": ["pods"], "verbs": ["list"]}])
+    assert kaitos_controller(api) is None
+    assert not has_kaitos_crd(api)
+
+
+def test_without_an_image_nothing_is_installed(api: Api) -> None:
+    with pytest.raises(UsageError, match="--image"):
+        install_into(api, InstallOptions())
+
+
+# ── and out of it ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def uninstall_from(api: Api, namespace: str = DEFAULT_NAMESPACE, **options: Any) -> list[str]:
+    said: list[str] = []
+    uninstall(api, namespace, said.append, **options)
+    return said
+
+
+def user_objects(cluster: FakeKubernetes) -> tuple[Any, ...]:
+    return cluster.objects("workspaces"), cluster.objects("jobs"), cluster.objects("configmaps", "ml")
+
+
+@pytest.mark.parametrize("watched", [(), ("ml", "default")])
+def test_uninstall_takes_what_install_made_and_leaves_the_users(
+    watched: tuple[str, ...], cluster: FakeKubernetes, api: Api
+) -> None:
+    before = names(cluster)
+    install_into(api, InstallOptions(image="reg.example/tuner:1", watch_namespaces=watched))
+    for kind, version in (("Workspace", "kaito.sh/v1beta1"), ("Job", "batch/v1"), ("ConfigMap", "v1")):
+        cluster.put({"apiVersion": version, "kind": kind, "metadata": {"name": "mine", "namespace": "ml"}})
+    mine = user_objects(cluster)
+    assert all(mine)
+    would = uninstall_from(api, dry_run=True)
+    said = uninstall_from(api)
+    assert [line.replace("would be ", "") for line in would] == said
+    assert user_objects(cluster) == mine
+    assert names(cluster) - before == {
+        ("Namespace", "", DEFAULT_NAMESPACE),
+        ("CustomResourceDefinition", "", "workspaces.kaito.sh"),
+        ("ConfigMap", "ml", "mine"),
+    }
+    assert said[0] == "Deployment tuner-system/tuner-controller: deleted"
+    assert said[-1].startswith("CustomResourceDefinition workspaces.kaito.sh, Workspaces, Jobs and Namespace")
+
+
+def test_uninstall_leaves_another_installation_alone(cluster: FakeKubernetes, api: Api) -> None:
+    install_into(api, InstallOptions(image="reg.example/tuner:1", watch_namespaces=("ml",)))
+    before = names(cluster)
+    other = InstallOptions(image="reg.example/tuner:1", namespace="other", watch_namespaces=("default",))
+    install_into(api, other)
+    uninstall_from(api, "other")
+    assert names(cluster) - before == {("Namespace", "", "other")}
+
+
+# ── as commands ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_install_prints_yaml_and_asks_no_cluster(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["install", "--dry-run"]) == 0
+    printed = list(yaml.safe_load_all(capsys.readouterr().out))
+    assert printed == DEFAULT
+    assert main(shlex.split("install --dry-run -n tuning --image reg.example/t:1 --watch-namespace ml")) == 0
+    options = InstallOptions(namespace="tuning", image="reg.example/t:1", watch_namespaces=("ml",))
+    assert list(yaml.safe_load_all(capsys.readouterr().out)) == installation(options)
+
+
+def test_install_and_uninstall_as_commands(
+    cluster: FakeKubernetes, kubeconfig: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
+    assert main(["install"]) == 64
+    assert main(["install", "--image", "reg.example/tuner:1"]) == 0
+    assert cluster.objects("deployments", "tuner-system")
+    assert main(["uninstall"]) == 0
+    assert not cluster.objects("deployments", "tuner-system")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "rollout status deployment tuner-controller" in captured.err
+    cluster.put(deployment())
+    assert main(["install", "--image", "reg.example/tuner:1"]) == ConfigError.exit_code
