@@ -40,6 +40,7 @@ from tuner.cli.options import (
     AllowPrivate,
     Ca,
     Config,
+    Disable,
     NoOverwrite,
     NoPreflight,
     PlainHttp,
@@ -65,12 +66,13 @@ def render(
     set_image: SetImage = None,
     namespace: Namespace = None,
     patch: Patch = None,
-    shows_diff: Annotated[bool, typer.Option("--diff", help="only what options and patches change")] = False,
+    shows_diff: Annotated[bool, typer.Option("--diff", help="print only what options and patches change")] = False,
     shows_check: Annotated[
-        bool, typer.Option("--check-job", help="instead of the Job the one that checks on a CPU beforehand")
+        bool, typer.Option("--check-job", help="the Job that checks all this on a CPU, instead of the one that trains")
     ] = False,
     serving: Annotated[
-        str | None, typer.Option("--serving", metavar="SERVER", help="what serves the adapter: kaito or vllm")
+        str | None,
+        typer.Option("--serving", metavar="SERVER", help="print what serves the adapter instead: kaito or vllm"),
     ] = None,
     adapter: Annotated[
         str | None, typer.Option("--adapter", metavar="REF", help="with --serving: the pushed image, by digest")
@@ -114,6 +116,7 @@ def render(
     no_overwrite: NoOverwrite = False,
     no_preflight: NoPreflight = False,
     require: Require = None,
+    disable: Disable = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Print the Kubernetes objects of a run, for `kubectl apply -f -`: ConfigMap, Secrets, Job."""

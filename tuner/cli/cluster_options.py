@@ -27,7 +27,7 @@ SetImage = Annotated[
     typer.Option("--set-image", metavar="I", envvar="TUNER_IMAGE", help="the image of tuner that the pod runs"),
 ]
 Namespace = Annotated[
-    str | None, typer.Option("--namespace", "-n", metavar="N", help="of all objects [the Workspace's]")
+    str | None, typer.Option("--namespace", "-n", metavar="N", help="namespace of the objects [the Workspace's]")
 ]
 Patch = Annotated[
     list[Path] | None,
@@ -47,7 +47,7 @@ WeightsVolume = Annotated[
     str | None,
     typer.Option("--weights-volume", metavar="CLAIM", help="keep base weights on this PersistentVolumeClaim"),
 ]
-ServiceAccount = Annotated[str | None, typer.Option("--service-account", metavar="NAME", help="of the pod [default]")]
+ServiceAccount = Annotated[str | None, typer.Option("--service-account", metavar="NAME", help="the pod's [default]")]
 WorkloadIdentity = Annotated[
     bool, typer.Option("--workload-identity", help="the service account's cloud identity, in all but the trainer")
 ]
@@ -58,18 +58,26 @@ ImagePullSecret = Annotated[
 ]
 Spot = Annotated[bool, typer.Option("--spot", help="tolerate spot nodes of Azure, Google and Amazon")]
 DisruptionOk = Annotated[bool, typer.Option("--disruption-ok", help="let autoscalers move the pod to another node")]
-Queue = Annotated[str | None, typer.Option("--queue", metavar="NAME", help="of Kueue")]
-QueuePriority = Annotated[str | None, typer.Option("--queue-priority", metavar="CLASS", help="in Kueue's queue")]
-PriorityClass = Annotated[str | None, typer.Option("--priority-class", metavar="CLASS", help="of the pod")]
-Scheduler = Annotated[str | None, typer.Option("--scheduler", metavar="NAME", help="instead of Kubernetes' own")]
-RuntimeClass = Annotated[str | None, typer.Option("--runtime-class", metavar="CLASS", help="of the pod, as nvidia")]
-Retries = Annotated[int, typer.Option("--retries", min=0, help="of a pod that failed for a passing reason")]
+Queue = Annotated[str | None, typer.Option("--queue", metavar="NAME", help="a LocalQueue of Kueue")]
+QueuePriority = Annotated[
+    str | None, typer.Option("--queue-priority", metavar="CLASS", help="a WorkloadPriorityClass of Kueue")
+]
+PriorityClass = Annotated[
+    str | None, typer.Option("--priority-class", metavar="CLASS", help="the pod's priorityClassName")
+]
+Scheduler = Annotated[
+    str | None, typer.Option("--scheduler", metavar="NAME", help="the pod's schedulerName, as volcano")
+]
+RuntimeClass = Annotated[
+    str | None, typer.Option("--runtime-class", metavar="CLASS", help="the pod's runtimeClassName, as nvidia")
+]
+Retries = Annotated[int, typer.Option("--retries", min=0, help="new pods after a passing failure")]
 Ttl = Annotated[
     int | None, typer.Option("--ttl", metavar="S", min=0, help="delete the Job so long after its end [never]")
 ]
 Deadline = Annotated[int | None, typer.Option("--deadline", metavar="S", min=1, help="fail the Job after so long")]
 PushHold = Annotated[
-    int, typer.Option("--push-hold", metavar="S", min=0, help="how long to try while the registry is down")
+    int, typer.Option("--push-hold", metavar="S", min=0, help="how long the pusher tries while the registry is down")
 ]
 ImageVolume = Annotated[
     bool, typer.Option("--image-volume", help="mount input.image instead of pulling it; Kubernetes 1.35")
@@ -105,6 +113,7 @@ def read_cluster_run(
         overwrite=not typed["no_overwrite"],
         preflight=not typed["no_preflight"],
         require=tuple(typed["require"] or ()),
+        disable=tuple(typed["disable"] or ()),
         trust_remote_code=typed["trust_remote_code"],
         pushes_without_secret=typed["anonymous_push"] or typed["workload_identity"],
         image_volume=typed["image_volume"],

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from tuner.errors import ConfigError
 from tuner.memory import ADAMW_STATE_BYTES, GIB, OPTIMIZER_STATE_BYTES, adapter_parameters, read_shape
 from tuner.plan import read_setup
-from tuner.runspec import RunSpec
+from tuner.runspec import ImageModel, RunSpec
 
 CHECKPOINTS = 2  # kept at a time: the last and, until it is whole, the one before
 DATA_GIB, DATA_LIMIT_GIB = 8, 64  # allowances: nobody knows before the fetch
@@ -45,6 +45,7 @@ def read_sizes(spec: RunSpec, gpus: int) -> Sizes:
         return Sizes(0, 1, 2, 8, 1, 0, 1, 1, DATA_LIMIT_GIB, 1, 4)
     known = spec.preset.weights_gib
     weights = known or UNKNOWN_WEIGHTS_GIB
+    copies = 2 if isinstance(spec.base_model, ImageModel) else 1  # the image's layers, and what is in them
     results = math.ceil(CHECKPOINTS * checkpoint_bytes(spec, gpus) / GIB) + 2
     # The weights are read through the page cache, which is reclaimed where it must be; half of it keeps that quick.
     memory = _PROCESS_GIB * gpus + math.ceil(weights / 2)
@@ -54,8 +55,8 @@ def read_sizes(spec: RunSpec, gpus: int) -> Sizes:
         memory_gib=memory,
         memory_limit_gib=max(2 * memory, _PROCESS_LIMIT_GIB * gpus + math.ceil(2 * weights)),
         shm_gib=_SHM_GIB_FOR_A_GPU * gpus,
-        weights_gib=math.ceil(weights) + 1,
-        weights_limit_gib=math.ceil(1.5 * weights) + 2 if known else None,
+        weights_gib=math.ceil(copies * weights) + 1,
+        weights_limit_gib=math.ceil((copies + 0.5) * weights) + 2 if known else None,
         data_gib=DATA_GIB,
         data_limit_gib=DATA_LIMIT_GIB,
         results_gib=results,
