@@ -530,16 +530,12 @@ def _set_weights(job: Manifest, ask: _Ask, sizes: Sizes) -> None:
 
 
 def _set_results(job: Manifest, ask: _Ask, sizes: Sizes) -> None:
-    """The user's volume, a claim, or the pod's own; at output_dir, and what writes beside the adapter writes there."""
+    """The user's volume, a claim, or the pod's own, at output_dir."""
     source: Mapping[str, Any] = {"emptyDir": {"sizeLimit": f"{sizes.results_limit_gib}Gi"}}
     if ask.options.results_volume:
         source = {"persistentVolumeClaim": {"claimName": ask.options.results_volume}}
     templates.set_volume(job, pod.RESULTS_VOLUME, ask.output_volume or source)
-    directory = str(pod.results_dir(ask.spec))
-    templates.move_mounts(job, pod.RESULTS_VOLUME, directory)
-    trainer = templates.container(job, ask.name)
-    templates.set_env(trainer, "WANDB_DIR", directory)
-    templates.set_env(trainer, "MLFLOW_TRACKING_URI", f"file://{directory}/mlruns")
+    templates.move_mounts(job, pod.RESULTS_VOLUME, str(pod.results_dir(ask.spec)))
     if templates.has_container(job, pod.PUSHER):
         # On a claim the adapter outlives the pod and `tuner retry-push` finishes; here it must be now or never.
         hold = [] if ask.options.results_volume else ["--hold", str(ask.options.push_hold_s)]
