@@ -239,3 +239,45 @@ def test_the_order_follows_the_seed(tmp_path: Path) -> None:
         for copy in (1, 2)
     }
     assert orders[1, 1] == orders[1, 2] != orders[2, 1] == orders[2, 2]
+
+
+# ── the same again ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_equal_rows_tokenizer_and_settings_are_tokenized_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tuner.pipeline import prepare as stage
+
+    first_heard, heard = Heard(), Heard()
+    config = LIMIT | {"TrainingArguments": {"max_length": 100, "learning_rate": 1e-4}}
+    first, work_dir = prepared(tmp_path, [*rows_of("messages", 30), long_row()], config, first_heard)
+    monkeypatch.setattr(stage, "Labeller", lambda *_: pytest.fail("tokenized again"))
+    config = LIMIT | {"TrainingArguments": {"max_length": 100, "learning_rate": 2e-4}}  # another run, the same tokens
+    again, _ = prepared(tmp_path, [*rows_of("messages", 30), long_row()], config, heard)
+    assert again.run_digest != first.run_digest
+    assert again.model_copy(update={"run_digest": first.run_digest}) == first
+    assert Prepared.load(work_dir / "prepared.json") == again
+    assert heard.warnings == first_heard.warnings  # what is left out is shown each time
+    assert heard.notes[:-1] == first_heard.notes
+
+
+@pytest.mark.parametrize("change", ["rows", "max_length", "template", "damage", "base"])
+def test_anything_that_tokens_depend_on_makes_them_anew(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, work_dir = prepared(tmp_path, rows_of("messages", 30))
+    rows, config, request = rows_of("messages", 30), {}, {}
+    match change:
+        case "rows":
+            rows = rows_of("messages", 30, first=1)
+        case "max_length":
+            config = LIMIT
+        case "template":
+            config = {"ModelConfig": {"chat_template": FALLBACK_CHAT_TEMPLATE}}
+        case "damage":
+            path = work_dir / first.train.path
+            path.write_bytes(path.read_bytes()[:-1] + b"x")
+        case "base":
+            request = {"base_model": tiny_base("qwen3-4b"), "preset": "qwen3-4b"}
+    heard = Heard()
+    prepared(tmp_path, rows, config, heard, **request)
+    assert not any("there already" in line for line in heard.notes)

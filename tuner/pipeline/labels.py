@@ -13,6 +13,7 @@ show the model an earlier answer in another form than it has to produce: such a 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -166,7 +167,8 @@ class Labeller:
             if message["role"] != "assistant" or index < row.supervised_from:
                 continue
             prompt = self._render(row.messages[:index], row.tools, prompt=True)
-            turn = self._render(row.messages[: index + 1], row.tools)
+            last = index == len(row.messages) - 1
+            turn = whole if last else self._render(row.messages[: index + 1], row.tools)
             span = self._answer(prompt, turn)
             if isinstance(span, str):
                 return BadRow(row.origin, f"message {index + 1}: {span}")
@@ -225,8 +227,9 @@ class Labeller:
             verbose=False,  # over-length rows are counted by us
         )
         for example, ids, offsets in zip(examples, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            input_ids = np.asarray(ids, dtype=np.int32)
-            begins, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
+            input_ids = np.fromiter(ids, dtype=np.int32, count=len(ids))
+            edges = np.fromiter(chain.from_iterable(offsets), dtype=np.int64, count=2 * len(ids))
+            begins, ends = edges[::2], edges[1::2]
             supervised = np.zeros(len(input_ids), dtype=bool)
             straddles = 0
             for start, end in example.spans:

@@ -1,13 +1,18 @@
 """Fetched files → token ids and labels on disk, with every row that is not trained on counted and listed."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from tuner.errors import ConfigError, DataError
+import numpy as np
+
+from tuner.content import hash_file
+from tuner.errors import ConfigError, DataError, InputMissingError
 from tuner.pipeline.dataset import (
     BadRow,
     Completion,
@@ -23,21 +28,29 @@ from tuner.pipeline.dataset import (
 from tuner.pipeline.dataset import Split as RowSplit
 from tuner.pipeline.labels import FALLBACK_CHAT_TEMPLATE, Labeller, TokenRow
 from tuner.pipeline.libraries import quiet
-from tuner.runspec import Fetched, Prepared, Progress, Reporter, RowProblem, RunSpec, Split
+from tuner.runspec import Contract, Fetched, Prepared, Progress, Reporter, RowProblem, RunSpec, Split
 
 LONGEST_DEFAULT = 8192
 MOST_OVER_LENGTH = 0.10  # share of rows; above it the run stops
 SMOKE_TRAIN_ROWS = 64
 SMOKE_EVALUATION_ROWS = 16
 _SHOWN_PROBLEMS = 20
+_CACHE = "cache.json"
 
 
 def prepare(spec: RunSpec, fetched: Fetched, work_dir: Path, reporter: Reporter) -> Prepared:
     """Read, check, split, tokenize; leave train.arrow, evaluation.arrow, tokenizer/ and problems.jsonl.
 
+    What was prepared before of the very same rows, tokenizer and settings is taken as it lies there, and said again.
     Raises DataError when too many rows are bad or too long, or when nothing in them would be learnt; ConfigError when
     the chat template or the tokenizer does not serve.
     """
+    key = None if spec.smoke else tokens_key(spec, fetched)
+    known = _prepared_before(key, spec, fetched, work_dir, reporter)
+    if known:
+        known.save(work_dir / "prepared.json")
+        return known
+    reporter = heard = _Heard(reporter)
     quiet()
     settings = spec.training.dataset
     directory = work_dir / "prepared"
@@ -111,7 +124,80 @@ def prepare(spec: RunSpec, fetched: Fetched, work_dir: Path, reporter: Reporter)
     )
     _say(result, split, reporter)
     result.save(work_dir / "prepared.json")
+    if key:
+        cache = TokenCache(key=key, prepared=result, files=_files(directory), said=heard.said)
+        cache.save(directory / _CACHE)
     return result
+
+
+def _files(directory: Path) -> dict[str, str]:
+    """Path below the directory → sha256 of every file but cache.json."""
+    found = [path for path in sorted(directory.rglob("*")) if path.is_file() and path != directory / _CACHE]
+    return {str(path.relative_to(directory)): hash_file(path) for path in found}
+
+
+class TokenCache(Contract):
+    """cache.json: of which inputs the token files are, what they must be, and what was said of them."""
+
+    key: str
+    prepared: Prepared
+    files: dict[str, str]
+    said: tuple[tuple[Literal["note", "warn"], str], ...]
+
+
+class _Heard:
+    """A Reporter that passes on and remembers what is not progress."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self.said: tuple[tuple[Literal["note", "warn"], str], ...] = ()
+        self.progress = reporter.progress
+
+    def note(self, line: str) -> None:
+        self.said += (("note", line),)
+        self._reporter.note(line)
+
+    def warn(self, line: str) -> None:
+        self.said += (("warn", line),)
+        self._reporter.warn(line)
+
+
+def tokens_key(spec: RunSpec, fetched: Fetched) -> str | None:
+    """Names everything that the token files depend on; None where the base is not known by its content.
+
+    Files by content and in order, the tokenizer with its base model, template, dataset settings, and the code that
+    makes rows and labels of them, ours and others'.
+    """
+    if fetched.base_model is None or not fetched.base_model.digest:
+        return None
+    depends = {
+        "files": [(file.source, file.sha256) for file in fetched.files],
+        "base": fetched.base_model.digest,
+        "preset": [spec.preset.chat_template, spec.preset.context_length],
+        "template": spec.training.section("ModelConfig").get("chat_template"),
+        "dataset": asdict(spec.training.dataset),
+        "code": [hash_file(Path(__file__).with_name(f"{name}.py")) for name in ("prepare", "labels", "dataset")],
+        "libraries": [f"{name} {version(name)}" for name in ("transformers", "tokenizers", "jinja2", "pyarrow")],
+    }
+    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+
+
+def _prepared_before(
+    key: str | None, spec: RunSpec, fetched: Fetched, work_dir: Path, reporter: Reporter
+) -> Prepared | None:
+    """What lies in the work directory, when it was made of the same inputs and is still as it was written."""
+    try:
+        cache = TokenCache.load(work_dir / "prepared" / _CACHE)
+    except (InputMissingError, ConfigError):
+        return None
+    whole = cache.key == key and _files(work_dir / "prepared") == cache.files
+    lacks = cache.prepared.evaluation is None and any(gate.needs_held_out_rows for gate in spec.gates)
+    if not whole or lacks or fetched.base_model is None:
+        return None
+    for kind, line in cache.said:
+        (reporter.note if kind == "note" else reporter.warn)(line)
+    reporter.note("these token files were there already")
+    return cache.prepared.model_copy(update={"run_digest": spec.digest, "base_model_dir": fetched.base_model.path})
 
 
 def _base_model_dir(spec: RunSpec, fetched: Fetched, rows: Sequence[Row], work_dir: Path) -> str:
@@ -221,12 +307,12 @@ def _write_split(rows: Sequence[TokenRow], path: Path, work_dir: Path) -> Split:
     with path.open("wb") as file, pa.ipc.new_stream(file, schema) as writer:
         for begin in range(0, len(rows), 1000):
             batch = rows[begin : begin + 1000]
-            columns = [[row.input_ids for row in batch], [row.labels() for row in batch]]
-            writer.write_batch(
-                pa.record_batch(
-                    [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema=schema
-                )
-            )
+            edges = pa.array(np.cumsum([0, *(len(row.input_ids) for row in batch)], dtype=np.int32))
+            columns = [
+                pa.ListArray.from_arrays(edges, pa.array(np.concatenate(values)))
+                for values in ([row.input_ids for row in batch], [row.labels() for row in batch])
+            ]
+            writer.write_batch(pa.record_batch(columns, schema=schema))
     return Split(
         path=str(path.relative_to(work_dir)),
         rows=len(rows),
