@@ -402,11 +402,28 @@ def test_a_clouds_identity_is_kept_from_the_trainer_and_no_token_is_mounted() ->
         ({"workload_identity": True}, "--workload-identity: whose identity?"),
         ({"queue_priority": "high"}, "--queue-priority: there is no queue for it"),
         ({"gpus": 0}, "--gpus: 0 GPUs: at least one trains"),
+        ({"image_volume": True}, "--image-volume: the input is no image"),
     ],
 )
 def test_options_that_mean_nothing_alone_are_refused(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence.replace("?", "\\?")):
         render(workspace(), **options)
+
+
+def test_names_that_no_object_can_have_are_refused_all_at_once() -> None:
+    flags = ("service_account", "results_volume", "weights_volume", "queue", "priority_class", "scheduler")
+    with pytest.raises(ConfigError) as caught:
+        render(workspace(), **dict.fromkeys(flags, "Not: a {name}"), namespace="a.b", image_pull_secrets=("",))
+    paths = [problem.path.partition(" ")[0] for problem in caught.value.problems]
+    assert paths == ["--namespace", *(f"--{flag.replace('_', '-')}" for flag in flags), "--image-pull-secret"]
+
+
+@pytest.mark.parametrize("image", ["", "two words", "reg.example/x:y:z", "https://reg.example/x"])
+def test_an_image_that_no_kubelet_can_pull_is_refused(image: str) -> None:
+    file = parse_objects(workspace())
+    run = build_run(file, Request(place="pod"), Path("nowhere"), {})
+    with pytest.raises(ConfigError, match="--set-image"):
+        render_job(file, run, JobOptions(image))
 
 
 def test_a_claim_for_results_beside_an_output_volume_is_refused() -> None:

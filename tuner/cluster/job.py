@@ -22,6 +22,7 @@ from tuner.cluster.templates import EXAMPLE_NAME, Manifest
 from tuner.errors import ConfigError, InputMissingError, Problem
 from tuner.instance_types import GIB, Machine, find_instance_type
 from tuner.plan import make_plan
+from tuner.reference import parse_reference
 from tuner.request import HF_TOKEN, SOURCES_ANNOTATION, Run
 from tuner.runspec import (
     DirectoryDestination,
@@ -34,7 +35,12 @@ from tuner.runspec import (
     VolumeSource,
 )
 from tuner.workspace import (
+    LABEL,
     LABEL_CHARACTERS,
+    NOT_A_LABEL,
+    NOT_AN_OBJECT_NAME,
+    OBJECT_NAME_CHARACTERS,
+    SUBDOMAIN,
     TRAINING_CONFIG_KEY,
     ImageInput,
     ImageOutput,
@@ -284,6 +290,30 @@ def _option_problems(ask: _Ask) -> Iterator[Problem]:
         )
     if options.queue_priority and not options.queue:
         yield Problem("there is no queue for it", path="--queue-priority", hint="--queue NAME, too")
+    yield from _name_problems(options)
+
+
+def _name_problems(options: JobOptions) -> Iterator[Problem]:
+    """Names that no object of Kubernetes can have, and an image that no kubelet can pull."""
+    try:
+        parse_reference(options.image)
+    except ConfigError as error:
+        yield Problem(error.message, path="--set-image", hint=error.hint)
+    if options.namespace and not (len(options.namespace) <= LABEL_CHARACTERS and LABEL.fullmatch(options.namespace)):
+        yield Problem(NOT_A_LABEL.format(repr(options.namespace)), path="--namespace")
+    names = {
+        "--service-account": options.service_account,
+        "--results-volume": options.results_volume,
+        "--weights-volume": options.weights_volume,
+        "--queue": options.queue,
+        "--queue-priority": options.queue_priority,
+        "--priority-class": options.priority_class,
+        "--scheduler": options.scheduler,
+        "--runtime-class": options.runtime_class,
+    }
+    for flag, name in (*names.items(), *(("--image-pull-secret", name) for name in options.image_pull_secrets)):
+        if name is not None and not (len(name) <= OBJECT_NAME_CHARACTERS and SUBDOMAIN.fullmatch(name)):
+            yield Problem(NOT_AN_OBJECT_NAME, path=f"{flag} {name!r}")
 
 
 def _annotations_patches(ask: _Ask) -> list[Manifest]:
