@@ -12,7 +12,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from tests.fake_kubernetes import FakeKubernetes
 from tuner.cli import main
+from tuner.cluster.api import Api
 from tuner.cluster.checks import job_problems, restricted_problems
 from tuner.cluster.job import render_retry_push
 from tuner.cluster.templates import dump_manifests, load_templates
@@ -204,6 +206,23 @@ def test_each_template_is_of_the_strict_schema_as_it_is() -> None:
             if not manifest["apiVersion"].startswith("kaito.sh/"):
                 validate(manifest, OLDEST)
                 validate(manifest, f"1.{NEWEST}")
+
+
+def test_a_server_takes_them_with_strict_fields_and_a_restricted_namespace_makes_their_pods(tmp_path: Path) -> None:
+    """Two sets of rules that were written apart, ours and the fake server's, agree on every golden manifest."""
+    names = [name for name in (*CASES, "retry-push") if not name.startswith("serving")]
+    with FakeKubernetes(namespaces=("kube-system",)) as cluster:
+        api = Api.from_config(env={"KUBECONFIG": str(cluster.write_kubeconfig(tmp_path / "kubeconfig"))})
+        for index, name in enumerate(names):
+            labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+            namespace = f"case-{index}"
+            cluster.put({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace, "labels": labels}})
+            for manifest in golden(name):
+                moved = {**manifest, "metadata": {**manifest["metadata"], "namespace": namespace}}
+                api.create(moved, namespace, dry_run=True, strict=True)
+                api.create(moved, namespace, strict=True)
+        for index, name in enumerate(names):
+            assert len(cluster.objects("pods", f"case-{index}")) == 1, name
 
 
 def test_no_golden_file_has_a_secret_in_clear() -> None:
