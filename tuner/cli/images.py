@@ -1,4 +1,4 @@
-"""`tuner push`, `tuner verify` and `tuner pull`."""
+"""`tuner push`, `tuner verify`, `tuner pull` and `tuner merge`."""
 
 import os
 from pathlib import Path
@@ -14,6 +14,7 @@ from tuner.cli.common import (
     print_result,
 )
 from tuner.cli.options import (
+    BaseModel,
     Ca,
     ChunkSize,
     Compression,
@@ -151,3 +152,21 @@ def pull(
                 pulled = pull_image(reference, directory, client, reporter=talk)
         talk.note(f"pulled {len(pulled.files)} files to {directory}")
     print(reference.with_digest(pulled.digest))
+
+
+@app.command(epilog="Example: tuner merge tuner-work/my-run/adapter-0123456789ab ./merged")
+def merge(
+    adapter: Annotated[Path, typer.Argument(metavar="DIR", help="an adapter directory that tuner wrote")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="a new directory")],
+    base_model: BaseModel = None,
+) -> None:
+    """Add an adapter to its base, decoded as in training; says how far the logits are from the adapter's."""
+    from tuner.pipeline.libraries import check_packages, quiet
+
+    check_packages()
+    quiet()
+    from tuner.pipeline.merge import merge as merge_adapter
+
+    with open_talk() as talk:
+        merge_adapter(adapter, target, base_model.expanduser() if base_model else None, talk)
+    print(target)
