@@ -359,6 +359,10 @@ class Trained(Contract):
     modules: dict[str, int] = Field(description="LoRA module name → how many layers have it")
     trainable_parameters: int
     total_parameters: int
+    levers: dict[str, str] = Field(default_factory=dict, description="lever → that it was on, or why not")
+    startup: dict[str, float] = Field(
+        default_factory=dict, description="seconds from the start of the process to the first step, and of its parts"
+    )
 
     @property
     def figures(self) -> dict[str, float | None]:

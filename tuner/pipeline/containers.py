@@ -43,6 +43,7 @@ from tuner.pipeline.run import (
     run_checks,
     run_stage,
 )
+from tuner.pipeline.startup import StartUp
 from tuner.pipeline.turns import Finished, Turns
 from tuner.reference import ImageReference, parse_reference
 from tuner.registry.credentials import parse_credentials
@@ -199,6 +200,7 @@ class Container:
     reporter: Reporter
     on_stage: Callable[[StageName], None]
     turns: Turns = field(default_factory=Turns)
+    startup: StartUp = field(default_factory=StartUp)
 
     @property
     def work_dir(self) -> Path:
@@ -345,10 +347,10 @@ class Container:
         with suppress(InputMissingError, ConfigError):
             if finished_adapter(inputs_digest(Fetched.load(self.work_dir / FETCHED)), self.work_dir):
                 return {}
-        return run_stage("prepare", self.spec, Secrets(), self.work_dir, self.reporter)
+        return run_stage("prepare", self.spec, Secrets(), self.work_dir, self.reporter, startup=self.startup)
 
     def train(self) -> Values:
-        values = run_stage("train", self.spec, Secrets(), self.work_dir, self.reporter)
+        values = run_stage("train", self.spec, Secrets(), self.work_dir, self.reporter, startup=self.startup)
         if self.turns.is_shared:
             trained = left_to_push(self.spec, self.work_dir)
             self.turns.finish(Finished(run_digest=trained.run_digest, inputs_digest=trained.inputs_digest))

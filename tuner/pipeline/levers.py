@@ -74,6 +74,13 @@ class Choice(Contract):
     def pieces(self) -> Pieces:
         return Pieces(self.tokens, self.recomputes)
 
+    @property
+    def told(self) -> dict[str, str]:
+        """Lever → `on`, with its gain where that was measured, or why it is off."""
+        return {name: f"on, ×{gain:.2f}" if gain else "on" for name, gain in self.on.items()} | {
+            name: f"off: {why}" for name, why in self.off.items()
+        }
+
     def __str__(self) -> str:
         on = ", ".join(name + (f" ×{gain:.2f}" if gain else "") for name, gain in self.on.items())
         off = ", ".join(f"{name} ({why})" for name, why in self.off.items() if why not in _NO_NEWS)

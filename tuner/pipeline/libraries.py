@@ -26,13 +26,18 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in _DECIDE_NUMBERS}
 
 
+def quiet_logs() -> None:
+    """What of quiet() needs no import."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")
+
+
 def quiet() -> None:
     """No bars, notices and deprecations of libraries between our lines; their errors still come.
 
     Call it before bitsandbytes is imported: on a CPU that import itself warns of an optional kernel.
     """
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")
+    quiet_logs()
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

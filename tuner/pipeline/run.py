@@ -39,6 +39,7 @@ from tuner.pipeline.launch import end_with_parent, is_worker, rank, train_in_pro
 from tuner.pipeline.libraries import check_packages, quiet
 from tuner.pipeline.package import LOCK, PACKAGED_FILES, adapter_image
 from tuner.pipeline.prepare import prepare
+from tuner.pipeline.startup import TOTAL, StartUp
 from tuner.pipeline.tracking import check_trackers, tracked
 from tuner.pod import SENTINEL
 from tuner.reference import LayoutReference, parse_reference
@@ -112,15 +113,22 @@ def _run(
     options: PushOptions | None,
     started: float,
 ) -> RunResult:
+    startup = StartUp()
     on_stage("preflight")
-    preflight(spec, secrets, work_dir, reporter)
+    with startup.part("preflight"):
+        preflight(spec, secrets, work_dir, reporter)
     on_stage("fetch")
-    fetched = fetch(spec, secrets, work_dir, reporter)
+    startup.import_ahead()
+    with startup.part("fetch"):
+        fetched = fetch(spec, secrets, work_dir, reporter)
     fetched.save(work_dir / FETCHED)
+    if not finished_adapter(inputs_digest(fetched), work_dir):
+        startup.load_ahead(spec, fetched, work_dir)
     on_stage("prepare")
-    prepared = prepare(spec, fetched, work_dir, reporter)
+    with startup.part("tokens"):
+        prepared = prepare(spec, fetched, work_dir, reporter)
     on_stage("train")
-    trained = train(spec, fetched, prepared, work_dir, reporter)
+    trained = train(spec, fetched, prepared, work_dir, reporter, startup)
     check_gates(spec, trained, work_dir, reporter)
     on_stage("push")
     return push(spec, secrets, trained, work_dir, reporter, started=started, options=options)
@@ -134,9 +142,11 @@ def run_stage(
     reporter: Reporter,
     *,
     options: PushOptions | None = None,
+    startup: StartUp | None = None,
 ) -> dict[str, Scalar]:
     """One stage in a process of its own, from and to the JSON files in the work directory; what it is worth saying.
 
+    `startup` where the same process trains after prepare: the base model is then loaded beside the tokenizing.
     Raises what the stage raises; InputMissingError when the stage before it has not run, ConfigError when that was of
     another run.
     """
@@ -151,14 +161,18 @@ def run_stage(
             fetched.save(work_dir / FETCHED)
             return fetched_values(fetched)
         case "prepare":
-            prepared = prepare(spec, _left(Fetched, work_dir / FETCHED, spec), work_dir, reporter)
+            fetched = _left(Fetched, work_dir / FETCHED, spec)
+            if startup:
+                startup.load_ahead(spec, fetched, work_dir)
+            with (startup or StartUp()).part("tokens"):
+                prepared = prepare(spec, fetched, work_dir, reporter)
             return prepared_values(prepared)
         case "train" if rank() > 0:
             _help_train(spec, work_dir)
             return {}
         case "train":
             fetched = _left(Fetched, work_dir / FETCHED, spec)
-            trained = train(spec, fetched, _left(Prepared, work_dir / PREPARED, spec), work_dir, reporter)
+            trained = train(spec, fetched, _left(Prepared, work_dir / PREPARED, spec), work_dir, reporter, startup)
             if not is_worker():  # the process that started it looks
                 check_gates(spec, trained, work_dir, reporter)
             return {
@@ -166,6 +180,7 @@ def run_stage(
                 "examples": trained.examples,
                 "tokens": trained.tokens,
                 "seconds": round(trained.train_seconds, 1),
+                "startup_seconds": trained.startup.get(TOTAL),
                 "loss": trained.last_train_loss,
                 "eval_loss_before": trained.eval_loss_before,
                 "eval_loss": trained.eval_loss_after,
@@ -376,16 +391,25 @@ def _probe(destination: ImageDestination, spec: RunSpec, secrets: Secrets, repor
 # ── train ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def train(spec: RunSpec, fetched: Fetched, prepared: Prepared, work_dir: Path, reporter: Reporter) -> Trained:
+def train(
+    spec: RunSpec,
+    fetched: Fetched,
+    prepared: Prepared,
+    work_dir: Path,
+    reporter: Reporter,
+    startup: StartUp | None = None,
+) -> Trained:
     """Train, finish the adapter directory, check it. An adapter of these very inputs is not trained again."""
     inputs = inputs_digest(fetched)
     done = finished_adapter(inputs, work_dir)
     if done:
         reporter.note(f"already trained: {work_dir / done.adapter_dir}")
         return done
-    quiet()
-    from tuner.pipeline.model import gpu_count
-    from tuner.pipeline.train import Stop, optimise
+    startup = startup or StartUp()
+    with startup.part("imports"):
+        quiet()
+        from tuner.pipeline.model import gpu_count
+        from tuner.pipeline.train import Stop, optimise
 
     checkpoints = checkpoints_of(inputs, work_dir, world_size() if is_worker() else max(1, gpu_count()))
     begin(checkpoints, spec)
@@ -398,7 +422,7 @@ def train(spec: RunSpec, fetched: Fetched, prepared: Prepared, work_dir: Path, r
     if adapter_dir.exists():
         shutil.rmtree(adapter_dir)
     with Stop(reporter.warn).listening() as stop, tracked(spec, work_dir, inputs[:12]):
-        outcome = optimise(spec, prepared, work_dir, adapter_dir, checkpoints, stop, reporter)
+        outcome = optimise(spec, prepared, work_dir, adapter_dir, checkpoints, stop, reporter, startup)
     base = _base_to_name(spec, fetched)
     config, newer = adapter_config(outcome.lora_config, outcome.lora_defaults, base)
     if newer:
@@ -442,6 +466,8 @@ def train(spec: RunSpec, fetched: Fetched, prepared: Prepared, work_dir: Path, r
         modules=dict(outcome.coverage.modules),
         trainable_parameters=outcome.coverage.trainable_parameters,
         total_parameters=outcome.coverage.total_parameters,
+        levers=outcome.levers,
+        startup=outcome.startup,
     )
     trained.save(work_dir / TRAINED)
     shutil.rmtree(checkpoints, ignore_errors=True)  # they were for getting here

@@ -32,6 +32,7 @@ from tuner.pipeline.levers import Choice, apply, choose
 from tuner.pipeline.libraries import versions
 from tuner.pipeline.model import Coverage, Device, attach_lora, load_base_model, pick_device
 from tuner.pipeline.probe import Pieces
+from tuner.pipeline.startup import StartUp, describe
 from tuner.pipeline.trainer import PackedTrainer
 from tuner.plan import choose_micro_batch, read_setup
 from tuner.runspec import Prepared, Progress, Reporter, RunSpec, Split
@@ -69,6 +70,8 @@ class Outcome:
     eval_loss_after: float | None
     kept_step: int
     versions: dict[str, str]
+    levers: dict[str, str]
+    startup: dict[str, float]
 
 
 class Stop:
@@ -194,6 +197,40 @@ def _any_rank(flag: bool) -> bool:
 def _cpu_group() -> Any:
     """All ranks, talking over the CPU: what is read back from a GPU waits for everything that is queued on it."""
     return torch.distributed.new_group(backend="gloo")
+
+
+class _FirstStep(TrainerCallback):  # type: ignore[misc]
+    """Ends the start-up: says how long it took, and what of it."""
+
+    def __init__(self, startup: StartUp, device: Device, reporter: Reporter) -> None:
+        self._startup = startup
+        self._device = device
+        self._reporter = reporter
+        self._since = 0.0
+        self.seconds: dict[str, float] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._since = time.monotonic()
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not self.seconds:
+            self._end("evaluation")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.seconds:
+            return
+        if self._device.is_cuda:
+            torch.cuda.synchronize()  # once: the step has been queued, not made
+        self._end("step")
+        self.seconds = self._startup.first_step()
+        self._reporter.note(describe(self.seconds))
+
+    def _end(self, part: str) -> None:
+        now = time.monotonic()
+        self._startup.add(part, now - self._since)
+        self._since = now
 
 
 class _Carry(TrainerCallback):  # type: ignore[misc]
@@ -390,6 +427,7 @@ def optimise(
     checkpoints: Path,
     stop: Stop,
     reporter: Reporter,
+    startup: StartUp | None = None,
 ) -> Outcome:
     """Train and leave adapter_model.safetensors and metrics.jsonl in `adapter_dir`.
 
@@ -400,7 +438,8 @@ def optimise(
     started = time.monotonic()
     device = pick_device()
     try:
-        outcome = _optimise(spec, prepared, work_dir, adapter_dir, checkpoints, stop, reporter, device)
+        startup = startup or StartUp()
+        outcome = _optimise(spec, prepared, work_dir, adapter_dir, checkpoints, stop, reporter, device, startup)
     except torch.cuda.OutOfMemoryError as error:
         raise OutOfGpuMemoryError(
             f"{device.name} ran out of memory: {error}",
@@ -420,13 +459,15 @@ def _optimise(
     stop: Stop,
     reporter: Reporter,
     device: Device,
+    startup: StartUp,
 ) -> Outcome:
     resume = newest_checkpoint(checkpoints, reporter)
     # The checkpoint carries the evaluation before the first step.
     pieces = choose_pieces(spec, prepared, work_dir / prepared.base_model_dir, device)
     evaluate_first = prepared.evaluation is not None and resume is None
     arguments = training_arguments(spec, prepared, device, pieces, checkpoints, evaluate_first=evaluate_first)
-    model, coverage, exact = _model(spec, prepared, work_dir, device, reporter)
+    with startup.part("model"):
+        model, coverage, exact = _model(spec, prepared, work_dir, device, reporter, startup)
     adapter_dir.mkdir(parents=True, exist_ok=True)
     metrics_file = adapter_dir / METRICS
     metrics_file.unlink(missing_ok=True)
@@ -434,9 +475,12 @@ def _optimise(
     evaluates = prepared.evaluation is not None
     recorder = _Recorder(stop, reporter, metrics_file, watches=watches, evaluates=evaluates)
     keep_best = KeepBest(Rule.of(spec.training), model, checkpoints)
-    trainer = _trainer(model, exact, arguments, pieces, prepared, work_dir, [recorder, keep_best], reporter)
+    first_step = _FirstStep(startup, device, reporter)
+    callbacks = [recorder, keep_best, first_step]
+    trainer = _trainer(model, exact, arguments, pieces, prepared, work_dir, callbacks, reporter)
     trainer.keep_best = keep_best
-    chosen = _take_levers(trainer, exact, device, spec, pieces, checkpoints)
+    with startup.part("levers"):
+        chosen = _take_levers(trainer, exact, device, spec, pieces, checkpoints)
     reporter.note(f"{device.name}: {chosen}")
     state = TrainerState.load_from_json(str(resume / "trainer_state.json")) if resume else None
     if resume and state:
@@ -475,16 +519,18 @@ def _optimise(
         eval_loss_after=after,
         kept_step=kept,
         versions=versions(),
+        levers=chosen.told,
+        startup=first_step.seconds,
     )
 
 
 def _model(
-    spec: RunSpec, prepared: Prepared, work_dir: Path, device: Device, reporter: Reporter
+    spec: RunSpec, prepared: Prepared, work_dir: Path, device: Device, reporter: Reporter, startup: StartUp
 ) -> tuple[PeftModel, Coverage, Exact]:
     """The quantized base with new adapters, and what to know about them said."""
     seed = int(spec.training.value("TrainingArguments", "seed"))
     transformers.set_seed(seed)
-    base = load_base_model(
+    base = startup.base_model() or load_base_model(
         work_dir / prepared.base_model_dir, spec.training, device, trust_remote_code=spec.trust_remote_code
     )
     with torch.autocast("cuda", device.dtype) if device.is_cuda else nullcontext():
