@@ -426,6 +426,31 @@ def test_an_image_that_no_kubelet_can_pull_is_refused(image: str) -> None:
         render_job(file, run, JobOptions(image))
 
 
+def test_an_annotation_that_names_no_secret_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"metadata\.annotations\[tuner/sources-secret\]"):
+        render(workspace(annotations={"tuner/sources-secret": "a\nb: c"}))
+
+
+def test_what_the_pod_needs_to_reach_a_registry_the_check_and_the_second_push_have_too() -> None:
+    hosts = [{"ip": "10.0.0.7", "hostnames": ["registry.internal"]}]
+    patch = {"spec": {"template": {"spec": {"hostAliases": hosts}}}}
+    options = {"results_volume": "results", "patches": (patch,), "service_account": "tuner", "workload_identity": True}
+    job = render(workspace(), **options).job
+    for made in (render_check_job(job), render_retry_push(job)):
+        assert pod_spec(made)["hostAliases"] == hosts
+        assert pod_spec(made)["serviceAccountName"] == "tuner"
+        assert made["spec"]["template"]["metadata"]["labels"]["azure.workload.identity/use"] == "true"
+
+
+def test_headers_from_the_command_line_are_in_our_secret(tmp_path: Path) -> None:
+    text = json.dumps({"https://data.contoso.com": {"bearer": "open-sesame"}})
+    (tmp_path / "headers.json").write_text(text)
+    objects = render(workspace(), request=Request(source_headers=tmp_path / "headers.json"))
+    (secret,) = objects.secrets
+    assert base64.b64decode(secret["data"]["sources.json"]).decode() == text
+    assert "open-sesame" not in json.dumps([objects.config_map, objects.job])
+
+
 def test_a_claim_for_results_beside_an_output_volume_is_refused() -> None:
     with pytest.raises(ConfigError, match="the output is a volume already"):
         render(workspace(tuning={"output": {"volumeSource": CLAIM}}), results_volume="results")

@@ -77,7 +77,10 @@ Ttl = Annotated[
 ]
 Deadline = Annotated[int | None, typer.Option("--deadline", metavar="S", min=1, help="fail the Job after so long")]
 PushHold = Annotated[
-    int, typer.Option("--push-hold", metavar="S", min=0, help="how long the pusher tries while the registry is down")
+    int,
+    typer.Option(
+        "--push-hold", metavar="S", min=0, help="how long to try while the registry is down, without --results-volume"
+    ),
 ]
 ImageVolume = Annotated[
     bool, typer.Option("--image-volume", help="mount input.image instead of pulling it; Kubernetes 1.35")

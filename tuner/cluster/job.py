@@ -8,7 +8,7 @@ Plain dicts end to end: the client's models refuse or drop what they do not know
 import base64
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -131,7 +131,7 @@ class JobObjects:
 def render_job(file: WorkspaceFile, run: Run, options: JobOptions) -> JobObjects:
     """The objects of a run that `build_run` made for a pod, with `world_size=count_gpus(…)`.
 
-    Raises ConfigError with all that Kubernetes would refuse.
+    Raises ConfigError with all that Kubernetes would refuse, InputMissingError for a patch that is not there.
     """
     ask = _Ask(file, require_tuning(file), run, options)
     problems = list(_option_problems(ask))
@@ -288,6 +288,8 @@ def _option_problems(ask: _Ask) -> Iterator[Problem]:
             path="--workload-identity",
             hint="--service-account NAME, which the identity is federated with",
         )
+    if ask.headers_secret and not _is_object_name(ask.headers_secret):
+        yield Problem(NOT_AN_OBJECT_NAME, path=f"metadata.annotations[{SOURCES_ANNOTATION}]")
     if options.queue_priority and not options.queue:
         yield Problem("there is no queue for it", path="--queue-priority", hint="--queue NAME, too")
     yield from _name_problems(options)
@@ -312,8 +314,12 @@ def _name_problems(options: JobOptions) -> Iterator[Problem]:
         "--runtime-class": options.runtime_class,
     }
     for flag, name in (*names.items(), *(("--image-pull-secret", name) for name in options.image_pull_secrets)):
-        if name is not None and not (len(name) <= OBJECT_NAME_CHARACTERS and SUBDOMAIN.fullmatch(name)):
+        if name is not None and not _is_object_name(name):
             yield Problem(NOT_AN_OBJECT_NAME, path=f"{flag} {name!r}")
+
+
+def _is_object_name(name: str) -> bool:
+    return len(name) <= OBJECT_NAME_CHARACTERS and SUBDOMAIN.fullmatch(name) is not None
 
 
 def _annotations_patches(ask: _Ask) -> list[Manifest]:
@@ -658,7 +664,7 @@ def render_check_job(job: Mapping[str, Any], *, max_data_bytes: int = CHECK_DATA
         for volume in templates.pod_spec(job)["volumes"]
         if volume["name"] in used
     ]
-    return _made_of(job, check, pod.CHECK, keeps=_POD_FIELDS)
+    return _made_of(job, check, pod.CHECK)
 
 
 def render_retry_push(job: Mapping[str, Any]) -> Manifest:
@@ -684,11 +690,14 @@ def render_retry_push(job: Mapping[str, Any]) -> Manifest:
     templates.pod_spec(retry)["volumes"] = [
         deepcopy(volume) for volume in templates.pod_spec(job)["volumes"] if volume["name"] in used
     ]
-    return _made_of(job, retry, "push", keeps=_POD_FIELDS)
+    return _made_of(job, retry, "push")
 
 
-# Of a pod's fields those that decide whether it may run and with whose rights, not where.
-_POD_FIELDS = ("serviceAccountName", "imagePullSecrets", "securityContext", "priorityClassName", "schedulerName")
+# Of a pod's fields those that decide whether it may run, with whose rights and what it can reach, not where.
+_POD_FIELDS = (
+    *("serviceAccountName", "imagePullSecrets", "securityContext", "priorityClassName", "schedulerName"),
+    *("hostAliases", "dnsConfig", "dnsPolicy"),
+)
 
 
 def _data_container_of(job: Mapping[str, Any]) -> Manifest:
@@ -696,7 +705,7 @@ def _data_container_of(job: Mapping[str, Any]) -> Manifest:
     return templates.container(job, name)
 
 
-def _made_of(job: Mapping[str, Any], made: Manifest, suffix: str, *, keeps: Sequence[str]) -> Manifest:
+def _made_of(job: Mapping[str, Any], made: Manifest, suffix: str) -> Manifest:
     """`made` with the names, labels, owner and identity of `job`."""
     metadata, template = job["metadata"], job["spec"]["template"]
     made["metadata"]["name"] = helper_name(metadata["name"], suffix)
@@ -707,11 +716,11 @@ def _made_of(job: Mapping[str, Any], made: Manifest, suffix: str, *, keeps: Sequ
     made["metadata"]["labels"] = {**_ours(metadata["labels"]), **component}
     made["metadata"]["annotations"] = _ours(metadata.get("annotations", {}))
     templates.pod_template(made)["metadata"]["labels"] = {**_ours(template["metadata"]["labels"]), **component}
-    identity = {
-        key: value for key, value in template["metadata"].get("annotations", {}).items() if key == DIGEST_ANNOTATION
-    }
-    templates.annotate(templates.pod_template(made), identity)
-    for key in keeps:
+    annotations = template["metadata"].get("annotations", {})
+    templates.annotate(
+        templates.pod_template(made), {key: annotations[key] for key in (DIGEST_ANNOTATION,) if key in annotations}
+    )
+    for key in _POD_FIELDS:
         if key in template["spec"]:
             templates.pod_spec(made)[key] = deepcopy(template["spec"][key])
     return made

@@ -270,7 +270,8 @@ class Container:
 
     def _check_destination(self, destination: Destination, secrets: Secrets) -> None:
         if not isinstance(destination, ImageDestination):
-            check_destination(destination, self.spec, secrets, self.reporter)
+            if pod.results_dir(self.spec).is_dir():  # else as in _check_volume
+                check_destination(destination, self.spec, secrets, self.reporter)
             return
         reference = parse_reference(destination.reference)
         named = self.env.get(pod.PUSH_SECRET_ENV)
