@@ -212,31 +212,32 @@ def _number_between(low: int, high: int) -> str:
 
 
 def dotted(network: IPv4Network) -> str:
-    r"""A regex for the network's addresses in dotted decimal: 172.16.0.0/12 is 172[.](?:1[6-9]|…)(?:[.]\d+){2}"""
+    r"""A regex for the network's addresses in dotted decimal: 172.16.0.0/12 is 172\.(1[6-9]|…)(\.\d+){2}"""
     parts: list[str] = []
     for low, high in zip(network.network_address.packed, network.broadcast_address.packed, strict=True):
         if (low, high) == (0, 255):
             break
-        parts.append(str(low) if low == high else f"(?:{_number_between(low, high)})")
+        parts.append(str(low) if low == high else f"({_number_between(low, high)})")
     missing = 4 - len(parts)
-    return "[.]".join(parts) + (rf"(?:[.]\d+){{{missing}}}" if missing else "")
+    return r"\.".join(parts) + (rf"(\.\d+){{{missing}}}" if missing else "")
 
 
 _SHARED = IPv4Network("100.64.0.0/10")
 # Of what ipaddress calls private the ranges that networks are made of; the rest is left to the controller.
 PRIVATE_IPV4 = (*map(IPv4Network, ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16")), _SHARED)
 _HTTP = "(?i)^https?://"
-_END = "(?:[:/?#]|$)"  # of a host
-_BYTE = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
-_HOST_AS_WRITTEN = found("[^/]*$", found("^https?://[^/?#:]*", "self.lowerAscii()"))
-_HOST_NAME = found("[^/]*$", found("^https?://[^/?#:]*[^/?#:.]", "self.lowerAscii()"))  # without dots at its end
-_IPV4 = found(r"\d.*", found(r"//[\d.]*\d"))
-_IPV6 = found(r"[^[]*$", found(r"^https?://\[[^\]]*", "self.lowerAscii()"))
+_END = "([:/?#]|$)"  # of a host
+_BYTE = r"(25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
+_HOST_AS_WRITTEN = found("//[^/?#:]*") + ".lowerAscii().substring(2)"
+_SLASHES_AND_NAME = found("//[^/?#:]*[^/?#:.]") + ".lowerAscii()"  # without dots at its end; "" without a host
+_HOST_NAME = f"{_SLASHES_AND_NAME}.substring(2)"  # where there is a host: the server takes no error for an answer
+_IPV4 = found(r"//[\d.]*\d") + ".substring(2)"
+_IPV6 = found(r"\[[^\]]*") + ".lowerAscii().substring(1)"
 
 
 def _host(regex: str) -> Cel:
     """Whether the URL's host is this."""
-    return matches(f"{_HTTP}(?:{regex})[.]*{_END}")
+    return matches(rf"{_HTTP}({regex})\.*{_END}")
 
 
 def _in_ipv4(*networks: IPv4Network) -> Cel:
@@ -244,11 +245,11 @@ def _in_ipv4(*networks: IPv4Network) -> Cel:
 
 
 def _in_ipv6(beginning: str) -> Cel:
-    return matches(rf"{_HTTP}\[(?:{beginning})")
+    return matches(rf"{_HTTP}\[({beginning})")
 
 
 def _is_one_of(hosts: Collection[str]) -> Cel:
-    return f"{_HOST_NAME} in [{', '.join(map(literal, sorted(hosts)))}]"
+    return f"{_SLASHES_AND_NAME} in [{', '.join(literal(f'//{host}') for host in sorted(hosts))}]"
 
 
 def _opened_by_flag(sentence: str, address: Cel, bits: int) -> Cel:
@@ -260,13 +261,15 @@ _BAD_CHARACTER = r"(?s:.*)[\x00-\x20\x7f\\]"
 _IS_TEXT = matches(r"\S")
 _IS_FILE = matches("(?i)^file:")
 _IS_HTTP = matches("(?i)^https?:")
-_AUTHORITY = matches(_HTTP + r"(?:[^][/?#:@]+|\[[0-9A-Fa-f:.]+\])(?::0*\d{0,5})?(?:[/?#]|$)")
-_BAD_PORT = matches(r"//[^/?#]*:0*(?:6553[6-9]|655[4-9]\d|65[6-9]\d\d|6[6-9]\d{3}|[7-9]\d{4})(?:[/?#]|$)")
+_AUTHORITY = matches(_HTTP + r"([^][/?#:@]+|\[[0-9A-Fa-f:.]+\])(:0*\d{0,5})?([/?#]|$)")
+_BAD_PORT = matches(r"//[^/?#]*:0*(6553[6-9]|655[4-9]\d|65[6-9]\d\d|6[6-9]\d{3}|[7-9]\d{4})([/?#]|$)")
+_NO_NAME = rf"{_HTTP}([^/?#:@[]*(%|\.\.+[^/?#:.])|\.+{_END})"
+_BELOW_LOCALHOST = r"[^/?#:]*\.localhost"
 _BEFORE_QUERY = found("^[^?]*")  # a placeholder in a signed query is none
-_NUMBER = r"(?:[^/?#:@%]*[.])?(?:0x[0-9a-f]*|\d+)"
-_FOUR_NUMBERS = matches(rf"//(?:{_BYTE}(?:[.]|\b)){{4}}[.]*{_END}")
-_LOOPBACK_IPV6 = r"(?:0{0,4}:)+0{0,3}1\]"
-_CLOUD_IPV6 = "fd00:0?ec2:|fd20:(?:00)?ce:"
+_NUMBER = r"([^/?#:@%]*\.)?(0x[0-9a-f]*|\d+)"
+_FOUR_NUMBERS = matches(rf"//({_BYTE}(\.|\b)){{4}}\.*{_END}")
+_LOOPBACK_IPV6 = r"(0{0,4}:)+0{0,3}1\]"
+_CLOUD_IPV6 = "fd00:0?ec2:|fd20:(00)?ce:"
 _NEVER_IPV4 = [(network, what) for network, what in urls.NEVER if isinstance(network, IPv4Network)]
 
 _NEVER_FETCHED = (
@@ -279,12 +282,12 @@ _NEVER_FETCHED = (
     Rule(
         f"!{_IS_HTTP} || {_AUTHORITY}",
         urls.INVALID,
-        f"{matches(_HTTP + '(?:[^/?#]*@)?(?:[:/?#]|$)')} || !{matches(_HTTP)} ? {literal(urls.NO_HOST)}"
+        f"{matches(_HTTP + '([^/?#]*@)?([:/?#]|$)')} || !{matches(_HTTP)} ? {literal(urls.NO_HOST)}"
         f" : {matches(_HTTP + '[^/?#]*@')} ? {literal(urls.USERINFO)} : {literal(urls.INVALID)}",
     ),
     Rule(f"!{_BAD_PORT}", urls.INVALID),
     Rule(
-        f"!{matches(f'{_HTTP}(?:[^/?#:@[]*(?:%|[.][.])|[.]+{_END})')}",
+        f"!{matches(_NO_NAME)}",
         urls.NOT_A_HOST.format("this"),
         words(urls.NOT_A_HOST, _HOST_AS_WRITTEN),
     ),
@@ -322,7 +325,7 @@ _UNLESS_OPENED = (
         words(urls.NOT_AN_ADDRESS, _HOST_NAME),
     ),
     Rule(
-        f"!({_is_one_of(urls.LOCAL_HOSTS)} || {_host('[^/?#:]*[.]localhost')})",
+        f"!({_is_one_of(urls.LOCAL_HOSTS)} || {_host(_BELOW_LOCALHOST)})",
         urls.THIS_MACHINE.format("the host"),
         words(urls.THIS_MACHINE, _HOST_NAME),
     ),
@@ -337,7 +340,7 @@ _UNLESS_OPENED = (
         _opened_by_flag(urls.PRIVATE_ADDRESS, _IPV4, 32),
     ),
     Rule(
-        f"!{_in_ipv6('(?:0*:)+(?:[0-9a-f.]+:)*[1-9a-f][0-9a-f.]+|0{0,2}64:ff9b:|2002:|2001:0*:')}"
+        f"!{_in_ipv6('(0*:)+([0-9a-f.]+:)*[1-9a-f][0-9a-f.]+|0{0,2}64:ff9b:|2002:|2001:0*:')}"
         f" || {_in_ipv6(_LOOPBACK_IPV6)}",
         urls.WRAPPED,
     ),
