@@ -29,11 +29,14 @@ from registries import (
     faulty,
     running_registry,
 )
+from tiny import tiny_base
 
 from tuner.cluster.job import JobObjects, JobOptions, render_check_job, render_job, render_retry_push
 from tuner.cluster.templates import container
 from tuner.reference import parse_reference
 from tuner.registry import client_for
+from tuner.registry.image import build_image
+from tuner.registry.push import push_image
 from tuner.request import Request, build_run
 from tuner.runspec import Network, Silent, StageResult
 from tuner.urls import Allowed
@@ -437,3 +440,52 @@ def test_a_secret_that_is_renewed_while_the_pusher_holds_is_the_one_that_pushes(
     outcome = cluster.run(renew)
     assert (outcome.condition, len(outcome.pods)) == ("Complete", 1)
     assert digest_in(registry, "renewed") == finished.digest
+
+
+# ── an output volume, and a base model from an image ─────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def base_image(registry: RunningRegistry) -> str:
+    """A tiny model as KAITO ships weights: an image that needs a pull secret."""
+    files = {path.name: path for path in sorted(tiny_base().iterdir()) if path.is_file()}
+    reference = parse_reference(f"{registry.host}/models/tiny:1")
+    with client_for(reference, OPEN, [docker_config(registry.host)], reporter=Silent()) as client:
+        push_image(build_image(files, annotations={}), reference, client, reporter=Silent())
+    return str(reference)
+
+
+def to_volume(base_image: str) -> dict[str, Any]:
+    preset = {"name": "phi-3-mini-4k-instruct", "presetOptions": {"image": base_image, "imagePullSecrets": ["push"]}}
+    return {"preset": preset, "output": {"volumeSource": {"persistentVolumeClaim": {"claimName": CLAIM}}}}
+
+
+def test_an_output_volume_gets_the_adapter_and_then_the_sentinel(make: Make, base_image: str) -> None:
+    cluster = make(tuning=to_volume(base_image), smoke=False, steps=2)
+    volume = cluster.node.claim(CLAIM)
+    (volume / "fine_tuning_completed.txt").touch()  # an earlier run's
+
+    def look(number: int, pod: Pod) -> None:
+        pod.wait_for_log(NAME, "── train")
+        assert not (volume / "fine_tuning_completed.txt").exists()
+
+    outcome = cluster.run(look)
+    assert outcome.condition == "Complete", outcome.last.exit_codes
+    assert list(outcome.last.containers) == ["preflight", "data-downloader", NAME]
+    result = result_of(outcome, NAME)
+    assert (result.stage, result.values["image"], result.values["steps"]) == ("push", "/mnt/results", 2)
+    names = {path.name for path in volume.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "fine_tuning_completed.txt"} <= names
+    assert names >= {".tuner", "lost+found"}
+
+
+def test_a_volume_with_somebodys_files_is_found_before_anything_is_downloaded(
+    make: Make, base_image: str, server: HttpServer
+) -> None:
+    cluster = make(tuning=to_volume(base_image), smoke=False, steps=2)
+    (cluster.node.claim(CLAIM) / "thesis.tex").write_text("mine")
+    requests = len(server.requests)
+    outcome = cluster.run()
+    assert outcome.last.exit_codes == {"preflight": 78}
+    assert "thesis.tex" in result_of(outcome, "preflight").message
+    assert len(server.requests) == requests

@@ -21,7 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
 
-from tuner.errors import ConfigError, DeniedError, GateError, InputMissingError, TunerError
+from tuner.errors import ConfigError, DeniedError, GateError, InputMissingError, NotPushedError, TunerError
 from tuner.pipeline.adapter import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -563,7 +563,7 @@ def push(
     match spec.destination:
         case DirectoryDestination(path=path):
             target = Path(path)
-            shutil.copytree(adapter_dir, target, dirs_exist_ok=True)
+            _copy_adapter(adapter_dir, trained, target)
             image = str(target)
         case LayoutDestination() | ImageDestination() as destination:
             wanted = _mounting(options or PushOptions(), spec, destination)
@@ -589,6 +589,20 @@ def push(
         eval_loss_before=trained.eval_loss_before,
         eval_loss=trained.eval_loss_after,
     )
+
+
+def _copy_adapter(adapter_dir: Path, trained: Trained, target: Path) -> None:
+    """Each file whole or not at all, the one that readers look for last. Only contents: a volume's root is not ours."""
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for name in sorted(trained.files, key=lambda name: (name == ADAPTER_CONFIG, name)):
+            temporary = target / f".{name}.tmp"
+            shutil.copyfile(adapter_dir / name, temporary)
+            temporary.replace(target / name)
+    except OSError as error:
+        raise NotPushedError(
+            f"trained, but not written to {target}: {error.strerror}", hint=f"the adapter is kept in {adapter_dir}"
+        ) from error
 
 
 def deliver(
