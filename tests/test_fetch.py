@@ -31,7 +31,7 @@ from tuner.errors import (
 )
 from tuner.pipeline import download
 from tuner.pipeline.download import format_bytes
-from tuner.pipeline.fetch import fetch, fetch_base_model, fetch_sources
+from tuner.pipeline.fetch import announced_bytes, fetch, fetch_base_model, fetch_sources
 from tuner.pipeline.web import Transfer, expired_at
 from tuner.presets import Preset
 from tuner.reference import LayoutReference
@@ -1157,3 +1157,76 @@ def test_an_image_without_a_model_is_a_missing_input(tmp_path: Path, reporter: R
     spec = a_spec(base_model=ImageModel(reference=a_layout(tmp_path, {"a.txt": b"x"})))
     with pytest.raises(InputMissingError, match=r"config\.json"):
         fetch_base_model(spec, Secrets(), tmp_path / "work", reporter)
+
+
+# ── for a pod: places of their own, and a look without a download ────────────────────────────────────────────────────
+
+
+def test_data_and_weights_go_where_a_pod_has_room_for_them(
+    server: HttpServer, tmp_path: Path, reporter: Recording
+) -> None:
+    url = server.serve("/a.jsonl", JSON_LINES)
+    reference = a_layout(tmp_path, model_content())
+    spec = a_spec(UrlSource(name="a.jsonl", url=url), base_model=ImageModel(reference=reference))
+    places = {"data_dir": tmp_path / "data", "weights_dir": tmp_path / "weights"}
+    fetched = fetch(spec, Secrets(), tmp_path / "work", reporter, **places)
+    assert [file.path for file in fetched.files] == [str(tmp_path / "data" / "a.jsonl")]
+    assert fetched.base_model is not None
+    assert Path(fetched.base_model.path).is_relative_to(tmp_path / "weights")
+    assert fetch(spec, Secrets(), tmp_path / "work", reporter, **places) == fetched
+
+
+def test_weights_that_another_run_reads_stay_when_their_tag_moves_on(tmp_path: Path, reporter: Recording) -> None:
+    reference = a_layout(tmp_path, model_content())
+    spec = a_spec(base_model=ImageModel(reference=reference))
+
+    def weights() -> FetchedModel:
+        found = fetch_base_model(spec, Secrets(), tmp_path / "work", reporter, weights_dir=tmp_path / "shared")
+        assert found is not None
+        return found
+
+    first = weights()
+    a_layout(tmp_path, model_content() | {"model.safetensors": safetensors(100)})
+    second = weights()
+    assert first.path != second.path
+    assert model_digest(Path(first.path)) == first.digest != second.digest
+
+
+def test_a_tokenizer_comes_without_its_weights(hub: HttpServer, tmp_path: Path, reporter: Recording) -> None:
+    publish(hub, model_content())
+    spec = a_spec(base_model=HubModel(id="org/tiny", revision="main"))
+    model = fetch_base_model(
+        spec, Secrets(), tmp_path / "work", reporter, tokenizer_only=True, weights_dir=tmp_path / "w", transfer=QUICK
+    )
+    assert model is not None
+    names = {path.name for path in Path(model.path).iterdir()}
+    assert names == model_content().keys() - {"model.safetensors"}
+    in_image = a_spec(base_model=ImageModel(reference="reg.example/m:1"))
+    assert fetch_base_model(in_image, Secrets(), tmp_path / "work", reporter, tokenizer_only=True) is None
+
+
+def test_sources_say_their_size_without_being_read(server: HttpServer, tmp_path: Path, reporter: Recording) -> None:
+    big = server.serve("/big.jsonl", Answer(body=JSON_LINES * 1000, stall_after=10))  # who reads on waits for ever
+    (tmp_path / "volume").mkdir()
+    (tmp_path / "volume" / "a.jsonl").write_bytes(b"12345")
+    (tmp_path / "volume" / "README.md").write_bytes(b"not data")
+    spec = a_spec(UrlSource(name="big.jsonl", url=big), VolumeSource(path=str(tmp_path / "volume")))
+    assert announced_bytes(spec, Secrets(), reporter, transfer=QUICK) == len(JSON_LINES) * 1000 + 5
+    image = a_spec(ImageSource(reference=a_layout(tmp_path, {"a.jsonl": bytes(5000)})))
+    assert (announced_bytes(image, Secrets(), reporter, transfer=QUICK) or 0) > 0
+
+
+def test_a_source_that_does_not_say_its_size_leaves_it_unknown(server: HttpServer, reporter: Recording) -> None:
+    url = server.serve("/a.jsonl", Answer(body=JSON_LINES, chunked=True))
+    spec = a_spec(UrlSource(name="a.jsonl", url=url))
+    assert announced_bytes(spec, Secrets(), reporter, transfer=QUICK) is None
+
+
+def test_asking_for_sizes_finds_every_source_that_is_not_to_be_had(server: HttpServer, reporter: Recording) -> None:
+    denied = server.serve("/denied.jsonl", Answer(status=403))
+    down = server.serve("/down.jsonl", Answer(status=503))
+    spec = a_spec(UrlSource(name="d", url=denied), UrlSource(name="e", url=down))
+    with pytest.raises(DeniedError, match="2 inputs failed") as raised:
+        announced_bytes(spec, Secrets(), reporter, transfer=QUICK)
+    assert "denied.jsonl" in raised.value.message
+    assert "down.jsonl: the server answered 503" in raised.value.message

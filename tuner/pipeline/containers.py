@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -159,7 +159,7 @@ def _docker_config(directory: Path, secret: str) -> Path:
     try:
         parse_credentials([_read(found)])
     except ConfigError as error:
-        raise ConfigError(f"{secret}: {error.message}", hint=error.hint, problems=error.problems) from error
+        raise ConfigError.of([replace(problem, file=secret) for problem in error.problems]) from error
     return found
 
 
