@@ -38,6 +38,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 ENTRYPOINT = [sys.executable, "-m", "tuner"]
 # Of the image, not of the Job. Threads that wait for each other cost a tiny model more than they give.
 IMAGE_ENV = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"}
+CLUSTER_ENV = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "KUBERNETES_SERVICE_PORT": "443"}  # whatever the pod says
 MESSAGE_BYTES, LOG_MESSAGE_BYTES, LOG_MESSAGE_LINES = 4096, 2048, 80  # what a kubelet keeps
 _SYSTEM = ("bin", "sbin", "lib", "lib32", "lib64", "usr", "etc", "opt", "nix")
 _DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
@@ -357,7 +358,7 @@ class Pod:
     # a container
 
     def _environment(self, container: Manifest) -> dict[str, str]:
-        values = dict(IMAGE_ENV)
+        values = IMAGE_ENV | CLUSTER_ENV
         for entry in container.get("env", ()):
             match entry:
                 case {"name": name, "value": value}:

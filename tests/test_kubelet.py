@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kubelet import Node, decide
+from kubelet import CLUSTER_ENV, IMAGE_ENV, Node, decide
 
 SECRET = {"kind": "Secret", "metadata": {"name": "s"}, "data": {"key": base64.b64encode(b"first").decode()}}
 
@@ -53,7 +53,7 @@ def test_a_container_is_process_1_of_the_pods_user_and_sees_only_its_environment
     said = run(node, "echo $$ $(id -u) $(id -G); env", env=[{"name": "A", "value": "b"}])
     assert said.startswith("1 65532 65532\n")
     names = {line.partition("=")[0] for line in said.splitlines()[1:]}
-    assert names - {"_", "SHLVL", "PWD", "OLDPWD"} == {"A", "PATH", "LANG", "OMP_NUM_THREADS"}
+    assert names - {"_", "SHLVL", "PWD", "OLDPWD"} == {"A", *IMAGE_ENV, *CLUSTER_ENV}
 
 
 def test_only_what_is_mounted_for_writing_can_be_written(node: Node) -> None:

@@ -44,6 +44,7 @@ from tuner.pipeline.run import (
     run_stage,
 )
 from tuner.pipeline.startup import StartUp
+from tuner.pipeline.tracking import check_trackers
 from tuner.pipeline.turns import Finished, Turns
 from tuner.reference import ImageReference, parse_reference
 from tuner.registry.credentials import parse_credentials
@@ -235,6 +236,7 @@ class Container:
             partial(self._check_volume),
             partial(self._check_model, secrets),
             partial(check_stores, spec.sources),
+            partial(check_trackers, spec.training, self.env),
             partial(self._check_destination, spec.destination, secrets),
         ]
         if spec.probe:
