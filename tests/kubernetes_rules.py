@@ -116,11 +116,13 @@ def _prune(value: Any, schema: Mapping[str, Any], path: str, gone: list[str]) ->
         kept: dict[str, Any] = {}
         for name, inner in value.items():
             inside = f"{path}.{name}" if path else name
-            if name in properties:
+            if inside == "metadata":  # whatever a schema says of it, it is what it always is
+                kept[name] = inner
+            elif name in properties:
                 kept[name] = _prune(inner, properties[name], inside, gone)
             elif isinstance(extra, dict):
                 kept[name] = _prune(inner, extra, inside, gone)
-            elif keeps or extra is True or (not path and name in ("apiVersion", "kind", "metadata")):
+            elif keeps or extra is True or (not path and name in ("apiVersion", "kind")):
                 kept[name] = inner
             else:
                 gone.append(inside)

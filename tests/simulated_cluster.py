@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from cluster_objects import Object, ended, make_config_map, make_node, make_pod, make_workspace, running
-
+from tests.cluster_objects import Object, ended, make_config_map, make_node, make_pod, make_workspace, running
 from tuner.cluster.reconcile import (
     Annotate,
     ApplyStatus,

@@ -4,11 +4,11 @@ at once, people who edit and delete. Whatever happens, each revision gets one Jo
 import copy
 from typing import Any
 
-from cluster_objects import make_config_map, make_workspace
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from simulated_cluster import WORKSPACE, Cluster, Controller, make_cluster
 
+from tests.cluster_objects import make_config_map, make_workspace
+from tests.simulated_cluster import WORKSPACE, Cluster, Controller, make_cluster
 from tuner.cluster.reconcile import Settings
 
 HISTORIES = 1000
@@ -143,7 +143,7 @@ class History:
 
 
 def _node() -> dict[str, Any]:
-    from cluster_objects import make_node
+    from tests.cluster_objects import make_node
 
     return make_node(labels={"apps": "phi-3", "node.kubernetes.io/instance-type": "gpu-box"})
 

@@ -4,9 +4,18 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from cluster_objects import ended, make_config_map, make_event, make_node, make_pod, make_workspace, running, waiting
-from simulated_cluster import START, WORKSPACE, Cluster, Controller, make_cluster, render
 
+from tests.cluster_objects import (
+    ended,
+    make_config_map,
+    make_event,
+    make_node,
+    make_pod,
+    make_workspace,
+    running,
+    waiting,
+)
+from tests.simulated_cluster import START, WORKSPACE, Cluster, Controller, make_cluster, render
 from tuner.cluster.observe import ProgressLine
 from tuner.cluster.reconcile import (
     Annotate,
@@ -181,7 +190,7 @@ def test_conditions_before_there_is_a_node():
     assert condition(status, "JobStarted") == (
         "False",
         "WorkspaceTuningJobStatusPending",
-        "Tuning job has not started: its pod is not made yet",
+        "Tuning job has not started: its pod has no node yet",
     )
     assert condition(status, "WorkspaceSucceeded") == INITIALIZING
     assert condition(status, "WorkspaceReady") == INITIALIZING

@@ -1,6 +1,6 @@
 import pytest
-from cluster_objects import ended, make_event, make_job, make_pod, running, waiting
 
+from tests.cluster_objects import ended, make_event, make_job, make_pod, running, waiting
 from tuner.cluster.observe import ProgressLine, parse_progress, view_job
 from tuner.runspec import StageResult
 
@@ -168,7 +168,7 @@ UNSCHEDULABLE = "0/1 nodes are available: 1 Insufficient nvidia.com/gpu."
     [
         (make_pod(scheduled=("Unschedulable", UNSCHEDULABLE)), f"no node takes its pod: {UNSCHEDULABLE}"),
         (make_pod(scheduled=("SchedulingGated", "gated")), "its pod is held back by a scheduling gate: gated"),
-        (make_pod(node=None), "its pod is not scheduled yet"),
+        (make_pod(node=None), "its pod has no node yet"),
         (
             make_pod({"preflight": waiting("ImagePullBackOff", 'Back-off pulling "tuner:1"')}),
             'the image tuner:1 cannot be pulled: Back-off pulling "tuner:1"',

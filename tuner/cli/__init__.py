@@ -20,6 +20,7 @@ import typer
 from tuner.cli import run  # isort: skip
 from tuner.cli import cluster  # isort: skip
 from tuner.cli import install  # isort: skip
+from tuner.cli import controller  # isort: skip
 from tuner.cli import look  # isort: skip
 from tuner.cli import stage  # isort: skip
 from tuner.cli import images  # isort: skip
@@ -27,7 +28,7 @@ from tuner.cli.common import Stopped, environment_error, say
 from tuner.cli.options import app
 from tuner.errors import EXIT_INTERNAL, ConfigError, InterruptedRunError, NotPushedError, TunerError, UsageError
 
-__all__ = ["app", "cluster", "images", "install", "look", "main", "run", "stage"]
+__all__ = ["app", "cluster", "controller", "images", "install", "look", "main", "run", "stage"]
 
 EXIT_SIGINT, EXIT_SIGPIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 

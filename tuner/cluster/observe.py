@@ -20,6 +20,8 @@ Object = Mapping[str, Any]
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 MAIN_CONTAINER_ANNOTATION = "kubectl.kubernetes.io/default-container"
 
+NO_NODE_YET = "its pod has no node yet"
+
 Phase = Literal["suspended", "waiting", "running", "succeeded", "failed", "stopping"]
 
 
@@ -94,9 +96,11 @@ def view_job(job: Object, pods: Sequence[Object], events: Sequence[Object] = ())
         return replace(view, phase="stopping")
     if spec.get("suspend"):
         return replace(view, phase="suspended", waiting_for=_suspended(job))
+    if newest and _phase(newest) == "Succeeded":
+        return view  # the Job is about to say so
     if newest is None or not alive:
         refused = _event_note(events, "Job", _name(job), ("FailedCreate",))
-        reason = f"its pod is refused: {refused}" if refused else None if view.last else "its pod is not made yet"
+        reason = f"its pod is refused: {refused}" if refused else None if view.last else NO_NODE_YET
         return replace(view, phase="waiting", waiting_for=reason, is_silent=True)
     if reason := _why_pod_waits(newest):
         return replace(view, phase="waiting", waiting_for=reason)
@@ -277,7 +281,7 @@ def _why_pod_waits(pod: Object) -> str | None:
                 return f"its pod is held back by a scheduling gate: {message}"
             return f"no node takes its pod: {message}" if message else "no node takes its pod yet"
     if not pod["spec"].get("nodeName"):
-        return "its pod is not scheduled yet"
+        return NO_NODE_YET
     for container in _containers(pod):
         waiting = _state(container, "waiting") or {}
         reason, message = waiting.get("reason"), _one_line(waiting.get("message", ""))

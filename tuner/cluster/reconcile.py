@@ -29,7 +29,8 @@ HASH_ANNOTATION = "workspace.kaito.io/hash"
 NAME_LABEL = "workspace.kaito.io/name"
 WORKSPACE_LABEL = "kaito.sh/workspace"
 RUN_DIGEST_ANNOTATION = "tuner/run-digest"
-RETRY_ANNOTATION = "tuner/retry"  # another value of it is another revision: the way to run the same once more
+OWN_ANNOTATIONS = "tuner/"  # gates, levers, a Secret: they say what a run is, as the sections do
+RETRY_ANNOTATION = "tuner/retry"  # says nothing: with another value of it the same is run once more
 REPORTER = "tuner"
 REVISIONS_KEPT = 10
 
@@ -292,7 +293,7 @@ class _Missing:
 
 
 def _wanted(observed: Observed) -> str | _Missing:
-    """The hash of what the Workspace asks for now: its own sections and the content of the ConfigMap that it names.
+    """The hash of what the Workspace asks for now: sections, annotations of ours, the ConfigMap that it names.
 
     A default ConfigMap does not count: who names none gets the default of the day, and an administrator's edit of it
     must not train everything again.
@@ -310,7 +311,7 @@ def _wanted(observed: Observed) -> str | _Missing:
         _without_unset(workspace.get("inference")),
         _without_unset(workspace["tuning"]),
         content,
-        _annotations(workspace).get(RETRY_ANNOTATION),
+        {key: value for key, value in _annotations(workspace).items() if key.startswith(OWN_ANNOTATIONS)},
     ]
     text = "".join(f"{json.dumps(part, sort_keys=True)}\n" for part in parts)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -287,7 +287,8 @@ def _figures(standing: Standing, state: State, same_revision: bool, written: Map
     """`status.tuning` without its time. What was known before and is of this revision stays until it is known anew."""
     before: Mapping[str, Any] = (written.get("tuning") or {}) if same_revision else {}
     figures: dict[str, Any] = {key: before[key] for key in _KEPT_FIELDS if key in before and key != "lastUpdatedTime"}
-    figures["revision"] = standing.revision
+    if standing.revision:
+        figures["revision"] = standing.revision
     if standing.run_digest:
         figures["runDigest"] = standing.run_digest
     view = standing.view
