@@ -9,7 +9,7 @@ import copy
 import itertools
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -266,6 +266,9 @@ class Controller:
             return None
         self.now += timedelta(seconds=20)
         planned = plan(observed, self.settings, self.now)
+        if planned.wants_pods:
+            pods = [copy.deepcopy(thing) for (kind, _), thing in self.cluster.store.items() if kind == "Pod"]
+            planned = plan(replace(observed, pods=pods, pods_are_fresh=True), self.settings, self.now)
         version: str = observed.workspace["metadata"]["resourceVersion"]
         for index, action in enumerate(planned.actions):
             if dies_after is not None and index >= dies_after:

@@ -164,6 +164,8 @@ def test_every_history_ends_with_one_job_for_each_revision_and_the_wanted_run_fi
     workspace = cluster.store[WORKSPACE]
     status, annotations = workspace["status"], workspace["metadata"]["annotations"]
     assert status["state"] in ("Succeeded", "Failed")
+    if status["state"] == "Succeeded":
+        assert status["tuning"]["artifact"]["digest"] == "sha256:1"
     assert str(status["tuning"]["revision"]) == annotations["workspace.kaito.io/revision"]
     newest = max(
         (it for (kind, _), it in cluster.store.items() if kind == "ControllerRevision"),

@@ -228,6 +228,19 @@ def test_conditions_at_the_end():
     assert status["tuning"]["progressPercentage"] == 100
 
 
+def test_the_end_is_not_told_before_the_pods_words_are_known():
+    cluster, controller = begun(node=False)
+    cluster.step_job("phi-3", "starts")
+    cluster.step_job("phi-3", "succeeds")
+    controller.look(("Job", "phi-3"))  # and not of its pod
+    observed = controller.observed()
+    assert observed is not None
+    planned = plan(observed, SETTINGS, START)
+    assert (planned.wants_pods, planned.actions) == (True, ())
+    told = plan(replace(observed, pods_are_fresh=True), SETTINGS, START)  # there is none any more
+    assert any(isinstance(each, ApplyStatus) and each.status["state"] == "Succeeded" for each in told.actions)
+
+
 def test_conditions_after_a_failure():
     cluster, controller = begun()
     cluster.step_job("phi-3", "starts")
@@ -800,15 +813,13 @@ def test_where_kaitos_crd_drops_the_field_the_figures_go_to_its_metrics():
     settings = replace(SETTINGS, prunes_tuning_status=True)
     controller = Controller(cluster, settings)
     controller.settle()
-    put_pod(cluster, {"phi-3": running()})
+    put_pod(cluster, {"phi-3": running()}, name="phi-3-0")
     controller.settle()
     status = applied(planned_for(cluster, progress=LINE, settings=settings))
     assert "tuning" not in status
     metrics = status["performance"]["metrics"]
     assert metrics["progress"] == {"description": "how far the training is", "value": "33", "unit": "%"}
     assert metrics["revision"]["value"] == "1"
-    cluster.step_job("phi-3", "succeeds")  # its own pod's name
-    cluster.step_job("phi-3", "starts")
     cluster.step_job("phi-3", "succeeds")
     controller.settle()
     assert status_of(cluster)["state"] == "Succeeded"

@@ -53,6 +53,17 @@ def test_a_complete_job_whose_pods_are_gone_has_succeeded_all_the_same():
     assert view_job(make_job(active=0, succeeded=1, condition=COMPLETE), []).phase == "succeeded"
 
 
+@pytest.mark.parametrize("condition", [COMPLETE, ("Failed", "PodFailurePolicy", "")])
+def test_a_job_has_not_ended_while_the_picture_of_its_pod_is_older(condition):
+    view = view_job(make_job(active=0, condition=condition), [make_pod({"phi-3": ended(0), "pusher": running()})])
+    assert (view.phase, view.stage) == ("running", "push")
+
+
+@pytest.mark.parametrize("condition", [COMPLETE, ("Failed", "PodFailurePolicy", "")])
+def test_a_job_that_ended_without_a_pod_lacks_its_words(condition):
+    assert view_job(make_job(active=0, condition=condition), []).lacks_words
+
+
 # ── attempts ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

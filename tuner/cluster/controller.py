@@ -375,6 +375,9 @@ class Controller:
             return "gone"
         settings, now = self.settings, self.now()
         planned = plan(observed, settings, now)
+        if planned.wants_pods:
+            observed = replace(observed, pods=self._list_pods(key), pods_are_fresh=True)
+            planned = plan(observed, settings, now)
         more = self._ask(key, observed, planned)
         if more is not None:
             observed = more
@@ -459,6 +462,11 @@ class Controller:
             asked.events = self._events_about(namespace, about)
             return replace(observed, events=asked.events)
         return None
+
+    def _list_pods(self, key: str) -> list[Object]:
+        namespace, name = key.split("/")
+        listing = self.api.list(POD, namespace, label_selector=f"{WORKSPACE_LABEL}={name}")
+        return [watched.trim_pod(pod) for pod in listing.items]
 
     def _last_line(self, namespace: str, pod: str, container: str) -> ProgressLine | None:
         try:

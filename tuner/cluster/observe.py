@@ -42,6 +42,7 @@ class JobView:
     `has_started` is true once a container of any attempt has run. `attempt` counts from 1 and goes up when a pod has
     failed; an evicted pod is replaced within its attempt. `waiting_for` says why nothing runs at the moment, `last`
     how the attempt before ended, `failure` why the Job has failed. `is_silent`: only Events could tell why it waits.
+    `lacks_words`: the Job has ended, and no pod that is known says how: the pods may just not have been heard of yet.
     """
 
     phase: Phase
@@ -51,6 +52,7 @@ class JobView:
     attempts: int = 1
     waiting_for: str | None = None
     is_silent: bool = False
+    lacks_words: bool = False
     last: Ending | None = None
     failure: Ending | None = None
     pod: str | None = None
@@ -88,10 +90,13 @@ def view_job(job: Object, pods: Sequence[Object], events: Sequence[Object] = ())
         results=_results(ordered),
     )
     conditions = {each["type"]: each for each in status.get("conditions", ()) if each.get("status") == "True"}
-    if "Complete" in conditions or "SuccessCriteriaMet" in conditions:
-        return replace(view, phase="succeeded", has_started=True, last=None)
-    if failed := conditions.get("Failed"):
-        return replace(view, phase="failed", has_started=True, failure=_why_failed(failed, last), last=None)
+    # A pod that still runs is an old picture of it: what it said at its end is on its way.
+    if "Complete" in conditions and not alive:
+        said = "push" in view.results
+        return replace(view, phase="succeeded", has_started=True, last=None, lacks_words=not said)
+    if (failed := conditions.get("Failed")) and not alive:
+        failure = _why_failed(failed, last)
+        return replace(view, phase="failed", has_started=True, failure=failure, last=None, lacks_words=last is None)
     if _is_going(job) or "FailureTarget" in conditions:
         return replace(view, phase="stopping")
     if spec.get("suspend"):

@@ -75,7 +75,8 @@ class Settings:
 class Observed:
     """All there is about one Workspace. `config_map` is the one that it names, else the default for its method.
 
-    `nodes` is None where they may not be listed. `error` is what the last reconcile could not do.
+    `nodes` is None where they may not be listed. `pods_are_fresh`: they were just asked for, and are all there are.
+    `error` is what the last reconcile could not do.
     """
 
     workspace: Object
@@ -84,6 +85,7 @@ class Observed:
     check_job: Object | None = None
     push_job: Object | None = None
     pods: Sequence[Object] = ()
+    pods_are_fresh: bool = False
     revisions: Sequence[Object] = ()
     nodes: Sequence[Object] | None = None
     events: Sequence[Object] = ()
@@ -148,12 +150,14 @@ class Plan:
     What is written to the Workspace (Annotate, ApplyStatus) is written to the version that was observed, or fails: an
     old picture must not overwrite what somebody who knew more has written.
 
-    `wants_events` and `wants_progress`: what is worth asking the API server for before the next look.
+    `wants_pods`: before it can be said how the Job ended, its pods must be asked for. `wants_events` and
+    `wants_progress`: what is worth asking for before the next look.
     """
 
     actions: tuple[Action, ...] = ()
     standing: Standing | None = None
     again_in_s: float | None = None
+    wants_pods: bool = False
     wants_events: bool = False
     wants_progress: bool = False
 
@@ -230,11 +234,15 @@ def _plan_revision(
         return with_status(Standing("waiting", message=message), *going)
     pushed = observed.push_job and view_job(observed.push_job, _pods_of(observed.push_job, observed.pods))
     if pushed and pushed.phase == "succeeded" and not settled(observed.workspace, number, "Succeeded"):
+        if pushed.lacks_words and not observed.pods_are_fresh:
+            return Plan(wants_pods=True)
         return with_status(Standing("job", view=pushed, run_digest=_run_digest(observed.push_job)))
     if settled(observed.workspace, number):
         return replace(Plan(actions), standing=Standing("settled", revision=number))
     if observed.job:
         view = view_job(observed.job, _pods_of(observed.job, observed.pods), observed.events)
+        if view.lacks_words and not observed.pods_are_fresh:
+            return Plan(wants_pods=True)  # what is said of a finished Workspace is said for good
         progress = observed.progress if view.phase == "running" else None
         standing = Standing("job", view=view, progress=progress, run_digest=_run_digest(observed.job))
         return with_status(standing)
