@@ -52,7 +52,7 @@ LABEL org.opencontainers.image.title="tuner control" \
 
 FROM base AS run
 # Triton compiles a small C module when a kernel of Liger or torch.compile first runs. torch and bitsandbytes bring their
-# kernels compiled: with EXTRAS=train and COMPILER= there is no compiler in the image.
+# kernels compiled: with EXTRAS=train,track and COMPILER= there is no compiler in the image.
 ARG COMPILER="gcc libc6-dev"
 RUN [ -z "${COMPILER}" ] || { \
         apt-get update -qq && \
@@ -68,7 +68,9 @@ RUN SOURCE_DATE_EPOCH=0 pip install --no-cache-dir -c /opt/tuner/constraints.txt
 COPY --from=wheel /wheel /opt/tuner
 RUN SOURCE_DATE_EPOCH=0 pip install --no-cache-dir --no-deps --no-index /opt/tuner/*.whl && pip check
 # No NVIDIA_VISIBLE_DEVICES: with it the containers of a pod that asked for no GPU see them all.
-ENV HF_HOME=/tmp/huggingface
+# There is no git, which the trackers' library would tell at length.
+ENV HF_HOME=/tmp/huggingface \
+    GIT_PYTHON_REFRESH=quiet
 USER 65532:65532
 WORKDIR /tmp
 ENTRYPOINT ["tuner"]
