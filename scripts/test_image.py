@@ -192,7 +192,7 @@ def run(*command: str | Path, **settings: Any) -> str:
     )
     if done.returncode:
         sys.stderr.write(f"{done.stdout}{done.stderr or ''}")
-        sys.exit(f"error: exit code {done.returncode}: {shlex.join(map(str, command))}")
+        sys.exit(f"error: exit code {done.returncode}: {shlex.join(map(str, command))[-300:]}")
     return str(done.stdout)
 
 
@@ -418,6 +418,7 @@ def container(shop: Workshop, target: str) -> Iterator[Container]:
     os.chown(volume, 65532, 65532)
     with shop.mounted(target) as root:
         environment = dict(entry.split("=", 1) for entry in config["Env"])
+        environment["WANDB_MODE"] = "offline"  # as a Job sets it
         yield Container(root, volume, config["Entrypoint"], environment, config["WorkingDir"])
 
 
