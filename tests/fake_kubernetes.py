@@ -232,7 +232,7 @@ class FakeKubernetes:
         self._jobs_to_look_at: deque[Key] = deque()
         self._orphans_to_look_at: deque[tuple[Kind, Key]] = deque()
         self._settling = False
-        self._logs: dict[tuple[str, str, str], list[bytes]] = {}
+        self._logs: dict[tuple[str, str, str], list[tuple[str, bytes]]] = {}  # time stamp, line
         self._log_written = threading.Condition(self._lock)
         self._faults: list[Fault] = []
         self._watch_generation = 0
@@ -479,7 +479,8 @@ class FakeKubernetes:
         """Lines on a container's output; who follows it gets them at once."""
         with self._lock:
             name = self._pod_of(job, namespace)["metadata"]["name"]
-            self._logs.setdefault((namespace, name, container), []).extend(line.encode() + b"\n" for line in lines)
+            written = self._logs.setdefault((namespace, name, container), [])
+            written.extend((_precise_now(), line.encode() + b"\n") for line in lines)
             self._log_written.notify_all()
 
     def run_job(
@@ -849,6 +850,11 @@ class FakeKubernetes:
             written = self._logs.get(key, [])
             tail = request.query.get("tailLines")
             seen = max(0, len(written) - int(tail)) if tail is not None else 0
+            if since := request.query.get("sinceTime"):
+                seen = max(
+                    seen, next((i for i, (stamp, _) in enumerate(written) if stamp[:19] >= since[:19]), len(written))
+                )
+            stamped = request.query.get("timestamps") == "true"
             generation = self._watch_generation
             self._streams.add(stream)
         try:
@@ -866,7 +872,7 @@ class FakeKubernetes:
                         self._log_written.wait(1.0)
                         continue
                 seen += len(new)
-                yield b"".join(new)
+                yield b"".join(stamp.encode() + b" " + line if stamped else line for stamp, line in new)
         finally:
             with self._lock:
                 self._streams.discard(stream)
@@ -1229,10 +1235,6 @@ class FakeKubernetes:
         if kind.has_status or kind.custom:
             metadata["generation"] = 1
         self._living[metadata["uid"]] = (kind, key)
-        for owner in metadata.get("ownerReferences") or ():
-            self._owned.setdefault(owner["uid"], set()).add((kind.group, kind.plural, *key))
-            if owner["uid"] not in self._living:
-                self._orphans_to_look_at.append((kind, key))
         self._record(kind, key, "ADDED", new, None, owners)
         if kind.kind == "CustomResourceDefinition":
             self._establish(new)
@@ -1267,6 +1269,10 @@ class FakeKubernetes:
             kind.objects.pop(key, None)
         else:
             kind.objects[key] = Stored(new, owners or {})
+            for owner in metadata.get("ownerReferences") or ():
+                self._owned.setdefault(owner["uid"], set()).add((kind.group, kind.plural, *key))
+                if owner["uid"] not in self._living:
+                    self._orphans_to_look_at.append((kind, key))
         kind.history.append(Change(self._now_version, type_, new, old))
         if len(kind.history) > 20_000:
             kind.oldest = kind.history[9_999].version
@@ -1790,6 +1796,11 @@ def _type_for(change: Change, matches: Callable[[Object], bool]) -> str | None:
 
 def _now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _precise_now() -> str:
+    """As a kubelet stamps lines of a log: no two are the same."""
+    return f"{datetime.now(UTC).strftime('%Y-%m-%dT%H:%M:%S')}.{time.time_ns() % 10**9:09}Z"
 
 
 def _key(manifest: Object) -> Key:

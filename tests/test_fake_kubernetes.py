@@ -433,6 +433,8 @@ def test_what_an_object_owns_goes_with_it(api: Api) -> None:
     owner = api.create(config_map("owner"))
     api.create(owned_by(owner, "owned"))
     api.create(config_map("free"))
+    api.create(config_map("later"))
+    api.patch(CONFIG_MAP, "later", {"metadata": owned_by(owner, "later")["metadata"]})
     api.delete(CONFIG_MAP, "owner")
     assert [item["metadata"]["name"] for item in api.list(CONFIG_MAP).items] == ["free"]
 

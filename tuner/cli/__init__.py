@@ -19,6 +19,8 @@ import typer
 # Their commands register themselves, in the order of `tuner --help`.
 from tuner.cli import run  # isort: skip
 from tuner.cli import cluster  # isort: skip
+from tuner.cli import submit  # isort: skip
+from tuner.cli import follow  # isort: skip
 from tuner.cli import install  # isort: skip
 from tuner.cli import controller  # isort: skip
 from tuner.cli import look  # isort: skip
@@ -28,7 +30,19 @@ from tuner.cli.common import Stopped, environment_error, say
 from tuner.cli.options import app
 from tuner.errors import EXIT_INTERNAL, ConfigError, InterruptedRunError, NotPushedError, TunerError, UsageError
 
-__all__ = ["app", "cluster", "controller", "images", "install", "look", "main", "run", "stage"]
+__all__ = [
+    "app",
+    "cluster",
+    "controller",
+    "follow",
+    "images",
+    "install",
+    "look",
+    "main",
+    "run",
+    "stage",
+    "submit",
+]
 
 EXIT_SIGINT, EXIT_SIGPIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 

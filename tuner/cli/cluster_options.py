@@ -1,6 +1,6 @@
 """The options that `tuner render` and `tuner submit` have in common, and what they make of a Workspace file."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,6 +29,7 @@ SetImage = Annotated[
 Namespace = Annotated[
     str | None, typer.Option("--namespace", "-n", metavar="N", help="namespace of the objects [the Workspace's]")
 ]
+Context = Annotated[str | None, typer.Option("--context", metavar="C", help="of the kubeconfig [the current one]")]
 Patch = Annotated[
     list[Path] | None,
     typer.Option("--patch", metavar="F", help="YAML merged into the Job as kubectl patch does; repeatable"),
@@ -88,11 +89,14 @@ ImageVolume = Annotated[
 
 
 def read_cluster_run(
-    typed: Mapping[str, Any], *, needs_image: bool = True, **decided: Any
+    typed: Mapping[str, Any],
+    *,
+    needs_image: bool = True,
+    decide: "Callable[[WorkspaceFile, JobOptions], tuple[WorkspaceFile, JobOptions]] | None" = None,
 ) -> "tuple[WorkspaceFile, Run, JobOptions]":
     """The Workspace, its run in a pod and the options of its Job, from the parameters of `render` or `submit`.
 
-    `decided` are fields of JobOptions that the caller knows better. Raises the TunerError of what is wrong.
+    `decide` completes file and options with what only the cluster knows. Raises the TunerError of what is wrong.
     """
     from tuner.cluster.job import JobOptions, count_gpus, written_instance_type
     from tuner.cluster.patch import load_patches
@@ -150,8 +154,9 @@ def read_cluster_run(
         ca_text=_text(typed["ca"], "--ca"),
     )
     # Whoever sees no nodes cannot know whether any has the labels.
-    preferred = written_instance_type(file.workspace, options) is not None
-    options = replace(options, **{"labels_preferred": preferred, **decided})
+    options = replace(options, labels_preferred=written_instance_type(file.workspace, options) is not None)
+    if decide:
+        file, options = decide(file, options)
     gpus = count_gpus(file.workspace, options, smoke=request.smoke)
     run, _ = build(file, replace(request, world_size=max(1, gpus)), None)
     return file, run, options

@@ -4,11 +4,11 @@ from typing import Annotated
 
 import typer
 
+from tuner.cli.cluster_options import Context
 from tuner.cli.common import say
 from tuner.cli.options import AllowCidr, app
 
 Namespace = Annotated[str, typer.Option("--namespace", "-n", metavar="N", help="where the controller runs")]
-Context = Annotated[str | None, typer.Option("--context", metavar="C", help="of the kubeconfig [the current one]")]
 
 
 @app.command(epilog="Example: tuner install --image reg.example/tuner:0.1.0 --dry-run")

@@ -1,0 +1,195 @@
+"""`tuner submit`: a Workspace as a Job in a cluster, checked beforehand, followed where asked for."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tuner.cli.cluster_options import (
+    AnonymousPush,
+    ClusterWorkspace,
+    Context,
+    Deadline,
+    DisruptionOk,
+    Gpus,
+    ImagePullSecret,
+    ImageVolume,
+    InstanceType,
+    Namespace,
+    OutputImage,
+    Patch,
+    PriorityClass,
+    PushHold,
+    Queue,
+    QueuePriority,
+    ResultsVolume,
+    Retries,
+    RuntimeClass,
+    Scheduler,
+    ServiceAccount,
+    SetImage,
+    Spot,
+    Ttl,
+    Urls,
+    WeightsVolume,
+    WorkloadIdentity,
+    read_cluster_run,
+)
+from tuner.cli.common import open_talk, say
+from tuner.cli.options import (
+    AllowCidr,
+    AllowPrivate,
+    AsJson,
+    Ca,
+    Config,
+    Disable,
+    NoOverwrite,
+    NoPreflight,
+    PlainHttp,
+    Require,
+    Set,
+    Smoke,
+    SourceHeaders,
+    TrustRemoteCode,
+    app,
+)
+from tuner.errors import UsageError
+from tuner.pod import PUSH_HOLD_S
+
+if TYPE_CHECKING:
+    from tuner.cluster.job import JobOptions
+    from tuner.workspace import WorkspaceFile
+
+
+@app.command(epilog="Example: tuner submit workspace.yaml --set-image reg.example/tuner:0.1.0 --wait")
+def submit(
+    workspace: ClusterWorkspace,
+    set_image: SetImage = None,
+    namespace: Namespace = None,
+    context: Context = None,
+    wait: Annotated[bool, typer.Option("--wait", help="follow it; end with the failing stage's own exit code")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="let the server check every object, create none")] = False,
+    check_job: Annotated[
+        bool | None,
+        typer.Option(
+            "--check-job/--no-check-job",
+            help="look at secrets, data and rows on a CPU first [where a node would have to boot for the Job]",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    patch: Patch = None,
+    instance_type: InstanceType = None,
+    gpus: Gpus = None,
+    results_volume: ResultsVolume = None,
+    weights_volume: WeightsVolume = None,
+    service_account: ServiceAccount = None,
+    workload_identity: WorkloadIdentity = False,
+    anonymous_push: AnonymousPush = False,
+    image_pull_secret: ImagePullSecret = None,
+    spot: Spot = False,
+    disruption_ok: DisruptionOk = False,
+    queue: Queue = None,
+    queue_priority: QueuePriority = None,
+    priority_class: PriorityClass = None,
+    scheduler: Scheduler = None,
+    runtime_class: RuntimeClass = None,
+    retries: Retries = 3,
+    ttl: Ttl = None,
+    deadline: Deadline = None,
+    push_hold: PushHold = PUSH_HOLD_S,
+    image_volume: ImageVolume = False,
+    data: Urls = None,
+    output: OutputImage = None,
+    smoke: Smoke = False,
+    config: Config = None,
+    set_: Set = None,
+    source_headers: SourceHeaders = None,
+    plain_http: PlainHttp = False,
+    ca: Ca = None,
+    allow_private_urls: AllowPrivate = False,
+    allow_cidr: AllowCidr = None,
+    no_overwrite: NoOverwrite = False,
+    no_preflight: NoPreflight = False,
+    require: Require = None,
+    disable: Disable = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Run a Workspace as a Job in the cluster of your kubeconfig. A second submit of the same does nothing."""
+    from dataclasses import replace
+
+    from tuner.cluster import submit as submission
+    from tuner.cluster.api import Api
+    from tuner.cluster.follow import POLL_S
+    from tuner.cluster.job import render_job, written_instance_type
+
+    if wait and dry_run:
+        raise UsageError("--wait and --dry-run are both given", hint="choose one")
+    typed = dict(locals())
+    found: list[Api] = []
+    nodes = submission.Nodes()
+
+    def ask_cluster(file: "WorkspaceFile", options: "JobOptions") -> "tuple[WorkspaceFile, JobOptions]":
+        nonlocal nodes
+        api = Api.from_config(context, namespace or file.workspace.metadata.namespace, warn=_warn)
+        found.append(api)
+        if not config:
+            file = submission.with_config_map(api, file)
+        nodes = submission.read_nodes(api) if not smoke else nodes
+        if nodes.unread is None:
+            options = replace(options, labels_preferred=submission.prefers_labels(file, options, nodes))
+        return file, replace(options, namespace=api.namespace)
+
+    file, run, options = read_cluster_run(typed, decide=ask_cluster)
+    (api,) = found
+    objects = render_job(file, run, options)
+    for line in (*run.notes, *objects.notes, *([nodes.unread] if nodes.unread else ())):
+        say(f"note: {line}")
+    asks_type = not smoke and written_instance_type(file.workspace, options) is not None
+    checks = submission.needs_check(objects.job, nodes, instance_type=asks_type) if check_job is None else check_job
+    if checks and check_job is None:
+        say("note: no ready node fits, so a check Job runs on a CPU before one boots; --no-check-job leaves it out")
+    with open_talk() as talk:
+        done = submission.submit(api, objects, talk, check=checks, dry_run=dry_run, poll_s=POLL_S)
+    name, where = done.name, f"in namespace {done.namespace}" + (f" of {api.context}" if api.context else "")
+    if done.outcome == "dry run":
+        say(f"dry run: the server would take {_kinds(objects.objects)} for {name} {where}")
+        return
+    if done.outcome == "created":
+        say(f"created Job {name} {where}")
+    elif done.status is not None:
+        _say_there_already(done.status, follows=wait)
+    if wait:
+        from tuner.cli.follow import follow_to_end
+
+        follow_to_end(api, name, as_json=as_json)
+    elif done.outcome == "created":
+        print(f"job/{name}")
+        say(f"next: tuner status {name} -n {done.namespace}")
+
+
+def _warn(line: str) -> None:
+    say(f"warning: the cluster says: {line}")
+
+
+def _kinds(manifests: "tuple[dict[str, object], ...]") -> str:
+    return ", ".join(str(each["kind"]) for each in manifests)
+
+
+def _say_there_already(status: object, *, follows: bool) -> None:
+    """A second submit of the same: what the first has come to. One that failed is no success."""
+    from tuner.cluster.follow import JobFailedError, Status, progress_text
+
+    assert isinstance(status, Status)
+    if status.phase == "failed":
+        raise JobFailedError(
+            f"Job {status.name} of the same run has failed: {status.error}",
+            status.exit_code,
+            hint=f"tuner delete {status.name}, then submit again; what is on a results volume is used again",
+        )
+    if status.phase == "succeeded":
+        pushed = f": {status.image}" if status.image else ""
+        say(f"Job {status.name} of the same run has succeeded{pushed}; to run it again: tuner delete {status.name}")
+        return
+    say(f"Job {status.name} of the same run is there already: {progress_text(status)}")
+    if not follows:
+        say(f"next: tuner status {status.name} -n {status.namespace}")
