@@ -28,6 +28,7 @@ class Refusal:
     path: str
     message: str
     by: str = "schema"
+    kind: str = "object"  # of the value; the server shows this and not the value
 
 
 # ── CEL ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -97,7 +98,7 @@ class CustomResourceServer:
         new = defaulted(schema, new)
         if refused := list(_structural(schema, new, "")):
             return refused
-        return list(_rules(schema, new, None if old is None else defaulted(schema, old), ""))
+        return refusals_by_rules(schema, new, old)
 
     def judge(self, path: str, value: Any) -> list[Refusal]:
         """What the schema at `path` ("tuning.input.urls[]") says of one value."""
@@ -188,6 +189,11 @@ def _structural(schema: Schema, value: Any, path: str) -> Iterator[Refusal]:
         yield Refusal(path, "should be greater than or equal to")
 
 
+def refusals_by_rules(schema: Schema, new: Any, old: Any) -> list[Refusal]:
+    """What the CEL rules say of a whole object and, in an update, of what becomes of the old one."""
+    return list(_rules(schema, defaulted(schema, new), None if old is None else defaulted(schema, old), ""))
+
+
 def _rules(schema: Schema, value: Any, old: Any, path: str) -> Iterator[Refusal]:
     """Where an old value is at the same place, rules with `oldSelf` count; items of atomic lists have no old value."""
     for rule in schema.get("x-kubernetes-validations", ()):
@@ -199,7 +205,7 @@ def _rules(schema: Schema, value: Any, old: Any, path: str) -> Iterator[Refusal]
         if not evaluate(rule["rule"], **variables):
             said = str(evaluate(rule["messageExpression"], **variables)) if "messageExpression" in rule else ""
             where = f"{path}{rule.get('fieldPath', '')}".lstrip(".")
-            yield Refusal(where, rule["message"] if not said or "\n" in said else said.strip(), "rule")
+            yield Refusal(where, rule["message"] if not said or "\n" in said else said.strip(), "rule", schema["type"])
     if isinstance(value, Mapping):
         for key, each in value.items():
             below = schema.get("properties", {}).get(key, schema.get("additionalProperties"))

@@ -215,6 +215,7 @@ class FakeKubernetes:
         self.exit_codes_at_sigterm: dict[str, int] = {}  # container → exit code; 143 else
         self.refuse_pods: dict[str, str] = {}  # namespace → why the Job controller may make no pod there
         self.admission: list[Callable[[Object, Object | None], str | None]] = []  # new, old → why not
+        self.evaluates_rules = False  # a CRD's x-kubernetes-validations: as a server does it, and slow
         self.warnings: list[str] = []  # sent with every write
         self.calls: Counter[tuple[str, str]] = Counter()  # (verb, resource) → how often
         self.requests: deque[tuple[str, str]] = deque(maxlen=5000)  # (method, path and query)
@@ -969,6 +970,8 @@ class FakeKubernetes:
         faults = rules.faults_of(kind.kind, new)
         if schema := kind.schemas.get(request.version):
             faults += rules.faults_by_schema(new, schema)
+            if self.evaluates_rules and not faults and not request.subresource:
+                faults += rules.faults_by_rules(new, old, schema)
         if old is not None:
             faults += rules.immutable_faults(kind.kind, old, new)
         if faults:

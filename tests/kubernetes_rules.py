@@ -148,6 +148,16 @@ def faults_by_schema(value: Mapping[str, Any], schema: Mapping[str, Any]) -> lis
     ]
 
 
+def faults_by_rules(new: Mapping[str, Any], old: Mapping[str, Any] | None, schema: Mapping[str, Any]) -> list[Fault]:
+    """What the CEL rules of a custom resource say."""
+    from tests.crd_server import refusals_by_rules
+
+    return [
+        (each.path, "FieldValueInvalid", f'Invalid value: "{each.kind}": {each.message}')
+        for each in refusals_by_rules(schema, new, old)
+    ]
+
+
 # ── every object ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

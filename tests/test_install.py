@@ -1,6 +1,7 @@
 """The controller's installation: what is in it, what it may do, and that kustomize and `tuner install` agree."""
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -10,12 +11,14 @@ from typing import Any
 
 import kubernetes_validate
 import pytest
+import typer
 import yaml
 
 from tests.fake_kubernetes import FakeKubernetes
 from tuner.cli import main
+from tuner.cli.options import app
 from tuner.cluster.api import SECRET, WORKSPACE, Api
-from tuner.cluster.api_errors import ForbiddenError
+from tuner.cluster.api_errors import ApiError, ForbiddenError
 from tuner.cluster.crd import custom_resource_definition
 from tuner.cluster.install import DEFAULT_NAMESPACE, NAME, InstallOptions, install, installation, uninstall
 from tuner.cluster.kaito import has_kaitos_crd, kaitos_controller, refuse_beside_kaito
@@ -196,6 +199,15 @@ def test_two_replicas_of_which_one_may_go_are_probed_and_bounded() -> None:
     assert "--leader-elect" in controller["args"]
 
 
+def test_the_controller_understands_its_arguments() -> None:
+    options = InstallOptions(allow_cidrs=("10.0.0.0/8",), watch_namespaces=("ml", "nlp"))
+    name, *args = container(one(installation(options), "Deployment"), "controller")["args"]
+    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    parsed = command.make_context(name, list(args)).params
+    assert (parsed["namespace"], parsed["allow_cidr"]) == (["ml", "nlp"], ["10.0.0.0/8"])
+    assert (parsed["leader_elect"], parsed["metrics_port"], parsed["health_port"]) == (True, 8080, 8081)
+
+
 def test_variables_in_arguments_are_defined() -> None:
     controller = container(one(DEFAULT, "Deployment"), "controller")
     assert "--image=$(TUNER_IMAGE)" in controller["args"]
@@ -360,7 +372,7 @@ WEBHOOK = {
 def test_beside_kaitos_controller_nothing_is_written(there: dict[str, Any], cluster: FakeKubernetes, api: Api) -> None:
     cluster.put(there)
     before = names(cluster)
-    with pytest.raises(ConfigError, match="KAITO's own controller runs in this cluster") as caught:
+    with pytest.raises(ConfigError, match="KAITO's own controller is in this cluster") as caught:
         install_into(api)
     assert "tuner submit" in (caught.value.hint or "")
     assert names(cluster) == before
@@ -392,6 +404,41 @@ def test_who_may_see_nothing_of_the_cluster_asks_in_vain_and_goes_on(cluster: Fa
 def test_without_an_image_nothing_is_installed(api: Api) -> None:
     with pytest.raises(UsageError, match="--image"):
         install_into(api, InstallOptions())
+
+
+def written(**tuning: Any) -> dict[str, Any]:
+    """`kubectl apply` of a Workspace, as it reaches the server."""
+    section = {
+        "preset": {"name": "phi-4-mini-instruct"},
+        "method": "qlora",
+        "input": {"urls": ["https://data.contoso.com/train.parquet"]},
+        "output": {"image": "contoso.azurecr.io/adapters/tickets:1", "imagePushSecret": "contoso-registry"},
+    }
+    metadata = {"name": "tickets", "namespace": "default"}
+    return {"apiVersion": "kaito.sh/v1beta1", "kind": "Workspace", "metadata": metadata, "tuning": section | tuning}
+
+
+def test_after_it_each_mistake_is_refused_at_apply_with_its_sentence(cluster: FakeKubernetes, api: Api) -> None:
+    install_into(api)
+    cluster.evaluates_rules = True
+    mistakes = {
+        "must be lora or qlora, not 'dora'": {"method": "dora"},
+        "must specify imagePushSecret with destination image": {"output": {"image": "contoso.azurecr.io/a:1"}},
+        "169.254.169.254 is a link-local address": {"input": {"urls": ["http://169.254.169.254/latest?sig=sesame"]}},
+        "exactly one of urls, image or volumeSource": {"input": {}},
+        "ACR_REPO_HERE is a placeholder": {"output": {"image": "ACR_REPO_HERE.azurecr.io/a", "imagePushSecret": "x"}},
+        "the cluster does not know this field: tuning.methd": {"methd": "lora"},
+    }
+    for sentence, mistake in mistakes.items():
+        with pytest.raises(ApiError, match=re.escape(sentence)) as caught:
+            api.apply(written(**mistake))
+        assert "sesame" not in str(caught.value)
+    api.apply(written())
+    with pytest.raises(ApiError, match="the method cannot be changed"):
+        api.apply(written(method="lora"))
+    with pytest.raises(ApiError, match="is a loopback address"):
+        api.apply(written(input={"urls": ["http://127.0.0.1/"]}))
+    api.apply(written(method="QLoRA", config="other"))
 
 
 # ── and out of it ────────────────────────────────────────────────────────────────────────────────────────────────────

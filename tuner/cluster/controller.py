@@ -24,12 +24,10 @@ from tuner.cluster.api import (
     CONFIG_MAP,
     CONTROLLER_REVISION,
     CUSTOM_RESOURCE_DEFINITION,
-    DEPLOYMENT,
     EVENT,
     JOB,
     NODE,
     POD,
-    VALIDATING_WEBHOOK,
     WORKSPACE,
     Api,
     Resource,
@@ -44,6 +42,7 @@ from tuner.cluster.api_errors import (
     UnavailableError,
 )
 from tuner.cluster.job import WORKSPACE_LABEL, helper_name
+from tuner.cluster.kaito import refuse_beside_kaito
 from tuner.cluster.lease import Leadership
 from tuner.cluster.metrics import Labels, Metrics, serve_pages
 from tuner.cluster.observe import Object, ProgressLine, parse_progress
@@ -66,7 +65,6 @@ from tuner.cluster.reconcile import (
 )
 from tuner.cluster.watched import Watched, WatchedNamespaces
 from tuner.cluster.work_queue import WorkQueue
-from tuner.errors import ConfigError
 from tuner.workspace import TRAINING_CONFIG_KEY
 
 FIELD_MANAGER = "tuner-controller"
@@ -106,28 +104,7 @@ def log_json(level: str, message: str, **fields: Any) -> None:
     sys.stderr.flush()
 
 
-# ── beside KAITO ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-_KAITO_WEBHOOK, _KAITO_DEPLOYMENT = "validation.workspace.kaito.sh", "kaito-workspace"
-
-
-def refuse_beside_kaito(api: Api, log: Log) -> None:
-    """ConfigError when KAITO's controller runs: it acts on every Workspace, so both would make each one's Job."""
-    if there := _attempt(log, lambda: api.find(VALIDATING_WEBHOOK, _KAITO_WEBHOOK)):
-        found = f"ValidatingWebhookConfiguration {there['metadata']['name']}"
-    else:
-        named = f"metadata.name={_KAITO_DEPLOYMENT}"
-        listing = _attempt(log, lambda: api.list(DEPLOYMENT, ALL_NAMESPACES, field_selector=named))
-        running = [each for each in (listing.items if listing else ()) if each["spec"].get("replicas", 1) > 0]
-        if not running:
-            return
-        found = f"Deployment {_KAITO_DEPLOYMENT} in namespace {running[0]['metadata']['namespace']}"
-    raise ConfigError(
-        f"KAITO's own controller is in this cluster ({found}), and it acts on every Workspace: "
-        "two controllers would make one Job",
-        hint="use `tuner submit workspace.yaml`, which makes the Job without a Workspace object; "
-        "or uninstall KAITO's workspace controller first",
-    )
+_UNSEEN = "cannot see what is installed"
 
 
 def _has_tuning_status(crd: Object) -> bool:
@@ -145,7 +122,7 @@ def _attempt(log: Log, ask: Callable[[], T]) -> T | None:
     try:
         return ask()
     except (ForbiddenError, NotFoundError) as error:
-        log("info", "cannot see what is installed", error=error.message)
+        log("info", _UNSEEN, error=error.message)
         return None
 
 
@@ -250,7 +227,7 @@ class Controller:
 
     def run(self) -> None:
         """Wait to be the leader, look at everything once, then at what changes. Raises ConfigError beside KAITO."""
-        refuse_beside_kaito(self.api, self.log)
+        refuse_beside_kaito(self.api, lambda error: self.log("info", _UNSEEN, error=error.message))
         crd = _attempt(self.log, lambda: self.api.find(CUSTOM_RESOURCE_DEFINITION, WORKSPACE.full_name))
         if crd and not _has_tuning_status(crd):
             self._use_metrics()
