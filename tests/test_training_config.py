@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tuner.errors import ConfigError
@@ -266,6 +266,7 @@ def test_modules_of_an_unknown_model_are_left_to_the_run() -> None:
     assert config.value("LoraConfig", "target_modules") == ["Wqkv"]
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no fault of the strategy
 @given(st.lists(st.sampled_from([*PHI3, *LLAMA, "lm_head"]), max_size=6), st.sampled_from([PHI3, LLAMA]))
 def test_target_modules_are_layers_of_the_model_and_account_for_every_name(
     requested: list[str], modules: tuple[str, ...]
@@ -358,6 +359,12 @@ def test_kaito_fault_17_the_beginning_of_a_key_is_no_key(key: str) -> None:
         ("TrainingArguments: {learning_rate: .inf}", "must be a finite number"),
         ("TrainingArguments: {num_train_epochs: -1}", "must be greater than 0"),
         ("TrainingArguments: {lr_scheduler_type: cosin}", 'did you mean "cosine"?'),
+        ("LoraConfig: {init_lora_weights: pissa}", "'pissa' makes the adapter begin with another model"),
+        ("LoraConfig: {init_lora_weights: loftq}", "makes the adapter begin with another model"),
+        ("LoraConfig: {init_lora_weights: false}", "makes the adapter begin with another model"),
+        ("LoraConfig: {loftq_config: {loftq_bits: 4}}", "LoraConfig.loftq_config: is not supported"),
+        ("LoraConfig: {alora_invocation_tokens: [1]}", "LoraConfig.alora_invocation_tokens: is not supported"),
+        ("LoraConfig: {target_modules: [o_proj, lm_head]}", "modules_to_save trains them whole"),
         ("TrainingArguments: {report_to: wandbb}", 'did you mean "wandb"?'),
         ("TrainingArguments: {report_to: all}", "'all' is none of tensorboard, mlflow, wandb"),
         ("TrainingArguments: {metric_for_best_model: accuracy}", "'accuracy' is none of eval_loss, loss"),

@@ -186,8 +186,18 @@ IGNORED: Mapping[str, str] = MappingProxyType(
     }
 )
 # Wrong to pass over in silence: the run would not be what was asked for. False, "" and the like ask for nothing.
+_OTHER_LORA = "tuner trains LoRA, rsLoRA and DoRA; leave it out"
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
+        **{
+            f"LoraConfig.{key}": _OTHER_LORA
+            for key in (
+                *("alora_invocation_tokens", "arrow_config", "corda_config", "eva_config", "kasa_config"),
+                *("lora_ga_config", "megatron_config", "monteclora_config", "use_bdlora", "use_qalora"),
+                "velora_config",
+            )
+        },
+        "LoraConfig.loftq_config": "LoftQ changes the base's weights, so its adapter is wrong on the published base",
         "TrainingArguments.chat_template_path": "write the template as ModelConfig.chat_template",
         "TrainingArguments.deepspeed": "one process a GPU is what tuner runs; leave it out",
         "TrainingArguments.fsdp": "one process a GPU is what tuner runs; leave it out",
@@ -505,7 +515,7 @@ class _Reading:
         targets = resolve_target_modules(entry.value, preset.linear_modules)
         there = f"{preset.name} has {', '.join(preset.linear_modules)}"
         for name in targets.unmatched:
-            near = did_you_mean(name, preset.linear_modules)
+            near = OUTSIDE_BLOCKS if name in HEAD_AND_EMBEDDINGS else did_you_mean(name, preset.linear_modules)
             message = f"no linear layer {name!r}: {there}" + (f"; {near}" if near else "")
             self._refuse(message, "LoraConfig.target_modules", entry.place, near)
         for asked, got in targets.renamed.items():
@@ -630,6 +640,8 @@ def _checked(path: str, value: Any) -> Any:
         return None  # the GPU decides, as when it is not written
     if path == "LoraConfig.target_modules":
         return _module_names(value)
+    if path == "LoraConfig.init_lora_weights":
+        return _start(value)
     if path == "TrainingArguments.report_to":
         return _tracker_names(value)
     if path == "TrainingArguments.output_dir":
@@ -651,6 +663,19 @@ def _module_names(value: str | list[Any]) -> str | list[str]:
     if not value or not all(isinstance(name, str) for name in value):
         raise ValueError(f'must be names of linear layers or "{ALL_LINEAR}", not {_show(value)}')
     return value
+
+
+def _start(value: bool | str) -> bool | str:
+    """How an adapter may begin: it must change nothing, since it is served on the published base.
+
+    PiSSA, OLoRA, CorDA, LoftQ and the like take a part out of the base's weights first, and false begins with noise.
+    """
+    if value is True or value == "gaussian":
+        return value
+    raise ValueError(
+        f"{_show(value)} makes the adapter begin with another model than the published base, on which it would be "
+        "wrong; true and gaussian do not"
+    )
 
 
 def _tracker_names(value: str | list[Any]) -> list[str] | None:
@@ -740,6 +765,10 @@ def _defaults(
 FUSED: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 )
+
+
+HEAD_AND_EMBEDDINGS = ("lm_head", "embed_tokens")
+OUTSIDE_BLOCKS = "head and embeddings get no adapters; LoraConfig.modules_to_save trains them whole"
 
 
 @dataclass(frozen=True)

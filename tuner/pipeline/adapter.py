@@ -71,6 +71,32 @@ def adapter_config(
     return dict(sorted(config.items())), newer
 
 
+VLLM_MAX_LORA_RANK = 16  # unless it is started with --max-lora-rank
+
+
+def vllm_problems(lora: Mapping[str, Any]) -> list[str]:
+    """Why vLLM does not serve an adapter with this LoraConfig, or serves it wrongly.
+
+    https://github.com/vllm-project/vllm/blob/main/vllm/lora/peft_helper.py: it refuses some features, reads r and
+    lora_alpha, and knows nothing of other keys.
+    """
+    problems = []
+    refused = [key for key in ("modules_to_save", "use_dora", "lora_bias", "trainable_token_indices") if lora.get(key)]
+    refused += ["bias"] if lora.get("bias", "none") != "none" else []
+    refused += ["layer_replication"] if lora.get("layer_replication") else []
+    if refused:
+        problems.append(f"vLLM serves no adapter with LoraConfig.{' or '.join(refused)} (`tuner merge` makes a model)")
+    ignored = [key for key in ("rank_pattern", "alpha_pattern") if lora.get(key)]
+    if ignored:
+        problems.append(f"vLLM ignores LoraConfig.{' and '.join(ignored)}, so it scales those layers wrongly")
+    rank = max([lora["r"], *(lora.get("rank_pattern") or {}).values()])
+    if rank > VLLM_MAX_LORA_RANK:
+        problems.append(
+            f"vLLM must be started with --max-lora-rank {rank} or more (its default is {VLLM_MAX_LORA_RANK})"
+        )
+    return problems
+
+
 def check_weights(path: Path) -> None:
     """Raises DataError for a file that is damaged, GateError for NaN, Inf or a lora_B that was nowhere updated."""
     content = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)

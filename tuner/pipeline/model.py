@@ -4,7 +4,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from tuner.errors import ConfigError, DataError, did_you_mean
 from tuner.pipeline.kernels import DOCUMENT_ATTENTION
-from tuner.training_config import TrainingConfig, resolve_target_modules
+from tuner.training_config import HEAD_AND_EMBEDDINGS, OUTSIDE_BLOCKS, TrainingConfig, resolve_target_modules
 
 
 @dataclass(frozen=True)
@@ -198,11 +198,13 @@ def attach_lora(model: PreTrainedModel, training: TrainingConfig) -> tuple[PeftM
     targets = resolve_target_modules(section.pop("target_modules", "all-linear"), tuple(layers))
     if targets.unmatched:
         hints = [hint for name in targets.unmatched if (hint := did_you_mean(name, layers))]
+        hints += [OUTSIDE_BLOCKS for name in targets.unmatched if name in HEAD_AND_EMBEDDINGS]
         raise ConfigError(
             f"LoraConfig.target_modules: no {', '.join(targets.unmatched)} in {type(model).__name__}; "
             f"its linear layers are {', '.join(layers)}",
             hint=hints[0] if hints else 'leave target_modules out, or write "all-linear"',
         )
+    _check_modules_to_save(model, section.get("modules_to_save") or [])
     experts = _fused_experts(model)
     try:
         config = LoraConfig(target_modules=sorted(targets.modules), task_type="CAUSAL_LM", **section)
@@ -220,6 +222,22 @@ def attach_lora(model: PreTrainedModel, training: TrainingConfig) -> tuple[PeftM
     uncovered = {name: count - found[name] for name, count in layers.items() if count > found[name]} | experts
     trainable = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     return adapted, Coverage(covered, uncovered, trainable, _parameter_count(adapted)), dict(targets.renamed)
+
+
+def _check_modules_to_save(model: PreTrainedModel, names: Sequence[str]) -> None:
+    """PEFT passes over a name that is nowhere, and trains one of two modules that share a matrix."""
+    there = dict.fromkeys(name.rpartition(".")[2] for name, _ in model.named_modules() if name)
+    for name in names:
+        if name not in there:
+            raise ConfigError(
+                f"LoraConfig.modules_to_save: no {name!r} in {type(model).__name__}", hint=did_you_mean(name, there)
+            )
+        if name in HEAD_AND_EMBEDDINGS and model.config.get_text_config().tie_word_embeddings:
+            raise ConfigError(
+                f"LoraConfig.modules_to_save: {name} shares its matrix in this model "
+                f"({' and '.join(HEAD_AND_EMBEDDINGS)} are one), so it cannot be trained alone",
+                hint="leave it out, or raise LoraConfig.r",
+            )
 
 
 def _parameter_count(model: nn.Module) -> int:

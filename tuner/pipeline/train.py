@@ -4,6 +4,7 @@ import json
 import math
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from tuner.errors import ConfigError, InputMissingError, InterruptedRunError, Ou
 from tuner.levers import LEARNT_HEAD, PACKING
 from tuner.memory import read_shape
 from tuner.pipeline import watchdog
-from tuner.pipeline.adapter import ADAPTER_WEIGHTS
+from tuner.pipeline.adapter import ADAPTER_WEIGHTS, vllm_problems
 from tuner.pipeline.best import KeepBest, Rule, held_out_losses
 from tuner.pipeline.checkpoints import SEAL, newest_checkpoint, room_for, seal
 from tuner.pipeline.kernels import Exact, has_plain_head, prove
@@ -540,7 +541,11 @@ def _model(
         learnt_head=proved.learnt_head and LEARNT_HEAD not in spec.disabled,
     )
     transformers.set_seed(seed)  # however many numbers loading drew
-    model, coverage, renamed = attach_lora(base, spec.training)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model, coverage, renamed = attach_lora(base, spec.training)
+    said = (str(each.message).split() for each in caught if not issubclass(each.category, FutureWarning))
+    said_by_peft = dict.fromkeys(f"PEFT: {' '.join(words)}" for words in said)
     if not has_plain_head(model.get_base_model()):
         exact = replace(exact, learnt_head=False)  # modules_to_save has made the head one that is trained
     for asked, got in renamed.items():
@@ -548,10 +553,8 @@ def _model(
     reporter.note(str(coverage))
     if coverage.uncovered:
         reporter.warn(f"LoRA leaves out {', '.join(coverage.uncovered)}, as LoraConfig says")
-    lora = model.peft_config["default"]
-    refused = [name for name in ("modules_to_save", "use_dora") if getattr(lora, name)]
-    if refused:
-        reporter.warn(f"vLLM serves no adapter with LoraConfig.{' or '.join(refused)}")
+    for line in (*said_by_peft, *vllm_problems(model.peft_config["default"].to_dict())):
+        reporter.warn(line)
     return model, coverage, exact
 
 
