@@ -19,6 +19,7 @@ import pytest
 
 from tests.data_files import message_rows, write_data
 from tests.http_server import Answer, HttpServer
+from tests.hub import publish_model
 from tuner.content import model_digest
 from tuner.errors import (
     ConfigError,
@@ -918,26 +919,7 @@ def hub(server: HttpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def publish(hub: HttpServer, content: dict[str, bytes], *, model_id: str = "org/tiny") -> None:
-    """Put a model on the Hub, its weights as LFS objects."""
-    siblings, tree = [], []
-    for name, data in content.items():
-        digest = hashlib.sha256(data).hexdigest()
-        is_lfs = name.endswith((".safetensors", ".bin"))
-        siblings.append({"rfilename": name, "size": len(data), "blobId": digest[:40]})
-        lfs = {"lfs": {"oid": digest, "size": len(data), "pointerSize": 130}} if is_lfs else {}
-        tree.append({"type": "file", "path": name, "size": len(data), "oid": digest[:40], **lfs})
-        etag = f'"{digest}"' if is_lfs else f'"{digest[:40]}"'
-        hub.serve(
-            f"/{model_id}/resolve/{COMMIT}/{name}", Answer(body=data, headers={"X-Repo-Commit": COMMIT, "ETag": etag})
-        )
-    info = {"id": model_id, "modelId": model_id, "sha": COMMIT, "siblings": siblings}
-    answer = Answer(body=json.dumps(info).encode(), headers={"Content-Type": "application/json"})
-    for revision in ("main", COMMIT):
-        hub.serve(f"/api/models/{model_id}/revision/{revision}", answer)
-    hub.serve(
-        f"/api/models/{model_id}/tree/{COMMIT}",
-        Answer(body=json.dumps(tree).encode(), headers={"Content-Type": "application/json"}),
-    )
+    publish_model(hub, content, model_id, COMMIT)
 
 
 def fetch_hub_model(
