@@ -1,12 +1,16 @@
 """A user's patch: what it can do to a Job, and what it cannot."""
 
+import json
 from copy import deepcopy
 from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_cluster_job import NAME, render, workspace
 
+from tuner.cluster.checks import job_problems, restricted_problems
 from tuner.cluster.patch import apply_patches, merge, parse_patches
 from tuner.cluster.templates import container, containers, pod_spec, volume
 from tuner.errors import ConfigError
@@ -114,6 +118,45 @@ spec:
     assert pod_spec(job)["hostAliases"]
 
 
+JUNK: list[Any] = [None, 1, "x", [], {}, [1], ["x"], [None], [{}], [{"name": "x"}], [[]], {"a": 1}, {"name": 1}, True]
+JUNK += [{"$patch": "delete"}, {"$patch": "replace"}, [{"$patch": "replace"}], [{"$patch": "delete", "name": "tmp"}]]
+
+
+def places(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(place for key, each in children for place in places(each, (*path, key)))]
+
+
+def patch_at(job: Any, place: tuple[str | int, ...], value: Any) -> Any:
+    """The patch that puts `value` at a place of the Job; an item of a list is named as it is there."""
+    if not place:
+        return value
+    key, *rest = place
+    inner = patch_at(job[key], tuple(rest), value)
+    if isinstance(key, str):
+        return {key: inner}
+    names = {name: job[key][name] for name in ("name", "mountPath") if isinstance(job[key], dict) and name in job[key]}
+    return [{**names, **inner} if isinstance(inner, dict) else inner]
+
+
+JOB = render(workspace()).job
+
+
+@settings(max_examples=300, deadline=None)
+@given(place=st.sampled_from(places(JOB)), value=st.sampled_from(JUNK))
+def test_whatever_a_patch_holds_anywhere_it_is_refused_in_words_or_gives_a_job(
+    place: tuple[str | int, ...], value: Any
+) -> None:
+    try:
+        job = apply_patches(JOB, parse_patches(json.dumps(patch_at(JOB, place, value)), "patch.yaml"))
+    except ConfigError:
+        return
+    assert all(str(problem) for problem in (*job_problems(job), *restricted_problems(pod_spec(job))))
+    ours = [each["name"] for each in containers(JOB)]
+    assert [each.get("name") for each in containers(job) if each.get("name") in ours] == ours
+    assert job["metadata"]["name"] == NAME
+
+
 # ── the guard ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -152,7 +195,7 @@ spec:
         ),
         (POD % "containers: [{name: trainer, envFrom: [{secretRef: {name: a}}]}]", f"containers[name={NAME}].envFrom"),
         ("spec: {template: {$patch: delete}}", "spec.template.spec.restartPolicy"),
-        ("spec: {$patch: delete}", "spec.template.spec.restartPolicy"),
+        ("spec: {$patch: delete}", "spec"),
     ],
 )
 def test_what_would_break_the_run_or_give_its_secrets_away_is_refused(text: str, path: str) -> None:

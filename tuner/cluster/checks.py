@@ -34,8 +34,10 @@ _UNITS = {"": Decimal(1), "m": Decimal("0.001"), "k": Decimal(10**3)} | {
 
 def job_problems(job: Mapping[str, Any]) -> list[Problem]:
     """All for which an API server would refuse this Job, or its pods would never start."""
+    if problems := shape_problems(job):
+        return problems
     spec, pod = job["spec"], job["spec"]["template"]["spec"]
-    problems = [*_name_problems(job), *_label_problems(job)]
+    problems += [*_name_problems(job), *_label_problems(job)]
     problems += _policy_problems(spec)
     problems += _container_problems(pod)
     problems += _volume_problems(pod)
@@ -48,6 +50,57 @@ def job_problems(job: Mapping[str, Any]) -> list[Problem]:
         if not each.get("name")
     ]
     return problems
+
+
+# ── shape ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# What the fields that are looked at here are, wherever in a Job they stand; all others are for the schema to judge.
+_MAPPINGS = frozenset((
+    "affinity", "capabilities", "emptyDir", "metadata", "nodeAffinity", "onExitCodes", "podFailurePolicy",
+    "preference", "projected", "requiredDuringSchedulingIgnoredDuringExecution", "resources", "seccompProfile",
+    "secret", "secretKeyRef", "secretRef", "securityContext", "spec", "template", "valueFrom",
+))  # fmt: skip
+_MAPPINGS_OF_VALUES = frozenset({"annotations", "labels", "limits", "matchLabels", "nodeSelector", "requests"})
+_LISTS_OF_MAPPINGS = frozenset((
+    "containers", "env", "envFrom", "imagePullSecrets", "initContainers", "matchExpressions", "matchFields",
+    "nodeSelectorTerms", "onPodConditions", "ports", "preferredDuringSchedulingIgnoredDuringExecution", "rules",
+    "sources", "sysctls", "tolerations", "volumeMounts", "volumes",
+))  # fmt: skip
+_LISTS_OF_VALUES = frozenset({"add", "args", "command", "drop", "values"})
+_VALUES = frozenset((
+    "action", "containerName", "key", "medium", "mountPath", "name", "operator", "podReplacementPolicy",
+    "procMount", "restartPolicy", "runAsNonRoot", "runAsUser", "sizeLimit", "status", "type", "value", "weight",
+))  # fmt: skip
+_OWN = frozenset({"metadata", "spec"})  # without them it is no Job
+
+
+def shape_problems(job: Mapping[str, Any]) -> list[Problem]:
+    """Where a patch has put something else than a Job has there. Without any, all other checks can be made."""
+    missing = [Problem("is missing", path=key) for key in sorted(_OWN - job.keys())]
+    return missing or list(_shapes(job, ""))
+
+
+def _shapes(value: Mapping[str, Any], path: str) -> Iterator[Problem]:
+    for key, each in value.items():
+        where = f"{path}.{key}" if path else str(key)
+        if key in _VALUES:
+            if isinstance(each, Mapping | list):
+                yield Problem("must be one value", path=where)
+        elif key in _LISTS_OF_VALUES or key in _LISTS_OF_MAPPINGS:
+            of = Mapping if key in _LISTS_OF_MAPPINGS else str | int | float
+            if not isinstance(each, list) or not all(isinstance(item, of) for item in each):
+                yield Problem(f"must be a list of {'mappings' if of is Mapping else 'values'}", path=where)
+                continue
+            for index, item in enumerate(each):
+                if isinstance(item, Mapping):
+                    yield from _shapes(item, f"{where}[{index}]")
+        elif key in _MAPPINGS_OF_VALUES:
+            if not isinstance(each, Mapping) or any(isinstance(item, Mapping | list) for item in each.values()):
+                yield Problem("must be a mapping of names to values", path=where)
+        elif key in _MAPPINGS and not isinstance(each, Mapping):
+            yield Problem("must be a mapping", path=where)
+        elif isinstance(each, Mapping):
+            yield from _shapes(each, where)
 
 
 # ── names and labels ─────────────────────────────────────────────────────────────────────────────────────────────────

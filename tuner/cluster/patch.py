@@ -14,6 +14,7 @@ import yaml
 
 from tuner import pod
 from tuner.cluster import templates
+from tuner.cluster.checks import shape_problems
 from tuner.cluster.templates import Manifest
 from tuner.errors import ConfigError, InputMissingError, Problem, did_you_mean
 
@@ -89,7 +90,10 @@ def apply_patches(job: Manifest, patches: Sequence[Mapping[str, Any]]) -> Manife
         merged = merge(patched, _with_trainers_name(each, job["metadata"]["name"]), "")
         assert isinstance(merged, dict)
         patched = merged
-    problems = list(_forbidden(job, patched))
+    problems = shape_problems(patched)
+    problems = [Problem(each.message, path=f"patch, {each.path}") for each in problems] or list(
+        _forbidden(job, patched)
+    )
     if problems:
         raise ConfigError.of(problems)
     return patched
@@ -147,7 +151,7 @@ def _merge_list(items: Sequence[Any], patch: Sequence[Any], key: str, path: str)
         return [merge({}, each, path) for each in patch if set(each) != {_DIRECTIVE}]
     merged = list(deepcopy(list(items)))
     for index, each in enumerate(patch):
-        if key not in each:
+        if each.get(key) is None:
             raise ConfigError(f"patch, {path}[{index}]: has no {key}, by which such lists are merged")
         where = f"{path}[{key}={each[key]}]"
         at = next((place for place, item in enumerate(merged) if item.get(key) == each[key]), None)
