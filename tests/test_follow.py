@@ -122,6 +122,9 @@ def test_a_name_that_is_not_there_is_said(cluster: FakeKubernetes, capsys: pytes
     for command in ("status", "logs", "cancel", "retry-push"):
         assert main([command, "nobody"]) == 66
         assert "there is no Job nobody in namespace default" in capsys.readouterr().err
+    cluster.put({"apiVersion": "kaito.sh/v1beta1", "kind": "Workspace", "metadata": {"name": "nobody"}})
+    assert main(["status", "nobody"]) == 66
+    assert "Workspace nobody in namespace default has no Job yet" in capsys.readouterr().err
 
 
 def test_what_may_not_be_read_is_said_and_the_rest_shown(

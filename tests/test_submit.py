@@ -124,9 +124,11 @@ def test_every_object_is_checked_by_the_server_before_the_first_is_created(
 
 
 def test_a_dry_run_creates_nothing(cluster: FakeKubernetes, capsys: pytest.CaptureFixture[str]) -> None:
-    assert submitted("--dry-run") == 0
+    assert submitted("--dry-run", "--json") == 0
     assert writes(cluster) == []
-    assert "dry run: the server would take ConfigMap, Secret, Job" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"job": NAME, "namespace": "default", "outcome": "dry run"}
+    assert "dry run: the server would take ConfigMap, Secret, Job" in err
 
 
 def test_a_second_submit_of_the_same_changes_nothing(

@@ -107,8 +107,8 @@ def _print_one(found: "Status") -> None:
     _print(head)
     width = max(len(label) for label, _ in rows)
     for label, text in rows:
-        line = Text(f"  {label:<{width}}  ", "dim")
-        line.append(text, "red" if label == "error" else "bold" if label in ("hint", "pushed") else "not dim")
+        line = Text().append(f"  {label:<{width}}  ", "dim")
+        line.append(text, "red" if label == "error" else "bold" if label in ("hint", "pushed") else "")
         _print(line)
     for note in found.notes:
         say(f"note: {note}")

@@ -151,6 +151,10 @@ def submit(
     with open_talk() as talk:
         done = submission.submit(api, objects, talk, check=checks, dry_run=dry_run, poll_s=POLL_S)
     name, where = done.name, f"in namespace {done.namespace}" + (f" of {api.context}" if api.context else "")
+    if as_json and not wait:
+        import json
+
+        print(json.dumps({"job": name, "namespace": done.namespace, "outcome": done.outcome}))
     if done.outcome == "dry run":
         say(f"dry run: the server would take {_kinds(objects.objects)} for {name} {where}")
         return
@@ -163,7 +167,8 @@ def submit(
 
         follow_to_end(api, name, as_json=as_json)
     elif done.outcome == "created":
-        print(f"job/{name}")
+        if not as_json:
+            print(f"job/{name}")
         say(f"next: tuner status {name} -n {done.namespace}")
 
 

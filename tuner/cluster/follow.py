@@ -6,13 +6,14 @@
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from tuner import pod
-from tuner.cluster.api import EVENT, JOB, POD, Api, Object
-from tuner.cluster.api_errors import BadRequestError, ForbiddenError, NotFoundError, UnavailableError
+from tuner.cluster.api import EVENT, JOB, POD, WORKSPACE, Api, Object
+from tuner.cluster.api_errors import ApiError, BadRequestError, ForbiddenError, NotFoundError, UnavailableError
 from tuner.cluster.job import GPU, INSTANCE_TYPE_LABEL, WORKSPACE_LABEL, helper_name
 from tuner.cluster.observe import (
     QUEUE_LABEL,
@@ -102,6 +103,12 @@ def load_run(api: Api, name: str, *, progress: bool = True) -> Snapshot:
     """The Job `name` and all that tells of it. Raises InputMissingError when there is none."""
     job = api.find(JOB, name)
     if job is None:
+        with suppress(ApiError):  # whoever may not look, or has no such kind, is told of the Job
+            if api.find(WORKSPACE, name) is not None:
+                raise InputMissingError(
+                    f"Workspace {name} in namespace {api.namespace} has no Job yet",
+                    hint=f"kubectl get workspace {name} -o wide shows what its controller says",
+                )
         raise InputMissingError(
             f"there is no Job {name} in namespace {api.namespace}",
             hint="tuner status shows those there are; --namespace?",
