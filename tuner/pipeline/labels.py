@@ -11,7 +11,7 @@ A template that rewrites history (Qwen3 drops earlier thoughts, Mistral moves th
 show the model an earlier answer in another form than it has to produce: such a row becomes one example a turn.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -173,6 +173,8 @@ class Labeller:
             if isinstance(span, str):
                 return BadRow(row.origin, f"message {index + 1}: {span}")
             start, end = span
+            if hidden := _hidden_call(message, turn[start:end]):
+                return BadRow(row.origin, f"message {index + 1}: the chat template does not show its call of {hidden}")
             single.append(self._example(row, turn, (span,)))
             if whole[:end] == turn[:end]:
                 spans.append((start, end))
@@ -242,6 +244,16 @@ class Labeller:
                 input_ids = np.append(input_ids, np.int32(eos))
                 supervised = np.append(supervised, True)
             yield TokenRow(example.origin, input_ids, supervised, straddles)
+
+
+def _hidden_call(message: Mapping[str, Any], shown: str) -> str | None:
+    """The function that an assistant turn calls without its template showing it: what is learnt would be silence."""
+    for call in message.get("tool_calls") or []:
+        function = call.get("function", call) if isinstance(call, Mapping) else {}
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if isinstance(name, str) and name not in shown:
+            return name
+    return None
 
 
 def _common_prefix(one: str, other: str) -> str:
