@@ -131,6 +131,15 @@ def test_a_dry_run_creates_nothing(cluster: FakeKubernetes, capsys: pytest.Captu
     assert "dry run: the server would take ConfigMap, Secret, Job" in err
 
 
+@pytest.mark.parametrize("lost", ["configmaps", "secrets", "jobs"])
+def test_a_lost_answer_makes_nothing_twice(cluster: FakeKubernetes, lost: str) -> None:
+    cluster.fail("POST", f"/{lost}\\?(?!.*dryRun)", reset=True, after=True)
+    assert submitted() == 0
+    assert names(cluster, "jobs") == [NAME]
+    owners = {each["metadata"]["ownerReferences"][0]["name"] for each in cluster.objects("configmaps")}
+    assert owners == {NAME}
+
+
 def test_a_second_submit_of_the_same_changes_nothing(
     cluster: FakeKubernetes, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,6 +197,9 @@ def test_what_the_pod_would_wait_for_is_missed_before(
 
 
 def test_a_namespace_that_is_not_there_is_said(cluster: FakeKubernetes, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submitted("-n", "nowhere") == 66
+    assert "there is no namespace nowhere" in capsys.readouterr().err
+    cluster.deny("get", "namespaces")
     cluster.deny("get", "secrets")
     assert submitted("-n", "nowhere") == 66
     assert "there is no namespace nowhere" in capsys.readouterr().err
@@ -271,6 +283,8 @@ def test_what_the_check_job_finds_costs_no_gpu(cluster: FakeKubernetes, capsys: 
     err = capsys.readouterr().err
     assert "the check found: prepare: train.parquet row 3: no response (exit 65); no GPU was asked for" in err
     assert names(cluster, "jobs") == [f"{NAME}-check"]
+    assert main(["status", NAME]) == 0
+    assert "no response (exit 65)" in capsys.readouterr().out
     # again, once it is mended: the old check goes, a new one comes
     pending = lambda: any(each["status"]["phase"] == "Pending" for each in cluster.objects("pods"))  # noqa: E731
     with meanwhile(pending, lambda: cluster.run_job(f"{NAME}-check")):

@@ -56,7 +56,7 @@ def status(
         return
     now = datetime.now(UTC)
     if name:
-        found = describe(load_run(api, name), now)
+        found = describe(load_run(api, name, or_check=True), now)
         if as_json:
             print(json.dumps(found.as_json()))
         else:

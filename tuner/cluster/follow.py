@@ -99,9 +99,14 @@ class JobFailedError(TunerError):
 # ── a moment ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def load_run(api: Api, name: str, *, progress: bool = True) -> Snapshot:
-    """The Job `name` and all that tells of it. Raises InputMissingError when there is none."""
+def load_run(api: Api, name: str, *, progress: bool = True, or_check: bool = False) -> Snapshot:
+    """The Job `name` and all that tells of it; with `or_check` its check Job where that is all there is yet.
+
+    Raises InputMissingError when there is none.
+    """
     job = api.find(JOB, name)
+    if job is None and or_check and (job := api.find(JOB, helper_name(name, pod.CHECK))):
+        name = str(job["metadata"]["name"])
     if job is None:
         with suppress(ApiError):  # whoever may not look, or has no such kind, is told of the Job
             if api.find(WORKSPACE, name) is not None:
@@ -420,7 +425,7 @@ def read_logs(
     """
     seen: set[tuple[str, str]] = set()
     while True:
-        snapshot = load_run(api, name, progress=False)
+        snapshot = load_run(api, name, progress=False, or_check=True)
         newest = _newest(snapshot)
         if newest is None and not follows:
             raise InputMissingError(

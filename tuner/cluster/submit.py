@@ -18,6 +18,7 @@ from tuner.cluster.api import (
     CLAIM,
     CONFIG_MAP,
     JOB,
+    NAMESPACE,
     NODE,
     POD,
     SECRET,
@@ -27,7 +28,7 @@ from tuner.cluster.api import (
     Resource,
     resource_of,
 )
-from tuner.cluster.api_errors import AlreadyExistsError, ConflictError, ForbiddenError, NotFoundError
+from tuner.cluster.api_errors import AlreadyExistsError, ConflictError, ForbiddenError, NotFoundError, UnavailableError
 from tuner.cluster.follow import (
     POLL_S,
     JobFailedError,
@@ -55,6 +56,7 @@ from tuner.workspace import ConfigMap, LabelSelector, WorkspaceFile
 
 _GONE_WITHIN_S = 180.0
 _DIFFERENCES = 8
+_TRIES = 3
 
 
 # ── before rendering: what only the cluster knows ────────────────────────────────────────────────────────────────────
@@ -354,6 +356,7 @@ def submit(
     live = api.find(JOB, name)
     if live is not None:
         return _there_already(api, objects, live)
+    _refuse_missing_namespace(api)
     missing, unread = missing_things(api, objects)
     for line in unread:
         reporter.warn(line)
@@ -371,17 +374,55 @@ def submit(
     if dry_run:
         return Submitted(name, api.namespace, "dry run")
     for manifest in objects.objects[:-1]:
-        if api.create_once(manifest) is None and manifest["kind"] == "Secret" and not _is_ours(manifest, name):
+        if not _create(api, manifest)[1] and manifest["kind"] == "Secret" and not _is_ours(manifest, name):
             reporter.note(f"Secret {manifest['metadata']['name']} is there already and is left as it is")
     if check_job:
         _check_first(api, objects, check_job, reporter, poll_s, sleep)
-    made = api.create(objects.job)
+    made, is_new = _create(api, objects.job)
+    if not is_new and differences(objects, made, _live_run(api, made)):
+        raise ConfigError(f"Job {name} was created by somebody else meanwhile", hint="submit again to see what differs")
     for manifest in objects.objects[:-1]:
         if _is_ours(manifest, name):
             _give_owner(api, manifest, made, reporter)
     if check_job:
         _delete_quietly(api, str(check_job["metadata"]["name"]))
     return Submitted(name, api.namespace, "created")
+
+
+def _create(api: Api, manifest: Mapping[str, Any]) -> tuple[Object, bool]:
+    """The object, and whether it is new. When the answer to a create was lost, it is looked for before another try."""
+    resource, name = resource_of(manifest), str(manifest["metadata"]["name"])
+    for attempt in range(_TRIES):
+        try:
+            return api.create(manifest), True
+        except AlreadyExistsError:
+            if attempt == 0:
+                return _there(api, resource, name, manifest), False
+            return _there(api, resource, name, manifest), True  # it was ours, whose answer was lost
+        except UnavailableError as error:
+            if error.not_sent or attempt == _TRIES - 1:
+                raise
+    raise AssertionError("the last try returns or raises")
+
+
+def _there(api: Api, resource: Resource, name: str, manifest: Mapping[str, Any]) -> Object:
+    """What is there already; what may not be read is taken to be as we would have made it."""
+    try:
+        return api.get(resource, name)
+    except ForbiddenError:
+        return dict(manifest)
+
+
+def _refuse_missing_namespace(api: Api) -> None:
+    """Without one nothing else is worth a look. Reading namespaces is often forbidden: then the dry run tells."""
+    try:
+        api.get(NAMESPACE, api.namespace)
+    except ForbiddenError:
+        return
+    except NotFoundError as error:
+        raise InputMissingError(
+            f"there is no namespace {api.namespace}", hint=f"kubectl create namespace {api.namespace}, or --namespace"
+        ) from error
 
 
 def _missing_hint(missing: Sequence[str], namespace: str) -> str:
