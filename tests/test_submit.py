@@ -1,6 +1,7 @@
 """`tuner submit`, `cancel`, `delete` and `retry-push` against the strict API server: what is said, what is there."""
 
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.fake_kubernetes import FakeKubernetes
 from tuner.cli import main
@@ -224,8 +226,6 @@ def test_a_config_map_that_the_workspace_names_is_read_from_the_cluster(
     path.write_text(workspace)
     assert main(["submit", str(path)]) == 66
     assert "is neither in the Workspace's file nor in namespace default" in capsys.readouterr().err
-    import yaml
-
     cluster.put(yaml.safe_load(config_map))
     assert main(["submit", str(path)]) == 0
     run = next(each for each in cluster.objects("configmaps") if "-config-" in each["metadata"]["name"])
@@ -332,6 +332,28 @@ def test_which_nodes_fit(fits: bool, labels: dict[str, str], settings: dict[str,
     with FakeKubernetes() as cluster:
         cluster.add_node("n", labels, **settings)
         assert fitting_node(GPU_POD, Nodes(cluster.objects("nodes"))) == ("n" if fits else None)
+
+
+def test_the_documented_role_is_enough(cluster: FakeKubernetes, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "kubernetes.md").read_text()
+    roles = [
+        yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "kind: Role" in block
+    ]
+    assert len(roles) == 1
+    claim(cluster)
+    cluster.allow_only(roles[0]["rules"], "default")
+    with meanwhile(lambda: cluster.run_job(f"{NAME}-check")):
+        assert submitted("--check-job", "--results-volume", "results") == 0
+    cluster.start(NAME, "preflight")
+    for command in (["status"], ["status", NAME], ["logs", NAME], ["events", NAME], ["cancel", NAME], ["delete", NAME]):
+        assert main(command) == 0, command
+    err = capsys.readouterr().err
+    assert [line for line in err.splitlines() if "may not" in line or "not readable" in line] == [
+        line for line in err.splitlines() if "nodes are not readable" in line
+    ]
+    assert submitted("--results-volume", "results", "--no-check-job") == 0
+    cluster.run_job(NAME, {"pusher": result("push", 74, "registry is down")})
+    assert main(["retry-push", NAME]) == 0
 
 
 # ── cancel, delete, retry-push ───────────────────────────────────────────────────────────────────────────────────────
