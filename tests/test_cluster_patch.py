@@ -1,7 +1,10 @@
 """A user's patch: what it can do to a Job, and what it cannot."""
 
 import json
+import shutil
+import subprocess
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +19,7 @@ from tuner.cluster.templates import container, containers, pod_spec, volume
 from tuner.errors import ConfigError
 
 POD = "spec: {template: {spec: {%s}}}"
+JOB = render(workspace()).job
 
 
 def patched(text: str, **options: Any) -> dict[str, Any]:
@@ -47,7 +51,7 @@ def refusals(text: str) -> list[str]:
         (
             {"volumeMounts": [{"name": "v", "mountPath": "/a"}]},
             {"volumeMounts": [{"name": "v", "mountPath": "/b"}]},
-            {"volumeMounts": [{"name": "v", "mountPath": "/a"}, {"name": "v", "mountPath": "/b"}]},
+            {"volumeMounts": [{"name": "v", "mountPath": "/b"}, {"name": "v", "mountPath": "/a"}]},
         ),
         (
             {"ports": [{"containerPort": 1, "name": "a"}]},
@@ -71,6 +75,77 @@ def test_patches_merge_as_kubectl_merges_them(value: Any, patch: Any, merged: An
     before = deepcopy(value)
     assert merge(value, patch, "") == merged
     assert value == before
+
+
+@pytest.mark.parametrize(
+    ("patch", "order"),
+    [
+        ("x", "xabc"),  # what is new stands before what is there …
+        ("ax", "axbc"),  # … but after what the patch names before it
+        ("cx", "abcx"),
+        ("xc", "xabc"),
+        ("ba", "bac"),  # the patch's order is the order
+    ],
+)
+def test_items_stand_where_kubectl_puts_them(patch: str, order: str) -> None:
+    items = {"containers": [{"name": name} for name in "abc"]}
+    merged = merge(items, {"containers": [{"name": name} for name in patch]}, "")
+    assert "".join(each["name"] for each in merged["containers"]) == order
+
+
+# Of every kind of field and every directive; what the guard says of it is another matter.
+AGAINST_KUBECTL = [
+    POD % "containers: [{name: tickets, env: [{name: A, value: '1'}, {name: HOME, value: /x}]}]",
+    POD % "containers: [{name: tickets, env: [{name: HOME, $patch: delete}]}]",
+    POD % "containers: [{$patch: replace}, {name: side, image: x}]",
+    POD % "containers: [{name: pusher, $patch: delete}, {name: side, image: x}]",
+    POD % "tolerations: [{key: a, operator: Exists}]",
+    POD % "imagePullSecrets: [{name: a}, {name: b}]",
+    POD % "volumes: [{name: data-volume, emptyDir: {sizeLimit: 1Ti}}, {name: extra, emptyDir: {}}]",
+    POD % "volumes: [{name: data-volume, $retainKeys: [name, nfs], nfs: {server: s, path: /}}]",
+    POD % "volumes: [{name: data-volume, emptyDir: null, nfs: {server: s, path: /}}]",
+    POD % "containers: [{name: tickets, volumeMounts: [{mountPath: /extra, name: tmp}]}]",
+    POD % "containers: [{name: tickets, volumeMounts: [{mountPath: /tmp, $patch: delete}]}]",
+    POD % "containers: [{name: tickets, resources: {$patch: replace, limits: {memory: 1Gi}}}]",
+    POD % "containers: [{name: tickets, resources: {limits: {memory: null}}}]",
+    POD % "containers: [{name: tickets, resources: {$patch: delete}}]",
+    POD % "containers: [{name: tickets, args: [a, b], ports: [{containerPort: 1, name: a}]}]",
+    POD % "containers: [{name: tickets, envFrom: [{configMapRef: {name: a}}]}]",
+    POD % "containers: [{name: tickets, securityContext: {capabilities: {drop: [X]}}}]",
+    POD % "initContainers: [{name: data-downloader}, {name: new, image: y}, {name: preflight}]",
+    POD % "affinity: null",
+    POD % "securityContext: {runAsUser: 1000, seccompProfile: null}",
+    POD % "topologySpreadConstraints: [{topologyKey: a, maxSkew: 1, whenUnsatisfiable: DoNotSchedule}]",
+    POD % "hostAliases: [{ip: 1.2.3.4, hostnames: [a]}]",
+    POD % "resourceClaims: [{name: a, resourceClaimName: b}]",
+    "metadata: {labels: {x: y}, annotations: {tuner/run-digest: null}}",
+    "spec: {podFailurePolicy: {rules: [{action: Count, onExitCodes: {operator: In, values: [1]}}]}}",
+    "spec: {ttlSecondsAfterFinished: 5, backoffLimit: null}",
+    "spec: {template: {metadata: {labels: {$patch: replace, a: b}}}}",
+]
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl here")
+def test_kubectl_itself_makes_the_same_of_every_patch(tmp_path: Path) -> None:
+    def kubectl(file: Path, patch: Any) -> Any:
+        how = ["kubectl", "patch", "--local", "--type=strategic", "-o", "json"]
+        done = subprocess.run([*how, "-f", file, "-p", json.dumps(patch)], capture_output=True, text=True, check=True)
+        return json.loads(done.stdout)
+
+    file = tmp_path / "job.json"
+    file.write_text(json.dumps(JOB))
+    file.write_text(json.dumps(kubectl(file, {})))  # in its own words: what is empty is left out
+    before = json.loads(file.read_text())
+    for text in AGAINST_KUBECTL:
+        patch = yaml.safe_load(text)
+        assert _full(merge(before, patch, "")) == _full(kubectl(file, patch)), text
+
+
+def _full(value: Any) -> Any:
+    """Without what is empty: kubectl leaves some of that out."""
+    if isinstance(value, dict):
+        return {key: _full(each) for key, each in value.items() if each not in ({}, [], None)}
+    return [_full(each) for each in value] if isinstance(value, list) else value
 
 
 @pytest.mark.parametrize(
@@ -103,18 +178,17 @@ def test_a_users_own_fields_are_theirs() -> None:
         """
 spec:
   ttlSecondsAfterFinished: 60
-  podFailurePolicy: {rules: null}
   template:
     metadata: {annotations: {team/cost-centre: "42"}}
     spec:
       hostAliases: [{ip: 10.0.0.1, hostnames: [registry]}]
       volumes: [{name: data-volume, emptyDir: {sizeLimit: 1Ti}}]
       initContainers: [{name: data-downloader, env: [{name: HTTPS_PROXY, value: "http://proxy:3128"}]}]
-""".replace("  podFailurePolicy: {rules: null}\n", "")
+"""
     )
     assert job["spec"]["ttlSecondsAfterFinished"] == 60
     assert volume(job, "data-volume")["emptyDir"]["sizeLimit"] == "1Ti"
-    assert container(job, "data-downloader")["env"][-1]["name"] == "HTTPS_PROXY"
+    assert container(job, "data-downloader")["env"][0]["name"] == "HTTPS_PROXY"
     assert pod_spec(job)["hostAliases"]
 
 
@@ -137,9 +211,6 @@ def patch_at(job: Any, place: tuple[str | int, ...], value: Any) -> Any:
         return {key: inner}
     names = {name: job[key][name] for name in ("name", "mountPath") if isinstance(job[key], dict) and name in job[key]}
     return [{**names, **inner} if isinstance(inner, dict) else inner]
-
-
-JOB = render(workspace()).job
 
 
 @settings(max_examples=300, deadline=None)

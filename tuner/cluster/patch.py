@@ -149,21 +149,33 @@ def _merge_list(items: Sequence[Any], patch: Sequence[Any], key: str, path: str)
             raise ConfigError(f"patch, {path}: its items are mappings with a {key}")
     if any(set(each) == {_DIRECTIVE} and each[_DIRECTIVE] == "replace" for each in patch):
         return [merge({}, each, path) for each in patch if set(each) != {_DIRECTIVE}]
-    merged = list(deepcopy(list(items)))
+    places = {item.get(key): place for place, item in reversed(list(enumerate(items)))}
+    touched: list[tuple[int | None, Any]] = []  # where the item was, and what it is now
+    gone: set[int] = set()
     for index, each in enumerate(patch):
-        if each.get(key) is None:
+        if not isinstance(each.get(key), str | int):
             raise ConfigError(f"patch, {path}[{index}]: has no {key}, by which such lists are merged")
         where = f"{path}[{key}={each[key]}]"
-        at = next((place for place, item in enumerate(merged) if item.get(key) == each[key]), None)
-        if each.get(_DIRECTIVE) == "delete":
-            if at is None:
-                raise ConfigError(f"patch, {where}: there is none to delete")
-            del merged[at]
-        elif at is None:
-            merged.append(merge({}, each, where))
+        place = places.get(each[key])
+        if each.get(_DIRECTIVE) != "delete":
+            touched.append((place, merge({} if place is None else items[place], each, where)))
+        elif place is None:
+            raise ConfigError(f"patch, {where}: there is none to delete")
         else:
-            merged[at] = merge(merged[at], each, where)
-    return merged
+            gone.add(place)
+    gone |= {place for place, _ in touched if place is not None}
+    return _in_order(touched, [(place, item) for place, item in enumerate(items) if place not in gone])
+
+
+def _in_order(touched: Sequence[tuple[int | None, Any]], others: Sequence[tuple[int, Any]]) -> list[Any]:
+    """As kubectl orders them: the patch's items in its own order, new ones before what follows in the list."""
+    merged: list[Any] = []
+    left = list(others)
+    for place, item in touched:
+        while place is not None and left and left[0][0] < place:
+            merged.append(deepcopy(left.pop(0)[1]))
+        merged.append(item)
+    return [*merged, *(deepcopy(item) for _, item in left)]
 
 
 # ── what must not change ─────────────────────────────────────────────────────────────────────────────────────────────
