@@ -24,6 +24,7 @@ from tuner.cluster.api import (
     WORKSPACE,
     Api,
     Resource,
+    ServerVersion,
     resource_of,
 )
 from tuner.cluster.api_errors import ForbiddenError, NotFoundError
@@ -31,7 +32,7 @@ from tuner.cluster.crd import NAME as CRD_NAME
 from tuner.cluster.crd import custom_resource_definition
 from tuner.cluster.kaito import is_ours, refuse_beside_kaito
 from tuner.cluster.templates import Manifest, container, label, load_template, load_templates, set_env
-from tuner.errors import UsageError
+from tuner.errors import ConfigError, UsageError
 from tuner.urls import Allowed
 
 FOLDER = "install"
@@ -39,6 +40,8 @@ DEFAULT_NAMESPACE = "tuner-system"
 NAME = "tuner-controller"
 APP = "app.kubernetes.io/name"
 INSTANCE = "app.kubernetes.io/instance"  # the namespace: which of several installations an object is of
+
+OLDEST_SERVER = ServerVersion(1, 29)  # messageExpression and fieldPath in a CRD's rules
 
 Say = Callable[[str], None]
 
@@ -128,6 +131,8 @@ def install(api: Api, options: InstallOptions, say: Say) -> None:
             hint="build the target `run` of the Dockerfile and push it; --controller-image names the slim one",
         )
     manifests = installation(options)
+    if (version := api.server_version()) < OLDEST_SERVER:
+        raise ConfigError(f"this is Kubernetes {version}; the CRD's rules need {OLDEST_SERVER} or newer")
     refuse_beside_kaito(api)
     for manifest in manifests:
         resource, title = resource_of(manifest), _title(manifest)

@@ -9,7 +9,7 @@ What CEL cannot see is left to the controller: what a host name resolves to, hos
 an IPv6 literal parses. The API server refuses a CRD whose rules might cost too much, estimated from the bounds of every
 string and list. So: only functions that servers since 1.29 have (`find`, `matches`, `lowerAscii`; no `ip()`), no
 variables (`[x].map(v, …)` has no size that the estimate knows), no numbers made text, and one rule each for what would
-be too dear in one. tests/test_crd.py estimates as the server does. `message` instead of `pattern`: the server shows
+be too dear in one. tests/crd_server.py estimates as the server does. `message` instead of `pattern`: the server shows
 the value that fails a pattern, and a URL may be signed.
 """
 
@@ -132,7 +132,7 @@ UNFILLED: tuple[Case, ...] = (
 # ── names ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 _NAME = "self.metadata.name"
-WORKSPACE_NAME = first_of(
+_WRONG_NAME = first_of(
     "must be a DNS-1123 label",
     (f"{_NAME}.size() > {workspace.LABEL_CHARACTERS}", literal(workspace.TOO_LONG.format(workspace.LABEL_CHARACTERS))),
     (f"!{matches(f'^{workspace.LABEL.pattern}$', _NAME)}", words(workspace.NOT_A_LABEL, quoted(_NAME))),
@@ -159,9 +159,8 @@ def one_of(choices: Sequence[str]) -> Text:
 
 # ── image references (reference.py) ──────────────────────────────────────────────────────────────────────────────────
 
-_SPACE = (
-    r"[\s\x{1c}-\x{1f}\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}]"  # as str.strip()
-)
+# What str.strip() takes away.
+_SPACE = r"[\s\x{1c}-\x{1f}\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}]"
 _HOST = r"(?:localhost|[^/@]*[.:][^/@]*)/"  # a first part that is meant as one: reference.names_registry
 _HAS_HOST = matches(f"^{_HOST}")
 _REPOSITORY = f"({_HAS_HOST} ? {found(r'/[^:@]*')}.substring(1) : {found(r'^[^:@]*')})"
@@ -410,18 +409,18 @@ def _exactly_one(keys: Iterable[str], sentence: str) -> tuple[Rule, ...]:
     return Rule(f"{count} > 0", sentence), Rule(f"{count} < 2", workspace.ANOTHER_ONE.format(sentence))
 
 
-def unchanged(key: str, sentence: str, at: str | None = None) -> Rule:
+def unchanged(key: str, sentence: str) -> Rule:
     """`key` is as it was; a dotted key has parents that may be missing."""
     names = key.split(".")
     before = [f"self.{'.'.join(names[: depth + 1])}" for depth in range(len(names))]
     there = " && ".join(f"has({each})" for each in before)
     old = there.replace("self.", "oldSelf.")
-    return Rule(f"({there}) == ({old}) && (!({there}) || self.{key} == oldSelf.{key})", sentence, at=at or f".{key}")
+    return Rule(f"({there}) == ({old}) && (!({there}) || self.{key} == oldSelf.{key})", sentence, at=f".{key}")
 
 
 _WITH_TUNING = "!has(self.tuning) || !has(self.resource)"
 WHOLE = (
-    WORKSPACE_NAME,
+    replace(_WRONG_NAME, at=".metadata.name"),
     Rule("has(self.inference) || has(self.tuning)", workspace.NOT_NEITHER),
     Rule("!(has(self.inference) && has(self.tuning))", workspace.NOT_BOTH, at=".inference"),
     Rule(
@@ -432,7 +431,6 @@ WHOLE = (
     Rule(f"{_WITH_TUNING} || !has(self.resource.partition)", workspace.NO_PARTITION, at=".resource.partition"),
     Rule("has(self.tuning) == has(oldSelf.tuning)", "tuning cannot be added or removed; make another Workspace"),
     unchanged("resource.count", "the number of nodes cannot be changed"),
-    unchanged("resource.partition", "the partition cannot be changed"),
     unchanged("resource.labelSelector", "the label selector cannot be changed; make another Workspace"),
     Rule(
         "!has(oldSelf.resource) || !has(oldSelf.resource.instanceType) || oldSelf.resource.instanceType == ''"
