@@ -61,6 +61,22 @@ def test_two_processes_train_on_the_same_documents_with_the_same_losses_as_one(t
         assert both == pytest.approx(single, rel=1e-3)
 
 
+@pytest.mark.long
+def test_two_processes_stop_early_and_keep_the_adapter_that_one_does(tmp_path: Path) -> None:
+    from tuner.pipeline.run import train
+
+    # Nothing is ten nats better, so both stop after the third evaluation.
+    soon = {"eval_steps": 2, "early_stopping_patience": 2, "early_stopping_threshold": 10.0, "max_steps": 20}
+    configs = ({"TrainingArguments": each["TrainingArguments"] | soon} for each in (IN_ONE, CONFIG))
+    one, two = (ready(tmp_path / name, config) for name, config in zip(("one", "two"), configs, strict=True))
+    alone = train(one[0].spec, *one[1:], one[0].work_dir, Heard())
+    train_in_processes(two[0].spec, two[0].work_dir, 2, Heard())
+    together = Trained.load(two[0].work_dir / "trained.json")
+    assert alone.steps == 6
+    assert (together.steps, together.kept_step) == (alone.steps, alone.kept_step)
+    assert together.eval_loss_after == pytest.approx(alone.eval_loss_after, rel=1e-3)
+
+
 def test_two_processes_that_are_told_to_stop_save_one_checkpoint_and_go_on_from_it(tmp_path: Path) -> None:
     unbroken, _, _ = ready(tmp_path / "unbroken", CONFIG)
     train_in_processes(unbroken.spec, unbroken.work_dir, 2, Heard())

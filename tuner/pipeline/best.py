@@ -130,6 +130,8 @@ class KeepBest(TrainerCallback):  # type: ignore[misc]
         best = self.rule.best_step(state.log_history) if self.rule.keeps_best else None
         if best is None or best == state.global_step:
             return int(state.global_step)
+        if not state.is_world_process_zero:
+            return best  # the first process alone saves the adapter, and then clears this directory away
         weights = load_file(self._directory / _NAME.format(best))
         with torch.no_grad():
             for name, parameter in _trained(self._model).items():
