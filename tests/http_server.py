@@ -92,7 +92,7 @@ class HttpServer:
 
     def serve(self, path: str, *answers: Answer | bytes | Path) -> str:
         """Set what `path` answers, in this order, the last one for ever; gives the path's URL."""
-        wrapped = (answer if isinstance(answer, Answer) else Answer(body=answer) for answer in answers)
+        wrapped = (Answer(body=answer) if isinstance(answer, bytes | Path) else answer for answer in answers)
         with self._lock:
             self._answers[path] = deque(wrapped)
         return self.url + path

@@ -223,7 +223,7 @@ class Pod:
         path = self.directory / f"{container}.log"
         return path.read_text("utf-8", errors="replace") if path.exists() else ""
 
-    def wait_for(self, condition: Callable[[], object], *, timeout_s: float = 60, poll_s: float = 0.05) -> None:
+    def wait_for(self, condition: Callable[[], object], *, timeout_s: float = 180, poll_s: float = 0.05) -> None:
         """Until it holds; fails with the logs when the pod ends before, or it takes too long."""
         deadline = time.monotonic() + timeout_s
         while not condition():
@@ -232,7 +232,7 @@ class Pod:
                 pytest.fail(f"waited in vain, and this is what the pod said:\n{self._all_logs()}")
             time.sleep(poll_s)
 
-    def wait_for_log(self, container: str, pattern: str, *, timeout_s: float = 60) -> None:
+    def wait_for_log(self, container: str, pattern: str, *, timeout_s: float = 180) -> None:
         self.wait_for(lambda: re.search(pattern, self.log(container), re.MULTILINE), timeout_s=timeout_s)
 
     def kill(self, container: str) -> None:
@@ -265,7 +265,7 @@ class Pod:
         source = next(each for each in self.spec["volumes"] if each["name"] == volume)["secret"]
         _project(self._volumes[volume], self._files(source, "Secret", source["secretName"]), self._group)
 
-    def wait(self, timeout_s: float = 120) -> PodOutcome:
+    def wait(self, timeout_s: float = 300) -> PodOutcome:
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             self.terminate(grace_s=0)

@@ -1,6 +1,8 @@
 """What a container reads and says: its secrets, its arguments, what the Hub and a preflight tell it beforehand."""
 
+import fcntl
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -274,3 +276,27 @@ def test_a_service_that_is_down_never_becomes_the_code_that_trains_again(
     monkeypatch.setattr(module, "run_stage", run_stage)
     with pytest.raises(NotPushedError):
         container_of(tmp_path).push(Push())
+
+
+# ── one trainer on a volume ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_trainer_waits_for_one_that_a_lost_node_still_runs_on_the_same_volume(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(pod, "work_dir", lambda spec: tmp_path / "work")
+    seen: list[str] = []
+    monkeypatch.setattr(module, "run_stage", lambda stage, *_, **__: seen.append(stage) or {})
+    container = container_of(tmp_path)
+    (tmp_path / "work").mkdir()
+    with (tmp_path / "work" / ".lock").open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        waiting = threading.Thread(target=container.run, args=(("train",), Push()))
+        waiting.start()
+        waiting.join(0.5)
+        assert waiting.is_alive()
+        assert seen == []
+    waiting.join(10)
+    assert seen == ["train"]
+    assert isinstance(container.reporter, Heard)
+    assert "another process is training in it" in container.reporter.notes[0]

@@ -8,6 +8,7 @@ check            without a GPU: the data and their rows, where they are not too 
 """
 
 import re
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
@@ -28,7 +29,7 @@ from tuner.errors import (
 )
 from tuner.pipeline.dataset import DataFile, gather_rows
 from tuner.pipeline.download import format_bytes
-from tuner.pipeline.fetch import announced_bytes, check_stores, fetch
+from tuner.pipeline.fetch import announced_bytes, check_stores, fetch, wait_until_alone
 from tuner.pipeline.hub import HubRepository
 from tuner.pipeline.prepare import prepare
 from tuner.pipeline.run import (
@@ -209,6 +210,14 @@ class Container:
 
     def run(self, stages: tuple[StageName, ...], push: Push) -> Values:
         """What each stage is worth saying, in one. Raises what the stages raise."""
+        if "train" in stages:
+            # A pod that was replaced because its node was lost may still be at work, on a volume that both have.
+            self.work_dir.mkdir(parents=True, exist_ok=True)
+            with wait_until_alone(self.work_dir / ".lock", "training in it", self.reporter, threading.Event()):
+                return self._run(stages, push)
+        return self._run(stages, push)
+
+    def _run(self, stages: tuple[StageName, ...], push: Push) -> Values:
         values: Values = {}
         for stage in stages:
             if stage != "push":  # which may have to wait first
@@ -360,13 +369,13 @@ class Container:
         return values
 
     def push(self, how: Push) -> Values:
-        """Empty where the trainer beside has finished nothing: its own exit code tells of that."""
+        """Nothing is pushed where the trainer beside has finished nothing: its own exit code tells of that."""
         with ExitStack() as stack:
             if how.waits:
                 finished = stack.enter_context(self.turns.pushers(how.started_within_s))
                 if finished is None:
                     self.reporter.note("the trainer has finished nothing, so there is nothing to push")
-                    return {}
+                    return {"pushed": False}
                 trained = left_to_push(self.spec, self.work_dir)
                 if finished != Finished(run_digest=trained.run_digest, inputs_digest=trained.inputs_digest):
                     raise TunerError(f"{self.work_dir}: not the adapter that the trainer of this pod has finished")

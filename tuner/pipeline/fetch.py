@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,9 +123,12 @@ def fetch(
 
 
 @contextmanager
-def _alone(work_dir: Path, reporter: Reporter, cancelled: threading.Event) -> Iterator[None]:
-    """Wait until no other process fetches into this directory; what it fetched is then there. Freed however we die."""
-    with (work_dir / ".fetch.lock").open("a") as file:
+def wait_until_alone(lock: Path, doing: str, reporter: Reporter, cancelled: threading.Event) -> Iterator[None]:
+    """Hold the lock, once no other process does: what that did is then there. Freed however we die.
+
+    `doing` is for the line that says what is waited for. Raises InterruptedRunError when `cancelled` is set meanwhile.
+    """
+    with lock.open("a") as file:
         is_said = False
         while True:
             try:
@@ -133,14 +136,18 @@ def _alone(work_dir: Path, reporter: Reporter, cancelled: threading.Event) -> It
                 break
             except BlockingIOError:
                 if not is_said:
-                    reporter.note(f"{work_dir}: another process is fetching into it; waiting for that to end")
+                    reporter.note(f"{lock.parent}: another process is {doing}; waiting for that to end")
                     is_said = True
             except OSError as error:  # some network file systems have no locks
-                reporter.warn(f"{work_dir}: cannot be locked ({error.strerror}): let no other run use it meanwhile")
+                reporter.warn(f"{lock.parent}: cannot be locked ({error.strerror}): let no other run use it meanwhile")
                 break
             if cancelled.wait(0.1):
                 raise interrupted()
         yield
+
+
+def _alone(directory: Path, reporter: Reporter, cancelled: threading.Event) -> AbstractContextManager[None]:
+    return wait_until_alone(directory / ".fetch.lock", "fetching into it", reporter, cancelled)
 
 
 def fetch_sources(
