@@ -444,6 +444,7 @@ def test_a_missing_secret_is_found_in_events(cluster: FakeKubernetes, api: Api, 
 
 def test_kaitos_crd_gets_the_figures_where_it_has_room(tmp_path: Path) -> None:
     crd = custom_resource_definition()
+    del crd["metadata"]["labels"]
     for version in crd["spec"]["versions"]:
         del version["schema"]["openAPIV3Schema"]["properties"]["status"]["properties"]["tuning"]
     with FakeKubernetes(namespaces=("default", "tuner-system"), workspaces=False) as cluster:

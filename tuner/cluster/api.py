@@ -237,22 +237,37 @@ class Api:
         label_selector: str = "",
         field_selector: str = "",
     ) -> Listing:
-        """All that match, in pages, each with its apiVersion and kind (a server leaves them out of built-in kinds)."""
-        asked = self._asked("list", resource, namespace)
-        path = self._path(resource, namespace)
+        """All that match, each with its apiVersion and kind (a server leaves them out of built-in kinds)."""
         items: list[Object] = []
-        query = _without_empty(labelSelector=label_selector, fieldSelector=field_selector, limit=str(_PAGE))
+        version = ""
+        for page in self.pages(resource, namespace, label_selector=label_selector, field_selector=field_selector):
+            items += page.items
+            version = page.resource_version
+        return Listing(tuple(items), version)
+
+    def pages(
+        self,
+        resource: Resource,
+        namespace: str | None = None,
+        *,
+        label_selector: str = "",
+        field_selector: str = "",
+        limit: int = _PAGE,
+    ) -> Iterator[Listing]:
+        """The same, so many at a time: for who keeps little of each. All pages are of one moment."""
+        path, asked = self._path(resource, namespace), self._asked("list", resource, namespace)
+        query = _without_empty(labelSelector=label_selector, fieldSelector=field_selector, limit=str(limit))
         while True:
             page = self._json("GET", path, asked, query=query)
-            items += page.get("items") or []
+            items = page.get("items") or []
+            for item in items:
+                item.setdefault("apiVersion", resource.api_version)
+                item.setdefault("kind", resource.kind)
+            yield Listing(tuple(items), str(page["metadata"]["resourceVersion"]))
             more = page["metadata"].get("continue")
             if not more:
-                break
+                return
             query = {**query, "continue": more}
-        for item in items:
-            item.setdefault("apiVersion", resource.api_version)
-            item.setdefault("kind", resource.kind)
-        return Listing(tuple(items), str(page["metadata"]["resourceVersion"]))
 
     def watch(
         self,

@@ -247,9 +247,9 @@ class Controller:
 
     def _work(self) -> None:
         # Only now: what a process sees when it begins to lead is newer than all that was done before.
+        # And one after the other: whole objects are large, and what is kept of them is small.
         for each in self._watches:
             each.start()
-        for each in self._watches:
             while not each.synced.wait(0.2):
                 if self._stopping.is_set():
                     return

@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 from pydantic import ValidationError
 
 from tuner.pod import CHECK, DATA_DOWNLOADER, PREFLIGHT, PULLER, PUSHER
-from tuner.runspec import StageName, StageResult
+from tuner.runspec import Scalar, StageName, StageResult
 
 Object = Mapping[str, Any]
 
@@ -60,6 +60,12 @@ class JobView:
     results: Mapping[StageName, StageResult] = field(default_factory=dict)
 
     @property
+    def values(self) -> dict[str, Scalar]:
+        """What the stages that went well said of themselves, in one."""
+        well = (result.values for result in self.results.values() if result.exit_code == 0)
+        return {key: value for values in well for key, value in values.items()}
+
+    @property
     def retry(self) -> str | None:
         """`attempt 2 of 4, last: …`, or None in the first attempt without a mishap."""
         if self.last is None and self.attempt == 1:
@@ -92,8 +98,7 @@ def view_job(job: Object, pods: Sequence[Object], events: Sequence[Object] = ())
     conditions = {each["type"]: each for each in status.get("conditions", ()) if each.get("status") == "True"}
     # A pod that still runs is an old picture of it: what it said at its end is on its way.
     if "Complete" in conditions and not alive:
-        said = "push" in view.results
-        return replace(view, phase="succeeded", has_started=True, last=None, lacks_words=not said)
+        return replace(view, phase="succeeded", has_started=True, last=None, lacks_words="image" not in view.values)
     if (failed := conditions.get("Failed")) and not alive:
         failure = _why_failed(failed, last)
         return replace(view, phase="failed", has_started=True, failure=failure, last=None, lacks_words=last is None)

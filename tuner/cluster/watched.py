@@ -22,6 +22,7 @@ Name = tuple[str, str]  # namespace, name
 
 WATCH_S, RELIST_S = 300, 600.0
 _FIRST_WAIT_S, _LAST_WAIT_S = 0.5, 30.0
+_PAGE = 100  # whole objects in memory at a time
 
 _jitter = random.Random().uniform  # of its own: these threads must not take numbers from somebody's sequence
 
@@ -50,7 +51,7 @@ class Watched:
     ) -> None:
         self._api, self.resource, self._namespace = api, resource, namespace
         self._heard, self._trim, self._owner_of, self._log = heard, trim, owner_of, log
-        self._selectors = {"label_selector": label_selector, "field_selector": field_selector}
+        self._selectors: dict[str, str] = {"label_selector": label_selector, "field_selector": field_selector}
         self._watch_s, self._relist_s = watch_s, relist_s
         self._lock = threading.Lock()
         self._objects: dict[Name, Object] = {}
@@ -121,15 +122,17 @@ class Watched:
                 self._stop.wait(_LAST_WAIT_S)
 
     def _list(self) -> str:
-        listing = self._api.list(self.resource, self._namespace, **self._selectors)
-        self._last_heard = time.monotonic()
         there: set[Name] = set()
-        for thing in listing.items:
-            there.add(_name(thing))
-            self._put(thing)
+        version = ""
+        for page in self._api.pages(self.resource, self._namespace, **self._selectors, limit=_PAGE):
+            self._last_heard = time.monotonic()
+            for thing in page.items:
+                there.add(_name(thing))
+                self._put(thing)
+            version = page.resource_version
         for name in self._objects.keys() - there:
             self._drop(name)
-        return listing.resource_version
+        return version
 
     def _watch(self, version: str) -> str:
         """Hear of changes until the watch ends by itself; the version to go on from."""

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from tuner.cluster.observe import JobView, Object, ProgressLine
-from tuner.runspec import Scalar, StageName, StageResult
+from tuner.runspec import Scalar, StageName
 
 State = Literal["Pending", "Running", "Succeeded", "Failed"]
 
@@ -138,7 +138,8 @@ def _started(standing: Standing, state: State) -> Condition:
     if state in ("Running", "Succeeded") and view:
         return True, started, "; ".join(part for part in (_STARTED, *_doing(view, standing.progress)) if part)
     if standing.kind == "check" and view:
-        doing = "; ".join(part for part in _doing(view, None) if part)
+        waiting = f"waiting: {view.waiting_for}" if view.waiting_for else None
+        doing = "; ".join(part for part in (view.retry, waiting) if part)  # its stages are over in seconds
         return False, pending, f"{_NOT_STARTED}: checks run first" + (f"; {doing}" if doing else "")
     reason = (view.waiting_for if view else standing.message) or ""
     if view and view.phase == "stopping":
@@ -166,7 +167,7 @@ def _stage(view: JobView, progress: ProgressLine | None) -> StageName | None:
 def _succeeded(standing: Standing, state: State) -> Condition:
     view = standing.view
     if state == "Succeeded" and view:
-        image = _values(view.results.get("push")).get("image")
+        image = view.values.get("image")
         return True, "workspaceSucceeded", f"workspace succeeds; pushed {image}" if image else "workspace succeeds"
     if state == "Failed":
         return False, "workspaceFailed", _started(standing, state)[2]
@@ -262,18 +263,18 @@ def timestamp(moment: datetime) -> str:
 
 # ── figures ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-# Of which stage's result, the key there → the field in `status.tuning`.
-_FROM_RESULTS: tuple[tuple[StageName, str, tuple[str, ...]], ...] = (
-    ("fetch", "base_model", ("baseModel", "id")),
-    ("fetch", "base_model_revision", ("baseModel", "revision")),
-    ("fetch", "base_model_digest", ("baseModel", "digest")),
-    ("fetch", "data_digest", ("dataset", "digest")),
-    ("fetch", "files", ("dataset", "files")),
-    ("fetch", "bytes", ("dataset", "sizeBytes")),
-    ("prepare", "train_rows", ("dataset", "rows")),
-    ("train", "steps", ("step",)),
-    ("train", "loss", ("loss",)),
-    ("train", "eval_loss", ("evalLoss",)),
+# A key of the stages' results → the field in `status.tuning`. A container says the words of all its stages in one.
+_FROM_RESULTS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("base_model", ("baseModel", "id")),
+    ("base_model_revision", ("baseModel", "revision")),
+    ("base_model_digest", ("baseModel", "digest")),
+    ("data_digest", ("dataset", "digest")),
+    ("files", ("dataset", "files")),
+    ("bytes", ("dataset", "sizeBytes")),
+    ("train_rows", ("dataset", "rows")),
+    ("steps", ("step",)),
+    ("loss", ("loss",)),
+    ("eval_loss", ("evalLoss",)),
 )
 
 _TEXT = frozenset({"loss", "evalLoss"})  # as Kubeflow's trainerStatus has it: a number of any size, read by people
@@ -299,7 +300,7 @@ def _figures(standing: Standing, state: State, same_revision: bool, written: Map
     figures |= {"attempt": view.attempt, "attempts": view.attempts}
     if stage := _stage(view, standing.progress):
         figures["stage"] = stage
-    _put_results(figures, view.results)
+    _put_results(figures, view.values)
     if standing.progress:
         figures |= _of_progress(standing.progress)
     if state == "Succeeded":
@@ -309,9 +310,9 @@ def _figures(standing: Standing, state: State, same_revision: bool, written: Map
     return figures
 
 
-def _put_results(figures: dict[str, Any], results: Mapping[StageName, StageResult]) -> None:
-    for stage, key, path in _FROM_RESULTS:
-        value = _values(results.get(stage)).get(key)
+def _put_results(figures: dict[str, Any], values: Mapping[str, Scalar]) -> None:
+    for key, path in _FROM_RESULTS:
+        value = values.get(key)
         if value is None:
             continue
         *outer, last = path
@@ -319,14 +320,10 @@ def _put_results(figures: dict[str, Any], results: Mapping[StageName, StageResul
             figures[outer[0]] = {**figures.get(outer[0], {}), last: value}
         else:
             figures[last] = _text(value) if last in _TEXT else value
-    image = _values(results.get("push")).get("image")
+    image = values.get("image")
     if isinstance(image, str):
         _, at, digest = image.partition("@")
         figures["artifact"] = {"image": image, "digest": digest} if at else {"image": image}
-
-
-def _values(result: StageResult | None) -> Mapping[str, Scalar]:
-    return result.values if result and result.exit_code == 0 else {}
 
 
 def _of_progress(progress: ProgressLine) -> dict[str, Any]:

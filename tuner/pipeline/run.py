@@ -193,7 +193,15 @@ def run_stage(
 
 
 def fetched_values(fetched: Fetched) -> dict[str, Scalar]:
-    return {"files": len(fetched.files), "bytes": sum(file.size_bytes for file in fetched.files)}
+    data = hashlib.sha256("\n".join(file.sha256 for file in fetched.files).encode()).hexdigest()
+    values: dict[str, Scalar] = {
+        "files": len(fetched.files),
+        "bytes": sum(file.size_bytes for file in fetched.files),
+        "data_digest": f"sha256:{data}",
+    }
+    if model := fetched.base_model:
+        values |= {"base_model": model.id, "base_model_revision": model.revision, "base_model_digest": model.digest}
+    return values
 
 
 def prepared_values(prepared: Prepared) -> dict[str, Scalar]:
