@@ -194,8 +194,7 @@ def measure(workspaces: int, running: int) -> Figures:
             change_s = [_change(cluster, number) for number in range(CHANGES)]
             final_rss_mb = process.peak_rss_mb
     return Figures(
-        calls_each,
-        calls_by_kind,
+        calls,
         rendering_s,
         start_cpu_s,
         start_wall_s,

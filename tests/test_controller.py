@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from tests.fake_kubernetes import FakeKubernetes
+from tuner.cli import main
 from tuner.cluster.api import WORKSPACE, Api
 from tuner.cluster.controller import LEASE_NAME, Controller, ControllerOptions
 from tuner.cluster.crd import COLUMNS, custom_resource_definition
@@ -739,6 +740,13 @@ def test_sigterm_gives_the_lease_back_and_ends_with_0(cluster: FakeKubernetes, a
     lease = cluster.object("leases", LEASE_NAME, "tuner-system")
     assert lease is not None
     assert lease["spec"]["holderIdentity"] == ""
+
+
+def test_the_installed_deployment_gives_flags_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    deployment = yaml.safe_load((INSTALL / "deployment.yaml").read_text())
+    command, *flags = deployment["spec"]["template"]["spec"]["containers"][0]["args"]
+    assert main([command, *flags, "--namespace=team", "--allow-cidr=10.0.0.0/8", "--check-job=perhaps"]) == 64
+    assert "--check-job perhaps: there is auto, always and never" in capsys.readouterr().err
 
 
 def test_the_controller_needs_no_data_or_training_library() -> None:
