@@ -1616,7 +1616,8 @@ def _handler(cluster: FakeKubernetes) -> type[BaseHTTPRequestHandler]:
                 self._fail(fault)
                 return
             try:
-                if self.headers.get("Authorization") != f"Bearer {cluster.token}":
+                scheme, _, token = (self.headers.get("Authorization") or "").partition(" ")
+                if scheme.lower() != "bearer" or token != cluster.token:
                     raise Refusal(401, "Unauthorized", "Unauthorized")
                 found = cluster.parse(self.command, parts.path, query)
                 if isinstance(found, dict):

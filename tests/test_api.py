@@ -4,6 +4,7 @@ import json
 import socket
 import ssl
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -92,22 +93,25 @@ def test_in_a_pod_it_is_the_service_account(cluster: FakeKubernetes, tmp_path: P
     for name, text in (("token", cluster.token), ("ca.crt", "unused"), ("namespace", "jobs")):
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(api_module, "_SERVICE_ACCOUNT", tmp_path)
-    loader = incluster_config.InClusterConfigLoader
+    loader, loaders = incluster_config.InClusterConfigLoader, list[Any]()
 
     def load(client_configuration: Any) -> None:
         environment = {"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": "443"}
-        loader(str(tmp_path / "token"), str(tmp_path / "ca.crt"), environ=environment).load_and_set(
-            client_configuration
-        )
-        client_configuration.host = cluster.url
-        client_configuration.ssl_ca_cert = None
+        loaders.append(loader(str(tmp_path / "token"), str(tmp_path / "ca.crt"), environ=environment))
+        loaders[0].load_and_set(client_configuration)
+        loaders[0].host, loaders[0].ssl_ca_cert = cluster.url, None  # set again whenever the token is read
+        client_configuration.host, client_configuration.ssl_ca_cert = cluster.url, None
 
     monkeypatch.setattr(incluster_config, "load_incluster_config", load)
     api = Api.from_config(env={"HOME": str(tmp_path), "KUBERNETES_SERVICE_HOST": "127.0.0.1"})
     assert api.namespace == "jobs"
+    assert api.server_version().minor == 36  # 36.0.0 of the client sent no token here
     cluster.token = "a-new-token"
     with pytest.raises(UnauthorizedError):
         api.server_version()
+    (tmp_path / "token").write_text("a-new-token")
+    monkeypatch.setattr(loaders[0], "token_expires_at", datetime.now())
+    assert api.server_version().minor == 36  # the kubelet renews the file, and it is read again
 
 
 # ── what a server refuses ────────────────────────────────────────────────────────────────────────────────────────────
