@@ -63,17 +63,14 @@ def test_the_rank_is_rounded_up_to_one_that_vllm_takes(rank: int, flag: int) -> 
     assert flag in LORA_RANKS
 
 
-def test_the_largest_rank_of_a_pattern_counts() -> None:
-    config = "training_config: {LoraConfig: {r: 8, rank_pattern: {o_proj: 100}}}"
-    assert after(arguments(serve("vllm", config=config)), "--max-lora-rank") == "128"
-
-
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
         ("LoraConfig: {r: 600}", "vLLM takes ranks up to 512, and this is 600"),
         ("LoraConfig: {use_dora: true}", "vLLM loads no adapter with use_dora"),
         ("LoraConfig: {modules_to_save: [lm_head]}", "vLLM loads no adapter with modules_to_save"),
+        ("LoraConfig: {bias: lora_only}", "vLLM loads no adapter with bias"),
+        ("LoraConfig: {rank_pattern: {o_proj: 4}}", "vLLM ignores it and would scale those layers wrongly"),
     ],
 )
 def test_an_adapter_that_vllm_does_not_load_is_refused(config: str, sentence: str) -> None:

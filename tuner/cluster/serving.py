@@ -26,8 +26,10 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 ADAPTER_DIR = "/adapter/files"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
-# Of LoraConfig what changes an adapter in a way that vLLM does not load.
-_NOT_IN_VLLM = ("use_dora", "modules_to_save", "lora_bias", "target_parameters")
+# Of LoraConfig what vLLM refuses, and what it does not read (vllm/lora/peft_helper.py).
+_REFUSED_BY_VLLM = ("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "layer_replication")
+_IGNORED_BY_VLLM = ("rank_pattern", "alpha_pattern")
+_MERGE = "tuner merge makes a model of base and adapter, which needs no LoRA"
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,6 @@ class _Ask:
         name = self.job.namespace or self.file.workspace.metadata.namespace
         return {"namespace": name} if name else {}
 
-    @property
-    def rank(self) -> int:
-        return _largest_rank(self.spec)
-
 
 def _problems(server: Server, tuning: Tuning, spec: RunSpec, options: ServingOptions) -> Iterator[Problem]:
     if options.strength is not None and server != "kaito":
@@ -104,19 +102,22 @@ def _problems(server: Server, tuning: Tuning, spec: RunSpec, options: ServingOpt
             path="tuning.preset.presetOptions.image",
             hint="serve it with kaito",
         )
-    lora = spec.training.section("LoraConfig")
-    for key in _NOT_IN_VLLM:
-        if server == "vllm" and lora.get(key):
-            yield Problem(f"vLLM loads no adapter with {key}", path=f"LoraConfig.{key}")
-    rank = _largest_rank(spec)
-    if server == "vllm" and rank > LORA_RANKS[-1]:
-        yield Problem(f"vLLM takes ranks up to {LORA_RANKS[-1]}, and this is {rank}", path="LoraConfig.r")
+    if server == "vllm":
+        yield from _not_in_vllm(spec.training.section("LoraConfig"))
 
 
-def _largest_rank(spec: RunSpec) -> int:
-    """Of all layers: a pattern may give some of them another."""
-    lora = spec.training.section("LoraConfig")
-    return max(int(rank) for rank in (lora["r"], *(lora.get("rank_pattern") or {}).values()))
+def _not_in_vllm(lora: Mapping[str, Any]) -> Iterator[Problem]:
+    refused = [key for key in _REFUSED_BY_VLLM if lora.get(key)]
+    refused += ["bias"] if lora.get("bias", "none") != "none" else []
+    for key in refused:
+        yield Problem(f"vLLM loads no adapter with {key}", path=f"LoraConfig.{key}", hint=_MERGE)
+    for key in _IGNORED_BY_VLLM:
+        if lora.get(key):
+            yield Problem(
+                "vLLM ignores it, and would scale those layers wrongly", path=f"LoraConfig.{key}", hint=_MERGE
+            )
+    if lora["r"] > LORA_RANKS[-1]:
+        yield Problem(f"vLLM takes ranks up to {LORA_RANKS[-1]}, and this is {lora['r']}", path="LoraConfig.r")
 
 
 def _kaito(ask: _Ask) -> Manifest:
@@ -205,7 +206,7 @@ def _set_server(deployment: Manifest, ask: _Ask) -> None:
         vllm["image"] = ask.options.vllm_image
     gpus = max(1, count_gpus(ask.file.workspace, ask.job))
     model, revision = _model(ask.spec)
-    rank = next(rank for rank in LORA_RANKS if rank >= ask.rank)
+    rank = next(rank for rank in LORA_RANKS if rank >= ask.spec.training.value("LoraConfig", "r"))
     args = [model, *(["--revision", revision] if revision else []), "--enable-lora", "--max-lora-rank", str(rank)]
     args += ["--lora-modules", f"{ask.spec.name}={ADAPTER_DIR}"]
     if _has_chat_template(ask.spec):
