@@ -70,7 +70,7 @@ def test_the_rank_is_rounded_up_to_one_that_vllm_takes(rank: int, flag: int) -> 
         ("LoraConfig: {use_dora: true}", "vLLM loads no adapter with use_dora"),
         ("LoraConfig: {modules_to_save: [lm_head]}", "vLLM loads no adapter with modules_to_save"),
         ("LoraConfig: {bias: lora_only}", "vLLM loads no adapter with bias"),
-        ("LoraConfig: {rank_pattern: {o_proj: 4}}", "vLLM ignores it and would scale those layers wrongly"),
+        ("LoraConfig: {rank_pattern: {o_proj: 4}}", "vLLM ignores it, and would scale those layers wrongly"),
     ],
 )
 def test_an_adapter_that_vllm_does_not_load_is_refused(config: str, sentence: str) -> None:
