@@ -368,7 +368,7 @@ def _size(schema: Schema) -> float:
 
 @dataclass(frozen=True)
 class Price:
-    """Of one rule, with its message: the estimates for all the places where it may stand."""
+    """The estimate for one rule at all the places where it may stand, and for its message, which is made once."""
 
     path: str
     rule: str
@@ -380,10 +380,10 @@ def prices(schema: Schema, path: str = "", places: float = 1) -> Iterator[Price]
     for rule in schema.get("x-kubernetes-validations", ()):
         estimator = _Estimator({"self": schema, "oldSelf": schema})
         holds, message = (
-            estimator.of(celpy.Environment().compile(text)).cost * places if text else 0
+            estimator.of(celpy.Environment().compile(text)).cost if text else 0
             for text in (rule["rule"], rule.get("messageExpression"))
         )
-        yield Price(path, rule["rule"], holds, message)
+        yield Price(path, rule["rule"], holds * places, message)
     for key, below in schema.get("properties", {}).items():
         yield from prices(below, f"{path}.{key}".lstrip("."), places)
     if "items" in schema:

@@ -7,9 +7,9 @@ tests/test_crd.py evaluates both on the same table.
 
 What CEL cannot see is left to the controller: what a host name resolves to, hosts in letters other than ASCII, whether
 an IPv6 literal parses. The API server refuses a CRD whose rules might cost too much, estimated from the bounds of every
-string and list. So: only functions that servers since 1.29 have (`find`, `matches`, `lowerAscii`; no `ip()`), no
-variables (`[x].map(v, …)` has no size that the estimate knows), no numbers made text, and one rule each for what would
-be too dear in one. tests/crd_server.py estimates as the server does. `message` instead of `pattern`: the server shows
+string and list, and an object on which they did. So: only functions that servers since 1.29 have (`find`, `matches`,
+`lowerAscii`; no `ip()`), no variables (`[x].map(v, …)` has no size that the estimate knows), no numbers made text, and
+short regexes for URLs. tests/crd_server.py estimates as the server does. Rules instead of `pattern`: the server shows
 the value that fails a pattern, and a URL may be signed.
 """
 
@@ -111,11 +111,15 @@ def words(sentence: str, *values: Cel) -> Cel:
 
 def first_of(says: str, *cases: Case) -> Rule:
     """One rule for all the cases: the sentence of the first that applies, else `says`."""
-    holds = " && ".join(f"!({wrong})" for wrong, _ in cases)
+    return Rule(" && ".join(f"!({wrong})" for wrong, _ in cases), says, first_sentence(*cases))
+
+
+def first_sentence(*cases: Case) -> Cel:
+    """The sentence of the first case that applies; the last needs no asking."""
     in_words = cases[-1][1]
     for wrong, sentence in reversed(cases[:-1]):
         in_words = f"({wrong}) ? ({sentence}) : ({in_words})"
-    return Rule(holds, says, in_words)
+    return in_words
 
 
 # ── what nobody has filled in ────────────────────────────────────────────────────────────────────────────────────────
@@ -251,6 +255,10 @@ def _is_one_of(hosts: Collection[str]) -> Cel:
     return f"{_SLASHES_AND_NAME} in [{', '.join(literal(f'//{host}') for host in sorted(hosts))}]"
 
 
+def _never(what: str, address: Cel) -> Cel:
+    return words(urls.NEVER_AN_ADDRESS.format("{}", what), address)
+
+
 def _opened_by_flag(sentence: str, address: Cel, bits: int) -> Cel:
     return words(sentence.format("{}", "{}", bits), address, address)
 
@@ -267,9 +275,17 @@ _BELOW_LOCALHOST = r"[^/?#:]*\.localhost"
 _BEFORE_QUERY = found("^[^?]*")  # a placeholder in a signed query is none
 _NUMBER = r"([^/?#:@%]*\.)?(0x[0-9a-f]*|\d+)"
 _FOUR_NUMBERS = matches(rf"//({_BYTE}(\.|\b)){{4}}\.*{_END}")
+(_LOOPBACK_IPV4,) = (network for network in urls.LOOPBACK if isinstance(network, IPv4Network))
 _LOOPBACK_IPV6 = r"(0{0,4}:)+0{0,3}1\]"
 _CLOUD_IPV6 = "fd00:0?ec2:|fd20:(00)?ce:"
 _NEVER_IPV4 = [(network, what) for network, what in urls.NEVER if isinstance(network, IPv4Network)]
+_NEVER_OF_SHARED = [network for network, _ in _NEVER_IPV4 if network.subnet_of(_SHARED)]
+_NEVER_IPV6 = {
+    "fe[89ab][0-9a-f]:": "a link-local address",
+    _CLOUD_IPV6: "a cloud's metadata address",
+    r"[0:]+\]": "an unspecified address",
+    "ff[0-9a-f]{2}:": "a multicast address",
+}
 
 _NEVER_FETCHED = (
     Rule(f"!{matches(_EXPRESSION, _BEFORE_QUERY)}", workspace.UNFILLED_EXPRESSION.format("render the file first")),
@@ -295,26 +311,15 @@ _NEVER_FETCHED = (
         urls.NEVER_A_HOST.format("the host"),
         words(urls.NEVER_A_HOST, _HOST_NAME),
     ),
-    *(
-        Rule(
-            f"!{_in_ipv4(network)}",
-            urls.NEVER_AN_ADDRESS.format("the host", what),
-            words(urls.NEVER_AN_ADDRESS.format("{}", what), _IPV4),
-        )
-        for network, what in _NEVER_IPV4
+    Rule(
+        f"!{_in_ipv4(*(network for network, _ in _NEVER_IPV4))}",
+        urls.NEVER_AN_ADDRESS.format("the host", "a metadata, link-local, unspecified or multicast address"),
+        first_sentence(*((_in_ipv4(network), _never(what, _IPV4)) for network, what in _NEVER_IPV4)),
     ),
-    *(
-        Rule(
-            f"!{_in_ipv6(beginning)}",
-            urls.NEVER_AN_ADDRESS.format("the host", what),
-            words(urls.NEVER_AN_ADDRESS.format("{}", what), _IPV6),
-        )
-        for beginning, what in (
-            ("fe[89ab][0-9a-f]:", "a link-local address"),
-            (_CLOUD_IPV6, "a cloud's metadata address"),
-            (r"[0:]+\]", "an unspecified address"),
-            ("ff[0-9a-f]{2}:", "a multicast address"),
-        )
+    Rule(
+        f"!{_in_ipv6('|'.join(_NEVER_IPV6))}",
+        urls.NEVER_AN_ADDRESS.format("the host", "a metadata, link-local, unspecified or multicast address"),
+        first_sentence(*((_in_ipv6(beginning), _never(what, _IPV6)) for beginning, what in _NEVER_IPV6.items())),
     ),
 )
 _UNLESS_OPENED = (
@@ -329,14 +334,12 @@ _UNLESS_OPENED = (
         words(urls.THIS_MACHINE, _HOST_NAME),
     ),
     Rule(
-        f"!{_in_ipv4(*(each for each in urls.LOOPBACK if isinstance(each, IPv4Network)))}",
-        urls.LOOPBACK_ADDRESS.format("the host", "ADDRESS", 32),
-        _opened_by_flag(urls.LOOPBACK_ADDRESS, _IPV4, 32),
-    ),
-    Rule(
-        f"!{_in_ipv4(*PRIVATE_IPV4)} || {_in_ipv4(*(each for each, _ in _NEVER_IPV4 if each.subnet_of(_SHARED)))}",
+        f"!{_in_ipv4(_LOOPBACK_IPV4, *PRIVATE_IPV4)} || {_in_ipv4(*_NEVER_OF_SHARED)}",
         urls.PRIVATE_ADDRESS.format("the host", "ADDRESS", 32),
-        _opened_by_flag(urls.PRIVATE_ADDRESS, _IPV4, 32),
+        first_sentence(
+            (_in_ipv4(_LOOPBACK_IPV4), _opened_by_flag(urls.LOOPBACK_ADDRESS, _IPV4, 32)),
+            ("", _opened_by_flag(urls.PRIVATE_ADDRESS, _IPV4, 32)),
+        ),
     ),
     Rule(
         f"!{_in_ipv6('(0*:)+([0-9a-f.]+:)*[1-9a-f][0-9a-f.]+|0{0,2}64:ff9b:|2002:|2001:0*:')}"
@@ -344,14 +347,12 @@ _UNLESS_OPENED = (
         urls.WRAPPED,
     ),
     Rule(
-        f"!{_in_ipv6(_LOOPBACK_IPV6)}",
-        urls.LOOPBACK_ADDRESS.format("the host", "ADDRESS", 128),
-        _opened_by_flag(urls.LOOPBACK_ADDRESS, _IPV6, 128),
-    ),
-    Rule(
-        f"!{_in_ipv6('f[cd]|2001:0?db8:')} || {_in_ipv6(_CLOUD_IPV6)}",
+        f"!{_in_ipv6(f'{_LOOPBACK_IPV6}|f[cd]|2001:0?db8:')} || {_in_ipv6(_CLOUD_IPV6)}",
         urls.PRIVATE_ADDRESS.format("the host", "ADDRESS", 128),
-        _opened_by_flag(urls.PRIVATE_ADDRESS, _IPV6, 128),
+        first_sentence(
+            (_in_ipv6(_LOOPBACK_IPV6), _opened_by_flag(urls.LOOPBACK_ADDRESS, _IPV6, 128)),
+            ("", _opened_by_flag(urls.PRIVATE_ADDRESS, _IPV6, 128)),
+        ),
     ),
 )
 
