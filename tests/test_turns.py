@@ -87,3 +87,11 @@ def test_a_marker_that_is_cut_short_is_none(tmp_path: Path) -> None:
 def test_without_a_volume_nobody_meets(tmp_path: Path) -> None:
     assert Turns(tmp_path).is_shared
     assert not Turns(tmp_path / "none").is_shared
+
+
+def test_the_lock_is_taken_before_anything_heavy_is_imported() -> None:
+    code = "import sys; import tuner.cli, tuner.pipeline.turns; print(' '.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "fcntl" in loaded
+    assert not loaded & {"torch", "transformers", "pyarrow", "datasets", "requests"}
