@@ -56,6 +56,7 @@ from tuner.errors import UsageError
 from tuner.pod import PUSH_HOLD_S
 
 if TYPE_CHECKING:
+    from tuner.cluster.follow import Status
     from tuner.cluster.job import JobOptions
     from tuner.workspace import WorkspaceFile
 
@@ -180,11 +181,10 @@ def _kinds(manifests: "tuple[dict[str, object], ...]") -> str:
     return ", ".join(str(each["kind"]) for each in manifests)
 
 
-def _say_there_already(status: object, *, follows: bool) -> None:
+def _say_there_already(status: "Status", *, follows: bool) -> None:
     """A second submit of the same: what the first has come to. One that failed is no success."""
-    from tuner.cluster.follow import JobFailedError, Status, progress_text
+    from tuner.cluster.follow import JobFailedError, progress_text
 
-    assert isinstance(status, Status)
     if status.phase == "failed":
         raise JobFailedError(
             f"Job {status.name} of the same run has failed: {status.error}",
