@@ -119,7 +119,8 @@ def test_the_logit_soft_cap_is_applied_and_differentiated() -> None:
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-5)
     expected_gradients = gradients(plain, expected)
     for name, gradient in gradients(ours, loss).items():
-        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-4, atol=1e-6)
+        scale = expected_gradients[name].abs().max().clamp(min=1.0)
+        torch.testing.assert_close(gradient / scale, expected_gradients[name] / scale, rtol=0, atol=1e-6)
 
 
 def test_another_documents_tokens_change_nothing() -> None:

@@ -20,7 +20,7 @@ CONTEXT_BYTES = GIB
 NCCL_BYTES = GIB // 2  # for gradients to travel between GPUs; an allowance too
 # Of what weights and adapters leave free, activations may fill this much: the rest is the allocator's to waste.
 FILL = 0.85
-HEAD_CHUNK_LOGITS = 2**26  # that exist at one time, at 10 bytes each while their gradient is made
+HEAD_CHUNK_LOGITS = 2**26  # that exist at one time, at 6 bytes each while their gradient is made
 QUANTIZATION_BLOCK = 64  # weights that share one scale
 SCALES_BLOCK = 256  # scales that share one scale, with double quantization
 
@@ -308,8 +308,8 @@ def linear_bytes(linear: Linear, setup: Setup) -> int:
             return weights * bits // 8
 
 
-# logits in fp32 and their gradient, once more on its way to bf16; with a soft cap its derivative too
-_LOGIT_BYTES = {False: 10, True: 16}
+# logits in fp32, which become their gradient in place, and its copy in bf16; with a soft cap its derivative too
+_LOGIT_BYTES = {False: 6, True: 10}
 
 
 def _saved_by_block(shape: Shape, setup: Setup) -> int:

@@ -73,19 +73,14 @@ def looped_attention(
         cu_seq_lens: torch.Tensor | None = boundaries.get("cu_seq_lens_q")
         edges = [0, query.shape[2]] if cu_seq_lens is None else cu_seq_lens.tolist()
     grouped = query.shape[1] != key.shape[1]
+    lengths = [end - begin for begin, end in pairwise(edges)]
     parts = []
-    for begin, end in pairwise(edges):
-        cut = slice(begin, end)
-        mask = _window_mask(end - begin, sliding_window, query.device)
+    # split, as the backward of a slice fills the whole row with zeros, for each document
+    for q, k, v in zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True):
+        mask = _window_mask(q.shape[2], sliding_window, query.device)
         parts.append(
             scaled_dot_product_attention(
-                query[:, :, cut],
-                key[:, :, cut],
-                value[:, :, cut],
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=scaling,
-                enable_gqa=grouped,
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
             )
         )
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
@@ -179,24 +174,33 @@ class _SummedNll(torch.autograd.Function):  # type: ignore[misc]
         softcap: float | None,
     ) -> torch.Tensor:
         """hidden (n, d), weight (V, d), bias (V,), targets (n,) → scalar in fp32."""
+        # All in place: the logits of a chunk are the largest thing there is.
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         needs_gradient = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if needs_gradient else None
         size = head_chunk_tokens(weight.shape[0])
         for begin in range(0, hidden.shape[0], size):
             chunk = slice(begin, begin + size)
-            logits = torch.nn.functional.linear(hidden[chunk].to(weight.dtype), weight, bias).float() * scale
+            logits = torch.nn.functional.linear(hidden[chunk].to(weight.dtype), weight, bias).float()
+            if scale != 1.0:
+                logits *= scale
             if softcap:
-                capped = torch.tanh(logits / softcap)
+                capped = logits.div_(softcap).tanh_()
                 logits = capped * softcap
-            log_z = torch.logsumexp(logits, dim=-1)
-            total += (log_z - logits.gather(1, targets[chunk, None])[:, 0]).sum()
+            wanted = targets[chunk, None]
+            of_target = logits.gather(1, wanted)
+            peak = logits.amax(dim=1, keepdim=True)
+            odds = logits.sub_(peak).exp_()
+            odds_sum = odds.sum(dim=1, keepdim=True)
+            total += (odds_sum.log() + peak - of_target).sum()
             if gradient is not None:
-                by_logits = logits.sub_(log_z[:, None]).exp_()
-                by_logits.scatter_add_(1, targets[chunk, None], by_logits.new_full((by_logits.shape[0], 1), -1.0))
+                by_logits = odds.div_(odds_sum)
+                by_logits.scatter_add_(1, wanted, by_logits.new_full(wanted.shape, -1.0))
                 if softcap:
-                    by_logits *= 1 - capped * capped
-                gradient[chunk] = ((by_logits * scale).to(weight.dtype) @ weight).to(hidden.dtype)
+                    by_logits *= capped.square_().neg_().add_(1.0)
+                if scale != 1.0:
+                    by_logits *= scale
+                gradient[chunk] = (by_logits.to(weight.dtype) @ weight).to(hidden.dtype)
         ctx.save_for_backward(gradient)
         return total
 
