@@ -345,3 +345,80 @@ def test_ligers_patch_is_on_this_model_only_and_is_put_back() -> None:
         [sys.executable, "-W", "ignore", "-c", _LIGER], capture_output=True, text=True, timeout=120, check=False
     )
     assert found.stdout.strip().endswith("put back"), found.stderr[-3000:]
+
+
+# ── on a real GPU ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.gpu
+@pytest.mark.train
+def test_every_lever_on_this_gpu_has_the_plain_gradients(trainer: Any) -> None:
+    """In bf16, beside documents one after the other, PEFT's own LoRA and transformers' own layers."""
+    from tuner.pipeline.levers import Bench, difference, levers_of
+    from tuner.pipeline.model import pick_device
+
+    device = pick_device()
+    bench = Bench(trainer, device)
+    tried = []
+    with bench.undisturbed():
+        for lever in levers_of(trainer, trainer.exact, device):
+            if lever.obstacle() is None:
+                plain = bench.gradients()
+                lever.turn_on()
+                assert difference(plain, bench.gradients(), device.dtype) is None, lever.name
+                lever.turn_off()
+                assert difference(plain, bench.gradients(), device.dtype) is None, f"{lever.name} was not put back"
+                tried.append(lever.name)
+    assert {FUSED_LORA, RESIDENT_WEIGHTS} <= set(tried)
+
+
+@pytest.mark.gpu
+@pytest.mark.train
+def test_the_probe_measures_this_gpu(trainer: Any) -> None:
+    from tuner.pipeline.levers import Bench
+    from tuner.pipeline.model import pick_device
+
+    bench = Bench(trainer, pick_device())
+    with bench.undisturbed():
+        small, large = bench.sample(256), bench.sample(2048)
+        room = bench.room("adamw_torch_fused", ranks=1)
+    assert small is not None
+    assert large is not None
+    assert 0 < small.peak_bytes < large.peak_bytes
+    assert 0 < room.bytes < room.free_bytes
+    choice = chosen(trainer)
+    assert choice.on["memory-probe"] is None
+    assert not choice.recomputes  # a tiny model
+
+
+@pytest.mark.gpu
+@pytest.mark.train
+def test_a_process_held_to_little_memory_sees_little_room(trainer: Any) -> None:
+    import torch
+
+    from tuner.pipeline.levers import Bench
+    from tuner.pipeline.model import pick_device
+
+    bench = Bench(trainer, pick_device())
+    torch.cuda.set_per_process_memory_fraction(0.1)
+    try:
+        with bench.undisturbed():
+            assert bench.room("adamw_torch_fused", ranks=1).free_bytes < 0.1 * torch.cuda.mem_get_info()[1]
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.train
+def test_a_step_does_not_wait_for_the_gpu(trainer: Any) -> None:
+    """Whatever reads a value back from the GPU raises here."""
+    import torch
+
+    documents = [trainer.train_dataset[number] for number in range(4)]
+    model = trainer.accelerator.prepare_model(trainer.model)
+    trainer.training_step(model, documents, 100)  # compiles and allocates
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.training_step(model, documents, 100)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -309,7 +309,7 @@ def summed_nll(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     head = model.get_output_embeddings()
     config = model.config.get_text_config()
     return _SummedNll.apply(
-        hidden[batch["learnt"]], head.weight, head.bias, batch["targets"], *_logit_transform(config)
+        hidden.index_select(0, batch["learnt"]), head.weight, head.bias, batch["targets"], *_logit_transform(config)
     )
 
 
