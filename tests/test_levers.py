@@ -11,6 +11,7 @@ from tiny import Heard, make_job, prepared_job, rows_of
 from tuner.errors import ConfigError
 from tuner.levers import FUSED_LORA, LEVERS, LIGER, PACKING, RESIDENT_WEIGHTS, parse_disabled
 from tuner.pipeline.probe import Pieces, Room, Sample
+from tuner.pipeline.startup import StartUp
 
 SHORT = {
     "TrainingArguments": {
@@ -67,7 +68,7 @@ def trainer(tmp_path: Path) -> Any:
     arguments = train.training_arguments(
         job.spec, prepared, device, pieces, tmp_path / "checkpoints", evaluate_first=False
     )
-    model, _, exact = train._model(job.spec, prepared, job.work_dir, device, Heard())
+    model, _, exact = train._model(job.spec, prepared, job.work_dir, device, Heard(), StartUp())
     made = train._trainer(model, exact, arguments, pieces, prepared, job.work_dir, [], Heard())
     made.exact = exact
     return made
