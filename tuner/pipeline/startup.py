@@ -69,9 +69,9 @@ class StartUp:
         if not (directory / "config.json").is_file():
             return
         reads = self._pool.submit(read_ahead, directory)
+        if self._imports:
+            self._imports.result()  # has its own time: waiting for it is not another import
         with self.part("imports"):
-            if self._imports:
-                self._imports.result()
             load = _loader(spec, directory)
         reads.result()
         if load:
