@@ -39,7 +39,8 @@ ENTRYPOINT = [sys.executable, "-m", "tuner"]
 # Of the image, not of the Job. Threads that wait for each other cost a tiny model more than they give.
 IMAGE_ENV = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"}
 CLUSTER_ENV = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "KUBERNETES_SERVICE_PORT": "443"}  # whatever the pod says
-MESSAGE_BYTES, LOG_MESSAGE_BYTES, LOG_MESSAGE_LINES = 4096, 2048, 80  # what a kubelet keeps
+# What a kubelet keeps of a container, in equal shares of what it keeps of a pod.
+MESSAGE_BYTES, POD_MESSAGE_BYTES, LOG_MESSAGE_BYTES, LOG_MESSAGE_LINES = 4096, 12 * 1024, 2048, 80
 _SYSTEM = ("bin", "sbin", "lib", "lib32", "lib64", "usr", "etc", "opt", "nix")
 _DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 
@@ -311,9 +312,9 @@ class Pod:
         if name not in self._running:
             return 1
         exit_code = self._running[name].wait()
-        message = (
-            (self.directory / f"{name}.termination-message").read_bytes()[:MESSAGE_BYTES].decode("utf-8", "ignore")
-        )
+        count = len(self.spec["containers"]) + len(self.spec.get("initContainers", ()))
+        written = (self.directory / f"{name}.termination-message").read_bytes()
+        message = written[: min(MESSAGE_BYTES, POD_MESSAGE_BYTES // count)].decode("utf-8", "ignore")
         if not message and exit_code and container.get("terminationMessagePolicy") == "FallbackToLogsOnError":
             message = "\n".join(self.log(name)[-LOG_MESSAGE_BYTES:].splitlines()[-LOG_MESSAGE_LINES:])
         with self._lock:

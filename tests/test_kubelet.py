@@ -110,6 +110,13 @@ def test_the_termination_message_is_the_file_else_the_end_of_the_log(node: Node)
     assert [(each.exit_code, each.message) for each in ended.values()] == [(0, "word"), (3, "talk"), (137, "")]
 
 
+def test_containers_share_what_is_kept_of_a_pods_messages(node: Node) -> None:
+    talks = "head -c 5000 /dev/zero | tr '\\0' x > /dev/termination-log"
+    for count, kept in ((1, 4096), (4, 3072)):
+        ended = node.start_pod(job_of(*(container(f"c{number}", talks) for number in range(count)))).wait().containers
+        assert [len(each.message) for each in ended.values()] == [kept] * count
+
+
 def test_sigterm_reaches_every_container_and_sigkill_comes_after_the_grace(node: Node) -> None:
     polite = "trap 'exit 75' TERM; echo ready; while true; do sleep 0.05; done"
     deaf = "echo ready; while true; do sleep 0.05; done"  # process 1 hears only what it has a handler for

@@ -132,6 +132,27 @@ def test_a_containers_last_word_has_every_problem_and_the_hint(
     assert capsys.readouterr().out.strip().endswith(log.read_text())
 
 
+def test_last_words_are_whole_where_a_pods_containers_share_what_a_kubelet_keeps() -> None:
+    """12 KiB of a pod in equal shares: ours has four containers, and a mesh or a cloud's identity adds two."""
+    share = 12 * 1024 // 6
+    long = StageResult(
+        stage="train",
+        exit_code=65,
+        message='"ä\n' * 2000,
+        hint='"ö\n' * 2000,
+        values={"run_digest": "sha256:" + "a" * 64},
+    )
+    cut = StageResult.model_validate_json(long.to_message())
+    assert len(long.to_message().encode()) <= share
+    assert (cut.exit_code, cut.values, cut.message) == (65, long.values, "…")
+    hinted = StageResult(stage="train", message="x" * 3000, hint="do this")
+    assert len(hinted.to_message().encode()) <= share
+    assert StageResult.model_validate_json(hinted.to_message()).hint == "do this"
+    silent = StageResult(stage="train", hint="y" * 3000)
+    assert StageResult.model_validate_json(silent.to_message()).message == ""
+    assert StageResult(stage="train", message="short").to_message().count("short") == 1
+
+
 def test_a_bug_has_a_result_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = tmp_path / "termination-log"
     log.touch()
