@@ -38,6 +38,28 @@ def test_the_stage_is_that_of_the_first_container_that_runs(states, stage):
     assert view.nodes == ("gpu-1",)
 
 
+@pytest.mark.parametrize(
+    ("states", "stage", "sentence"),
+    [
+        (
+            {"preflight": ended(0), "data-downloader": ended(0), "phi-3": ended(137), "pusher": running()},
+            "train",
+            "train: killed (SIGKILL) (exit 137)",
+        ),
+        (
+            {"preflight": ended(0), "data-downloader": ended(0), "phi-3": running(), "pusher": ended(137)},
+            "train",
+            "push: killed (SIGKILL) (exit 137)",
+        ),
+    ],
+)
+def test_what_has_failed_is_told_before_the_container_beside_it_has_ended(states, stage, sentence):
+    view = view_job(make_job(), [make_pod(states)])
+    assert (view.phase, view.stage, view.attempt) == ("running", stage, 1)
+    assert view.last is not None
+    assert view.last.sentence == sentence
+
+
 def test_a_complete_job_has_succeeded_and_its_results_are_those_of_its_containers():
     pod = make_pod(
         {"phi-3": ended(0, done("train", steps=7)), "pusher": ended(0, done("push", image="r/a@sha256:1"))},

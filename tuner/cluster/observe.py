@@ -118,7 +118,11 @@ def view_job(job: Object, pods: Sequence[Object], events: Sequence[Object] = ())
         missing = _event_note(events, "Pod", _name(newest), _MOUNT_EVENTS)
         reason = f"its volumes are not there: {missing}" if missing else "its containers are being made"
         return replace(view, phase="waiting", waiting_for=reason, is_silent=True)
-    return replace(view, stage=_stage(newest))
+    stage = _stage(newest)
+    if ending := _ending(newest):  # one of two containers has failed, and the pod ends with the other
+        # Beside a dead trainer the pusher pushes nothing: it ends at once, or when it has waited in vain.
+        return replace(view, stage=stage_of(ending.container) if stage == "push" else stage, last=ending)
+    return replace(view, stage=stage)
 
 
 # ── pods ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
