@@ -217,6 +217,13 @@ def test_what_helps(waiting_for: str | None, hint: str | None) -> None:
     assert (hint or "") in (found or "")
 
 
+def test_a_check_that_finds_no_node_can_be_left_out() -> None:
+    check = {**JOB, "metadata": {**JOB["metadata"], "labels": {"app.kubernetes.io/component": "check"}}}
+    hint = pending_hint(check, "no node takes its pod: 0/1 nodes: 1 node(s) had untolerated taint {sku: gpu}")
+    assert hint is not None
+    assert "--no-check-job" in hint
+
+
 def test_durations() -> None:
     assert [duration(each) for each in (None, 0, 59, 60, 3599, 3600, 90000)] == [
         "–",

@@ -238,6 +238,8 @@ def pending_hint(job: Mapping[str, Any], waiting_for: str | None) -> str | None:
         return _label_hint(job)
     if taint := re.search(r"untolerated taint\(?s?\)? ?\{([^}]*)\}", waiting_for):
         key = taint[1].split(":")[0].strip()
+        if job["metadata"].get("labels", {}).get("app.kubernetes.io/component") == pod.CHECK:
+            return f"it needs a node for pods without a GPU, and these are tainted {key}: --no-check-job does without"
         return f"the nodes are tainted {key}: add a toleration with --patch" + (" or --spot" if "spot" in key else "")
     if "cannot be pulled" in waiting_for:
         secret = "--image-pull-secret NAME where the registry is private"

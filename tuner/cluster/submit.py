@@ -479,7 +479,7 @@ def _check_first(
     for manifest in objects.objects[:-1]:
         if _is_ours(manifest, str(objects.job["metadata"]["name"])):
             _give_owner(api, manifest, made, reporter)
-    reporter.note(f"checking first, without a GPU: Job {name}")
+    reporter.note(f"checking first, without a GPU: Job {name}; whoever leaves before its end has submitted nothing")
     try:
         follow_run(api, name, reporter, poll_s=poll_s, sleep=sleep)
     except JobFailedError as error:
