@@ -844,8 +844,7 @@ def test_events_tell_the_story_once():
         cluster.step_job(name, outcome)
         controller.settle()
     assert [(event["type"], event["reason"]) for event in cluster.events] == [
-        ("Normal", "Waiting"),  # for the check's pod
-        ("Normal", "Waiting"),  # the check runs
+        ("Normal", "Waiting"),  # the checks run first
         ("Normal", "Waiting"),  # for the pod
         ("Normal", "Running"),
         ("Warning", "Retrying"),
@@ -856,6 +855,21 @@ def test_events_tell_the_story_once():
     for event in cluster.events:
         assert event["regarding"]["name"] == "phi-3"
         assert len(event["note"]) < 1024
+
+
+def test_what_to_know_before_a_run_is_an_event_once():
+    def render_with_notes(*args: Any, **how: Any) -> Rendered:
+        return replace(render(*args, **how), notes=("a lost node loses the run", "another"))
+
+    cluster = make_cluster(instance_type="gpu-box", node=False)
+    controller = Controller(cluster, Settings(render_with_notes))
+    controller.settle()
+    cluster.step_job("phi-3-check", "starts")
+    cluster.step_job("phi-3-check", "succeeds")
+    controller.settle()
+    assert ("Job", "phi-3") in cluster.store
+    notes = [event["note"] for event in cluster.events if event["reason"] == "Note"]
+    assert notes == ["a lost node loses the run; another"]
 
 
 def test_an_event_that_is_said_twice_is_one():

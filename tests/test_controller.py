@@ -249,7 +249,7 @@ def test_the_quick_start_is_applied_and_succeeds(
         "Standard_NC24ads_A100_v4", "True", "", "True", "True", "1", "Succeeded", "100", "1.25",
     ]  # fmt: skip
     about_it = [it for it in cluster.objects("events") if it["involvedObject"]["kind"] == "Workspace"]
-    assert {"Waiting", "Running", "Succeeded"} == {event["reason"] for event in about_it}
+    assert {"Note", "Waiting", "Running", "Succeeded"} == {event["reason"] for event in about_it}
 
 
 def test_a_finished_workspace_costs_at_most_25_calls(cluster: FakeKubernetes, api: Api, start: Start) -> None:
@@ -436,7 +436,7 @@ def test_a_missing_secret_is_found_in_events(cluster: FakeKubernetes, api: Api, 
     pod = cluster.pod_of(f"{NAME}-check")
     note = 'MountVolume.SetUp failed for volume "docker-config" : secret "contoso-registry" not found'
     cluster.add_event(pod, "FailedMount", note)
-    until(lambda: "containers are being made" in condition(cluster, "JobStarted")[1])
+    until(lambda: "checks run first" in condition(cluster, "JobStarted")[1])
     running.controller._queue.add(f"default/{NAME}")
     time.sleep(0.2)
     running.controller._queue.add(f"default/{NAME}")

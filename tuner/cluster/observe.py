@@ -20,7 +20,8 @@ Object = Mapping[str, Any]
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 MAIN_CONTAINER_ANNOTATION = "kubectl.kubernetes.io/default-container"
 
-NO_NODE_YET = "its pod has no node yet"
+NO_NODE_YET, BEING_MADE = "its pod has no node yet", "its containers are being made"
+ROUTINE = (NO_NODE_YET, BEING_MADE)  # what every pod waits for
 
 Phase = Literal["suspended", "waiting", "running", "succeeded", "failed", "stopping"]
 
@@ -107,7 +108,7 @@ def view_job(job: Object, pods: Sequence[Object], events: Sequence[Object] = ())
     if spec.get("suspend"):
         return replace(view, phase="suspended", waiting_for=_suspended(job))
     if newest and _phase(newest) == "Succeeded":
-        return view  # the Job is about to say so
+        return replace(view, stage=_stage(newest))  # the Job is about to say so
     if newest is None or not alive:
         refused = _event_note(events, "Job", _name(job), ("FailedCreate",))
         reason = f"its pod is refused: {refused}" if refused else None if view.last else NO_NODE_YET
@@ -116,7 +117,7 @@ def view_job(job: Object, pods: Sequence[Object], events: Sequence[Object] = ())
         return replace(view, phase="waiting", waiting_for=reason)
     if not _has_run(newest):
         missing = _event_note(events, "Pod", _name(newest), _MOUNT_EVENTS)
-        reason = f"its volumes are not there: {missing}" if missing else "its containers are being made"
+        reason = f"its volumes are not there: {missing}" if missing else BEING_MADE
         return replace(view, phase="waiting", waiting_for=reason, is_silent=True)
     stage = _stage(newest)
     if ending := _ending(newest):  # one of two containers has failed, and the pod ends with the other
@@ -178,9 +179,13 @@ def _has_run(pod: Object) -> bool:
 
 
 def _stage(pod: Object) -> StageName | None:
-    """The first container that runs, in order: beside a trainer the pusher waits, and is not what is going on."""
+    """The first container that runs, in order: beside a trainer the pusher waits, and is not what is going on.
+
+    Between two containers it is still the stage of the one that has ended.
+    """
     running = [each["name"] for each in _containers(pod) if _state(each, "running") is not None]
-    return stage_of(running[0]) if running else None
+    ended = [each["name"] for each in _containers(pod) if _state(each, "terminated") is not None]
+    return stage_of(running[0]) if running else stage_of(ended[-1]) if ended else None
 
 
 def _results(pods: Sequence[Object]) -> dict[StageName, StageResult]:

@@ -246,7 +246,7 @@ def _plan_revision(
         progress = observed.progress if view.phase == "running" else None
         standing = Standing("job", view=view, progress=progress, run_digest=_run_digest(observed.job))
         return with_status(standing)
-    return _start(observed, settings, number, actions, with_status, rendered)
+    return _start(observed, settings, number, actions, with_status, rendered, now)
 
 
 def _start(
@@ -256,6 +256,7 @@ def _start(
     actions: tuple[Action, ...],
     with_status: Callable[..., Plan],
     rendered: Rendered | None,
+    now: datetime,
 ) -> Plan:
     """Create what the revision still lacks: its check Job where a node would boot, then its Job."""
     checked = observed.check_job and view_job(
@@ -271,11 +272,15 @@ def _start(
     if not any(isinstance(action, Annotate) for action in actions):
         # Nobody has looked at the Workspace itself since it was listed: it may be finished by now.
         confirm = (Confirm("Workspace", *_identity(observed.workspace)),)
+    # What a person should know before it runs, such as that nothing of it outlives its pod.
+    notes = "; ".join(rendered.notes)
+    said = (Emit(event_manifest(observed.workspace, number, "Normal", "Note", notes, now)),) if notes else ()
     if not checked and _wants_check(observed, settings):
         creates = (*map(Create, rendered.objects), Create(rendered.check_job))
-        return with_status(_about("check", rendered.check_job), *confirm, *creates)
+        return with_status(_about("check", rendered.check_job), *confirm, *creates, *said)
     objects = () if checked else tuple(map(Create, rendered.objects))  # the check Job was made after them
-    return with_status(_about("job", rendered.job), *confirm, *objects, Create(rendered.job))
+    said = () if checked else said
+    return with_status(_about("job", rendered.job), *confirm, *objects, Create(rendered.job), *said)
 
 
 def _render(observed: Observed, settings: Settings, number: int) -> Rendered:
@@ -600,7 +605,7 @@ def _events(
         kind, reason = "Warning", "Invalid" if not standing.error else "ReconcileError"
     elif state == "Running" and "attempt " in str(note):
         kind, reason = "Warning", "Retrying"
-    yield event_manifest(workspace, kind, reason, str(note), now)
+    yield event_manifest(workspace, standing.revision, kind, reason, str(note), now)
 
 
 def _headline(status: Mapping[str, Any]) -> tuple[str | None, str | None]:
@@ -614,10 +619,12 @@ def _condition(status: Mapping[str, Any], kind: str) -> Mapping[str, Any] | None
     return next((each for each in status.get("conditions") or () if each["type"] == kind), None)
 
 
-def event_manifest(workspace: Object, kind: str, reason: str, note: str, now: datetime) -> dict[str, Any]:
+def event_manifest(
+    workspace: Object, revision: int, kind: str, reason: str, note: str, now: datetime
+) -> dict[str, Any]:
     """An Event about the Workspace. https://kubernetes.io/docs/reference/kubernetes-api/cluster-resources/event-v1"""
     metadata = workspace["metadata"]
-    said = hashlib.sha256(f"{metadata['uid']} {_revision_of(workspace)} {reason} {note}".encode()).hexdigest()
+    said = hashlib.sha256(f"{metadata['uid']} {revision} {reason} {note}".encode()).hexdigest()
     return {
         "apiVersion": "events.k8s.io/v1",
         "kind": "Event",

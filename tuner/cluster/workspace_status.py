@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from tuner.cluster.observe import JobView, Object, ProgressLine
+from tuner.cluster.observe import ROUTINE, JobView, Object, ProgressLine
 from tuner.runspec import Scalar, StageName
 
 State = Literal["Pending", "Running", "Succeeded", "Failed"]
@@ -138,8 +138,9 @@ def _started(standing: Standing, state: State) -> Condition:
     if state in ("Running", "Succeeded") and view:
         return True, started, "; ".join(part for part in (_STARTED, *_doing(view, standing.progress)) if part)
     if standing.kind == "check" and view:
-        waiting = f"waiting: {view.waiting_for}" if view.waiting_for else None
-        doing = "; ".join(part for part in (view.retry, waiting) if part)  # its stages are over in seconds
+        # Its stages, and what every pod waits for, are over in seconds.
+        waiting = f"waiting: {view.waiting_for}" if view.waiting_for and view.waiting_for not in ROUTINE else None
+        doing = "; ".join(part for part in (view.retry, waiting) if part)
         return False, pending, f"{_NOT_STARTED}: checks run first" + (f"; {doing}" if doing else "")
     reason = (view.waiting_for if view else standing.message) or ""
     if view and view.phase == "stopping":
