@@ -393,8 +393,13 @@ class Pod:
                 lines.append(f'ln -s {shlex.quote(str(path.readlink()))} "$R/{name}"')
             elif path.is_dir():
                 bind(path, str(path), read_only=True)
-        for path in _python_places():
-            bind(path, str(path), read_only=True)
+        mounts = sorted(container.get("volumeMounts", ()), key=lambda mount: mount["mountPath"])
+        places = _python_places()
+        # A checkout below /tmp would be hidden by the pod's own: such places come after the volumes.
+        hidden = [place for place in places if any(place.is_relative_to(mount["mountPath"]) for mount in mounts)]
+        for path in places:
+            if path not in hidden:
+                bind(path, str(path), read_only=True)
         for name in ("proc", "dev", "tmp", "run", "mnt"):
             lines.append(f'mkdir -p "$R/{name}"')
         lines.append('mount -t proc proc "$R/proc"')
@@ -402,9 +407,11 @@ class Pod:
             bind(Path("/dev") / name, f"/dev/{name}", read_only=False)
         lines += ['ln -s /proc/self/fd "$R/dev/fd"', 'ln -s /proc/self/fd/1 "$R/dev/stdout"', 'mkdir "$R/dev/shm"']
         bind(message, container.get("terminationMessagePath", "/dev/termination-log"), read_only=False)
-        for mount in sorted(container.get("volumeMounts", ()), key=lambda mount: mount["mountPath"]):
+        for mount in mounts:
             assert not mount.get("subPath"), "subPath is not done here"
             bind(self._volumes[mount["name"]], mount["mountPath"], read_only=mount.get("readOnly", False))
+        for path in hidden:
+            bind(path, str(path), read_only=True)
         security = {**self.spec.get("securityContext", {}), **container.get("securityContext", {})}
         if security.get("readOnlyRootFilesystem"):
             lines.append('mount -o remount,ro "$R"')
