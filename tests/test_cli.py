@@ -30,6 +30,7 @@ from registries import (
 from tiny import tiny_base
 
 from tuner import cli
+from tuner.cli.common import open_talk
 
 PRESET = "phi-3-mini-4k-instruct"
 SIGNATURE = "sv=2024-01-01&sig=c2VjcmV0LXNpZ25hdHVyZQ"
@@ -906,3 +907,12 @@ def test_plan_answers_without_data_secret_or_gpu(tuner: Tuner, tmp_path: Path) -
     assert tuner("plan", path, "--gpu", "V100").code == 78
     assert tuner("plan", path, "--gpu", "4GB").code == 73
     assert tuner("plan", path).code == 64
+
+
+def test_what_a_library_prints_is_no_result(capsys: pytest.CaptureFixture[str]) -> None:
+    with open_talk():
+        print("[INFO] Running in WANDB offline mode")  # transformers does
+    print("the digest")
+    said = capsys.readouterr()
+    assert said.out == "the digest\n"
+    assert "WANDB" in said.err

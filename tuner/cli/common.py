@@ -3,6 +3,8 @@
 import errno
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,10 +142,13 @@ def check_digest_file(digest_file: Path | None, destination: "Destination") -> N
         raise ConfigError(f"--digest-file {digest_file}: cannot be written: {error.strerror}") from error
 
 
-def open_talk() -> "Talk":
+@contextmanager
+def open_talk() -> Iterator["Talk"]:
+    """A Talk on stderr; meanwhile what libraries print goes there, too: stdout is for the result."""
     from tuner.talk import Talk
 
-    return Talk(sys.stderr)
+    with redirect_stdout(sys.stderr), Talk(sys.stderr) as talk:
+        yield talk
 
 
 def print_result(image: str, digest_file: Path | None, result: dict[str, Any] | None) -> None:
