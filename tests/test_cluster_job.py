@@ -121,6 +121,16 @@ def test_each_secret_is_mounted_read_only_where_it_is_needed_and_never_in_the_tr
     assert all(mount["readOnly"] for mount in secret_mounts)
 
 
+def test_trainer_and_pusher_share_the_run_and_its_results_and_no_home() -> None:
+    job = render(workspace()).job
+    mounted = [{mount["name"] for mount in container(job, name)["volumeMounts"]} for name in (NAME, "pusher")]
+    assert mounted[0] & mounted[1] == {"config-volume", "results-volume", "run"}
+
+
+def test_a_check_job_ends_even_where_no_node_ever_takes_it() -> None:
+    assert render_check_job(render(workspace()).job)["spec"]["activeDeadlineSeconds"] == 3600
+
+
 def test_signed_queries_are_in_a_secret_and_nowhere_else() -> None:
     url = "https://data.contoso.com/tickets.parquet?sv=1&sig=SIGNATURE"
     objects = render(workspace(tuning={"input": {"urls": [url]}}))
