@@ -31,5 +31,10 @@ make_environment() {
     .venv/bin/python -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' scripts/constraints.txt)"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check \
         --constraint scripts/constraints.txt --editable ".[$extras]"
+    if [[ ",$extras," == *,test,* ]]; then
+        # Without Triton, which it asks for and a CPU has no use for: its patch is tested all the same.
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+            "$(grep '^liger-kernel==' scripts/constraints.txt)"
+    fi
     echo "$state" >.venv/installed-"$extras"
 }

@@ -19,7 +19,7 @@ from tuner.cluster.checks import job_problems, restricted_problems
 from tuner.cluster.job import render_retry_push
 from tuner.cluster.templates import dump_manifests, load_templates
 from tuner.data import data_dir
-from tuner.errors import TunerError
+from tuner.errors import EXIT_INTERNAL, KINDS
 from tuner.workspace import parse_workspace_text
 
 HERE = Path(__file__).parent
@@ -241,7 +241,7 @@ def test_a_smoke_run_needs_no_gpu_and_any_node_will_do() -> None:
 # ── how a Job ends ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 # Of every error of ours, of Python, and of what signals leave.
-CODES = sorted({error.exit_code for error in (TunerError, *TunerError.__subclasses__())} | {1, 2, 137, 139, 143})
+CODES = sorted({*KINDS, EXIT_INTERNAL, 1, 2, 137, 139, 143})
 FINAL = {64, 65, 66, 73, 74, 76, 77, 78}
 PUSHER_GOES_ON = {75, 143}
 

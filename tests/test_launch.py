@@ -149,3 +149,11 @@ def test_an_exit_code_without_a_result_still_says_which_process(tmp_path: Path) 
     assert str(_failure(78, 0, [b"talk\n", said], tmp_path)) == "no such thing"
     assert str(_failure(78, 1, [said], tmp_path)) == "no such thing"
     assert isinstance(_failure(130, 0, [], tmp_path), KeyboardInterrupt)
+
+
+def test_an_exit_code_means_the_kind_of_the_errors_module_whatever_else_was_imported() -> None:
+    import tuner.cluster.api_errors  # noqa: F401 - its errors share codes
+    from tuner.errors import KINDS, ConfigError
+
+    assert KINDS[78] is ConfigError
+    assert {kind.__module__ for kind in KINDS.values()} == {"tuner.errors"}

@@ -284,7 +284,7 @@ def test_evaluations_that_the_user_asks_for_happen_once_each(tmp_path: Path) -> 
 
 
 def overshooting(**written: Any) -> dict[str, dict[str, Any]]:
-    """A run whose held-out loss goes up and down: 6.0, 6.2, 6.0, 5.87, 5.93, 5.90, 5.88."""
+    """A run whose held-out loss is 6.22, 5.97, 6.19, 6.04 and then falls: of three steps the first is the best."""
     return arguments(
         **{
             "max_steps": 7,
@@ -311,14 +311,14 @@ def test_the_adapter_with_the_least_held_out_loss_is_kept(tmp_path: Path) -> Non
     from tuner.pipeline.model import load_base_model, pick_device
     from tuner.pipeline.train import _load_split
 
-    tried = trial(tmp_path, overshooting() | {"ModelConfig": {"dtype": "float32"}})
+    tried = trial(tmp_path, overshooting(max_steps=3) | {"ModelConfig": {"dtype": "float32"}})
     heard = Heard()
     outcome = tried.train(heard)
     losses = held_out(tried)
-    assert list(losses) == list(range(8))
+    assert list(losses) == list(range(4))
     best = min(losses, key=losses.__getitem__)
-    assert 1 < best < 7
-    assert (outcome.kept_step, outcome.eval_loss_after, outcome.steps) == (best, losses[best], 7)
+    assert 0 < best < 3
+    assert (outcome.kept_step, outcome.eval_loss_after, outcome.steps) == (best, losses[best], 3)
     assert f"the adapter of step {best} is kept: its held-out loss is the least" in heard.notes
     lora = {key: value for key, value in outcome.lora_config.items() if key in ("r", "lora_alpha", "target_modules")}
     model = get_peft_model(load_base_model(tiny_base(), tried.job.spec.training, pick_device()), LoraConfig(**lora))
@@ -438,7 +438,7 @@ HARD_TO_RESUME: dict[str, Sections] = {
     "epochs": arguments(
         max_steps=-1, num_train_epochs=2, gradient_accumulation_steps=5, eval_strategy="epoch", save_strategy="epoch"
     ),
-    "the best adapter is not the last": overshooting(eval_steps=2),
+    "the best adapter is not the last": overshooting(max_steps=3),
     "stopped early": overshooting(early_stopping_patience=2, logging_steps=3),
     "rows of like length together": arguments(
         max_steps=-1, num_train_epochs=2, gradient_accumulation_steps=5, train_sampling_strategy="group_by_length"

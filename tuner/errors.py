@@ -16,9 +16,10 @@ Codes follow sysexits.h where it has one, so that a shell and a podFailurePolicy
 Anything that is not a TunerError is a bug of ours: exit 70 and its traceback.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from types import MappingProxyType
 
 EXIT_INTERNAL = 70
 
@@ -104,6 +105,10 @@ class ConfigError(TunerError):
         if len(problems) == 1:
             return cls(str(problems[0]), hint=problems[0].hint, problems=problems)
         return cls(f"{len(problems)} problems in the configuration", problems=problems)
+
+
+# The kinds above: what other modules derive for themselves has a code of one of them.
+KINDS: Mapping[int, type[TunerError]] = MappingProxyType({kind.exit_code: kind for kind in TunerError.__subclasses__()})
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:

@@ -13,10 +13,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from tuner.errors import InterruptedRunError, TunerError
+from tuner.errors import KINDS, InterruptedRunError, TunerError
 from tuner.runspec import Reporter, RunSpec, StageResult
 
-_BY_EXIT_CODE = {kind.exit_code: kind for kind in TunerError.__subclasses__()}
 _POLL_S = 0.1
 _GRACE_S = 60
 _LOST_S = 5
@@ -133,17 +132,17 @@ def _failure(code: int, number: int, said: Sequence[bytes], work_dir: Path) -> B
     """What the first worker to fail would have raised in this process."""
     if code == 128 + signal.SIGINT:
         return KeyboardInterrupt()
-    if said and code in _BY_EXIT_CODE:  # the first process talks for all, whichever of them ended first
+    if said and code in KINDS:  # the first process talks for all, whichever of them ended first
         try:
             result = StageResult.model_validate_json(said[-1])
         except ValidationError:
             result = None
         if result is not None and result.exit_code == code:
-            return _BY_EXIT_CODE[code](result.message, hint=result.hint)
+            return KINDS[code](result.message, hint=result.hint)
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     log = "" if number == 0 else f": {work_dir / f'rank-{number}.log'} says why"
-    if code in _BY_EXIT_CODE:
-        return _BY_EXIT_CODE[code](f"training process {number} {how}{log}")
+    if code in KINDS:
+        return KINDS[code](f"training process {number} {how}{log}")
     return TunerError(f"training process {number} {how}{log}")
 
 
