@@ -185,6 +185,11 @@ class Request:
     content_type: str = ""
 
     @property
+    def group(self) -> str:
+        """As it was asked for: Events have two, with rights of their own."""
+        return "events.k8s.io" if "/apis/events.k8s.io/" in self.path else self.kind.group
+
+    @property
     def is_dry_run(self) -> bool:
         return bool(self.query.get("dryRun"))
 
@@ -599,7 +604,7 @@ class FakeKubernetes:
             # A list of one name asks about that name, as the server's request info has it.
             one = re.fullmatch(r"metadata\.name==?([^,=!]+)", request.query.get("fieldSelector", ""))
             name = one[1] if one and not request.name else request.name
-            if self.may(request.verb, request.kind.group, plural, request.namespace, name):
+            if self.may(request.verb, request.group, plural, request.namespace, name):
                 return
         where = f' in the namespace "{request.namespace}"' if request.namespace else " at the cluster scope"
         named = f' "{request.name}"' if request.name else ""
@@ -607,7 +612,7 @@ class FakeKubernetes:
             403,
             "Forbidden",
             f'{request.kind.full_name}{named} is forbidden: User "{USER}" cannot {request.verb} resource "{plural}" '
-            f'in API group "{request.kind.group}"{where}',
+            f'in API group "{request.group}"{where}',
             {**request.kind.details, **({"name": request.name} if request.name else {})},
         )
 

@@ -109,6 +109,22 @@ def test_nothing_is_allowed_wholesale_and_secrets_cannot_be_read() -> None:
     }
 
 
+def test_it_may_change_and_delete_what_it_does_and_nothing_else() -> None:
+    changes = {each for each in allowed(CLUSTER_RULES) if each[2] not in ("get", "list", "watch")}
+    assert changes == {
+        ("kaito.sh", "workspaces", "patch"),
+        ("kaito.sh", "workspaces/status", "patch"),
+        ("kaito.sh", "workspaces/finalizers", "update"),
+        ("batch", "jobs", "create"),
+        ("batch", "jobs", "delete"),
+        ("apps", "controllerrevisions", "create"),
+        ("apps", "controllerrevisions", "delete"),
+        ("", "configmaps", "create"),
+        ("", "secrets", "create"),
+        ("events.k8s.io", "events", "create"),
+    }
+
+
 def test_of_the_clusters_own_objects_it_reads_three_by_name() -> None:
     named = {
         (resource, name, verb)
@@ -127,7 +143,7 @@ def test_of_the_clusters_own_objects_it_reads_three_by_name() -> None:
 def test_in_a_namespace_it_may_do_the_same_but_for_the_cluster() -> None:
     (role,) = by_kind(load(BASE / "namespace-role.yaml"), "Role")
     lacks = allowed(CLUSTER_RULES) - allowed(role["rules"])
-    assert lacks == {("", "nodes", verb) for verb in ("get", "list", "watch")}
+    assert lacks == {("", "nodes", verb) for verb in ("list", "watch")}
     assert allowed(role["rules"]) < allowed(CLUSTER_RULES)
 
 
