@@ -466,6 +466,16 @@ def test_a_claim_for_results_beside_an_output_volume_is_refused() -> None:
         render(workspace(tuning={"output": {"volumeSource": CLAIM}}), results_volume="results")
 
 
+def test_a_workspace_that_is_made_anew_takes_nothing_that_goes_with_the_earlier_one() -> None:
+    signed = workspace(tuning={"input": {"urls": ["https://a.contoso.com/x.csv?sig=1"]}})
+    owner = {"apiVersion": "kaito.sh/v1beta1", "kind": "Workspace", "name": NAME, "controller": True}
+    made = [render(signed, owner={**owner, "uid": uid}) for uid in ("1", "1", "2")]
+    first, again, anew = ([each["metadata"]["name"] for each in (it.config_map, *it.secrets)] for it in made)
+    assert first == again
+    assert len(first) == 2
+    assert not set(first) & set(anew)
+
+
 def test_the_owner_of_a_workspace_owns_all_that_is_made_for_it() -> None:
     owner = {"apiVersion": "kaito.sh/v1beta1", "kind": "Workspace", "name": NAME, "uid": "1", "controller": True}
     objects = render(workspace(tuning={"input": {"urls": ["https://a.contoso.com/x.csv?sig=1"]}}), owner=owner)

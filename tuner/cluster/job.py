@@ -360,9 +360,14 @@ def _config_map(ask: _Ask) -> Manifest:
             f"most of them are {largest}",
             hint="what is so large in tuning.config? a chat template may be left out where the model has its own",
         )
-    digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256((json.dumps(data, sort_keys=True) + _owner_uid(ask)).encode()).hexdigest()
     metadata = ask.metadata(f"{ask.name}-config-{digest[:_HASH_CHARACTERS]}")
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "immutable": True, "data": data}
+
+
+def _owner_uid(ask: _Ask) -> str:
+    """In the names: what an earlier Workspace of this name leaves behind is about to be collected, and not as good."""
+    return str(ask.options.owner["uid"]) if ask.options.owner else ""
 
 
 def _own_secret(ask: _Ask) -> Manifest | None:
@@ -376,7 +381,7 @@ def _own_secret(ask: _Ask) -> Manifest | None:
         return None
     # Names are for many to read: trying passwords against this one takes 16 MiB and tens of milliseconds for each.
     text = json.dumps(data, sort_keys=True).encode()
-    digest = hashlib.scrypt(text, salt=ask.name.encode(), n=2**14, r=8, p=1).hex()
+    digest = hashlib.scrypt(text, salt=(ask.name + _owner_uid(ask)).encode(), n=2**14, r=8, p=1).hex()
     encoded = {key: base64.b64encode(value.encode()).decode() for key, value in data.items()}
     metadata = ask.metadata(f"{ask.name}-sources-{digest[:_HASH_CHARACTERS]}")
     secret = {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "immutable": True, "type": "Opaque"}
