@@ -247,7 +247,7 @@ def _faults_of_event(event: Mapping[str, Any]) -> Iterator[Fault]:
             yield name, "FieldValueRequired", "Required value"
         elif len(str(event[name])) > most:
             yield name, "FieldValueInvalid", f"Invalid value: can have at most {most} characters"
-    if len(str(event.get("message", ""))) > 1024:
+    if len(str(event.get("message", "")).encode()) > 1024:  # "characters", the server says, and counts bytes
         yield "message", "FieldValueInvalid", "Invalid value: can have at most 1024 characters"
     if event.get("type") not in ("Normal", "Warning"):
         yield "type", "FieldValueInvalid", f'Invalid value: "{event.get("type")}"'

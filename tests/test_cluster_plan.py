@@ -27,6 +27,7 @@ from tuner.cluster.reconcile import (
     Observed,
     Rendered,
     Settings,
+    event_manifest,
     fitting_nodes,
     plan,
 )
@@ -157,8 +158,27 @@ def test_after_a_good_check_the_job_is_made_of_the_same_objects():
     controller.look()
     planned = controller.reconcile()
     assert planned is not None
-    assert [type(each) for each in planned.actions[:2]] == [Confirm, Create]  # no ConfigMap a second time
+    assert [type(each) for each in planned.actions[:3]] == [Confirm, Create, Create]
     assert kinds(cluster) == ["ConfigMap/phi-3-config-1", "Job/phi-3", "Job/phi-3-check"]
+
+
+def test_a_job_finds_its_config_map_when_a_default_was_edited_while_the_check_ran():
+    cluster, _ = begun(instance_type="gpu-box", node=False)
+    cluster.step_job("phi-3-check", "starts")
+    cluster.step_job("phi-3-check", "succeeds")
+
+    def render_anew(*args: Any, **how: Any) -> Rendered:
+        made = render(*args, **how)
+        (config_map,) = made.objects
+        return replace(
+            made, objects=({**config_map, "metadata": {**config_map["metadata"], "name": "phi-3-config-new"}},)
+        )
+
+    controller = Controller(cluster, Settings(render_anew))
+    controller.settle()
+    assert kinds(cluster) == [
+        "ConfigMap/phi-3-config-1", "ConfigMap/phi-3-config-new", "Job/phi-3", "Job/phi-3-check",
+    ]  # fmt: skip
 
 
 def test_a_check_that_fails_is_the_end_and_says_why():
@@ -870,6 +890,14 @@ def test_what_to_know_before_a_run_is_an_event_once():
     assert ("Job", "phi-3") in cluster.store
     notes = [event["note"] for event in cluster.events if event["reason"] == "Note"]
     assert notes == ["a lost node loses the run; another"]
+
+
+@pytest.mark.parametrize("character", ["x", "ü", "…", "🦙"])
+def test_an_events_note_fits_what_a_server_takes_counted_in_bytes(character):
+    event = event_manifest(make_cluster().store[WORKSPACE], 1, "Normal", "Note", character * 1100, START)
+    size_bytes = len(event["note"].encode())
+    assert 1020 < size_bytes <= 1024
+    assert set(event["note"]) == {character}
 
 
 def test_an_event_that_is_said_twice_is_one():

@@ -13,20 +13,22 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
 
 from tests.fake_kubernetes import FakeKubernetes
 from tuner.cli import main
-from tuner.cluster.api import WORKSPACE, Api
+from tuner.cluster.api import WORKSPACE, Api, Listing
+from tuner.cluster.api_errors import GoneError
 from tuner.cluster.controller import LEASE_NAME, Controller, ControllerOptions
 from tuner.cluster.crd import COLUMNS, custom_resource_definition
 from tuner.cluster.job import JobOptions
 from tuner.cluster.lease import Leadership
 from tuner.cluster.reconcile import Rendered, Settings
 from tuner.cluster.revision import RevisionRenderer
+from tuner.cluster.watched import Watched
 from tuner.cluster.work_queue import WorkQueue
 from tuner.errors import ConfigError
 from tuner.request import Request
@@ -35,6 +37,7 @@ WORKSPACES = Path(__file__).parent / "workspaces"
 INSTALL = Path(__file__).parents[1] / "job_templates" / "install"
 NAME = "workspace-tuning-phi-3"
 DIGEST = f"sha256:{'1' * 64}"
+RENDERER = RevisionRenderer(Request(place="pod"), JobOptions(image="example.com/tuner:1"))
 
 
 @dataclass
@@ -106,7 +109,7 @@ def start(cluster: FakeKubernetes, tmp_path: Path) -> Iterator[Start]:
         kubeconfig = cluster.write_kubeconfig(tmp_path / f"kubeconfig-{len(started)}")
         controller = Controller(
             Api.from_config(namespace="default", env={"KUBECONFIG": str(kubeconfig)}, patience_s=0.2),
-            settings or Settings(RevisionRenderer(Request(place="pod"), JobOptions(image="example.com/tuner:1"))),
+            settings or Settings(RENDERER),
             ControllerOptions(**(defaults | options)),
             log=log,
         )
@@ -411,13 +414,65 @@ def test_what_may_not_be_done_is_said_and_done_once_it_may(cluster: FakeKubernet
     until(lambda: "last reconcile error" not in condition(cluster, "JobStarted")[1])
 
 
-def test_a_bug_in_one_workspace_is_no_trouble_to_another(cluster: FakeKubernetes, api: Api, start: Start) -> None:
-    renderer = RevisionRenderer(Request(place="pod"), JobOptions(image="example.com/tuner:1"))
+def test_a_job_of_that_name_that_is_nobodys_is_said_and_left_alone(
+    cluster: FakeKubernetes, api: Api, start: Start
+) -> None:
+    pod = {"restartPolicy": "Never", "containers": [{"name": "x", "image": "example.com/x:1"}]}
+    cluster.put(
+        {
+            "apiVersion": "batch/v1",
+            "kind": "Job",
+            "metadata": {"name": NAME, "namespace": "default"},
+            "spec": {"template": {"spec": pod}},
+        }
+    )
+    uid = (cluster.object("jobs", NAME) or {})["metadata"]["uid"]
+    start(settings=Settings(RENDERER, check_job="never"))
+    apply_quick_start(api)
+    until(lambda: f"a Job '{NAME}' is there that this controller did not make" in condition(cluster, "JobStarted")[1])
+    assert (cluster.object("jobs", NAME) or {})["metadata"]["uid"] == uid
+    cluster.remove("jobs", NAME)
+    until(lambda: (cluster.object("jobs", NAME) or {"metadata": {"uid": uid}})["metadata"]["uid"] != uid)
+    until(lambda: "last reconcile error" not in condition(cluster, "JobStarted")[1])
 
+
+def test_an_event_that_is_refused_keeps_nothing_else_from_being_done(
+    cluster: FakeKubernetes, api: Api, start: Start
+) -> None:
+    cluster.fail("POST", "/events", status=422, times=100, reason="Invalid", message="note: Invalid value")
+    start()
+    apply_quick_start(api)
+    run_to_the_end(cluster)
+    assert not [it for it in cluster.objects("events") if it["involvedObject"]["kind"] == "Workspace"]
+
+
+@pytest.mark.parametrize("ends", ["at once", "with 410"])
+def test_a_watch_that_ends_at_once_is_not_asked_for_in_a_loop(ends: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tuner.cluster.watched._FIRST_WAIT_S", 0.1)
+    watches: list[str] = []
+
+    class HangsUp:
+        def pages(self, *_: Any, **__: Any) -> Iterator[Listing]:
+            yield Listing((), "1")
+
+        def watch(self, *_: Any, **__: Any) -> Iterator[Any]:
+            watches.append(ends)
+            if ends == "with 410":
+                raise GoneError("too old")
+            return iter(())
+
+    watched = Watched(cast(Api, HangsUp()), WORKSPACE, "default", heard=lambda *_: None, trim=lambda it: it)
+    watched.start()
+    time.sleep(0.5)
+    watched.stop()
+    assert 2 <= len(watches) <= 11
+
+
+def test_a_bug_in_one_workspace_is_no_trouble_to_another(cluster: FakeKubernetes, api: Api, start: Start) -> None:
     def render(workspace: Any, config_map: Any, revision: int, *, labels_preferred: bool) -> Rendered:
         if workspace["metadata"]["namespace"] == "other":
             raise ZeroDivisionError
-        return renderer(workspace, config_map, revision, labels_preferred=labels_preferred)
+        return RENDERER(workspace, config_map, revision, labels_preferred=labels_preferred)
 
     running = start(settings=Settings(render))
     apply_quick_start(api, "other")

@@ -59,6 +59,7 @@ from tuner.cluster.reconcile import (
     Observed,
     Plan,
     Settings,
+    about_foreign,
     fitting_nodes,
     plan,
     say,
@@ -485,7 +486,7 @@ class Controller:
                 except (ConflictError, NotFoundError):
                     raise _LookAgainError from None
             case Create(manifest):
-                self._create(key, manifest, namespace)
+                self._create(key, workspace, manifest, namespace)
             case Delete(kind, about, uid):
                 resource = JOB if kind == "Job" else CONTROLLER_REVISION
                 propagation: Literal["Foreground", "Background"] = "Foreground" if kind == "Job" else "Background"
@@ -501,12 +502,15 @@ class Controller:
                 return self._apply_status(workspace, status, version)
         return version
 
-    def _create(self, key: str, manifest: Mapping[str, Any], namespace: str) -> None:
+    def _create(self, key: str, workspace: Object, manifest: Mapping[str, Any], namespace: str) -> None:
         kind, name = manifest["kind"], manifest["metadata"]["name"]
         try:
             self.api.create(manifest, namespace)
         except AlreadyExistsError:
             if kind == "Job":
+                there = self.api.find(JOB, name, namespace)
+                if there and _workspace_of(there) is None:  # nobody's whom we watch: it will not be heard of
+                    raise AlreadyExistsError(about_foreign(there, workspace), status=409) from None
                 raise _LookAgainError from None
             return
         self.log("info", "created", workspace=key, kind=kind, name=name)
@@ -517,7 +521,9 @@ class Controller:
             self.api.create(event, namespace)
         except AlreadyExistsError:
             return
-        except ForbiddenError as error:  # no reason to leave the rest undone
+        except (ThrottledError, UnavailableError):
+            raise
+        except ApiError as error:  # refused for good: no reason to leave the rest undone
             self.log("warning", "event", workspace=key, error=error.message)
             return
         self.log("info", "event", workspace=key, type=event["type"], reason=event["reason"], note=event["note"])

@@ -223,7 +223,7 @@ def _plan_revision(
     if any(_is_ours(job, observed.workspace) and _revision_of(job) > number for job in jobs):
         return Plan()  # our picture of the Workspace is the older one: a newer is on its way
     if foreign:
-        return with_status(Standing("waiting", message=_about_foreign(foreign, observed.workspace)))
+        return with_status(Standing("waiting", message=about_foreign(foreign, observed.workspace)))
     if overtaken:
         going = [
             Delete("Job", job["metadata"]["name"], job["metadata"]["uid"])
@@ -278,9 +278,10 @@ def _start(
     if not checked and _wants_check(observed, settings):
         creates = (*map(Create, rendered.objects), Create(rendered.check_job))
         return with_status(_about("check", rendered.check_job), *confirm, *creates, *said)
-    objects = () if checked else tuple(map(Create, rendered.objects))  # the check Job was made after them
+    # After a check they are there, unless a default or the controller's own flags have changed meanwhile.
+    creates = (*map(Create, rendered.objects), Create(rendered.job))
     said = () if checked else said
-    return with_status(_about("job", rendered.job), *confirm, *objects, Create(rendered.job), *said)
+    return with_status(_about("job", rendered.job), *confirm, *creates, *said)
 
 
 def _render(observed: Observed, settings: Settings, number: int) -> Rendered:
@@ -465,7 +466,8 @@ def _revision_of(thing: Object) -> int:
     return int(written) if written.isascii() and written.isdigit() else 0
 
 
-def _about_foreign(job: Object, workspace: Object) -> str:
+def about_foreign(job: Object, workspace: Object) -> str:
+    """Why the Job that has the Workspace's name is neither taken over nor deleted."""
     owner = _owner_uid(job)
     if owner and owner != workspace["metadata"]["uid"]:
         return f"the Job {_name(job)!r} of an earlier Workspace of this name is not gone yet"
@@ -635,7 +637,7 @@ def event_manifest(
         "action": "Reconcile",
         "type": kind,
         "reason": reason,
-        "note": note[:1023],
+        "note": _within(note, _NOTE_BYTES),
         "regarding": {
             "apiVersion": workspace["apiVersion"],
             "kind": "Workspace",
@@ -645,6 +647,14 @@ def event_manifest(
             "resourceVersion": metadata.get("resourceVersion", ""),
         },
     }
+
+
+_NOTE_BYTES = 1024  # the server calls them characters, and counts bytes
+
+
+def _within(text: str, most_bytes: int) -> str:
+    """As much of it as fits, no character cut in two."""
+    return text.encode()[:most_bytes].decode(errors="ignore")
 
 
 def say(error: TunerError) -> str:

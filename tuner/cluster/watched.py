@@ -102,8 +102,11 @@ class Watched:
                     self.synced.set()
                 version = self._watch(version)
                 failures = 0
+                if time.monotonic() - began < _FIRST_WAIT_S:  # what hangs up at once must not be asked in a loop
+                    self._stop.wait(_FIRST_WAIT_S * _jitter(0.5, 1.0))
             except GoneError:
                 version = None
+                self._stop.wait(_FIRST_WAIT_S * _jitter(0.5, 1.0))
             except ApiError as error:
                 if self._stop.is_set():
                     return
