@@ -166,7 +166,7 @@ def find_preset(name: str) -> Preset:
     near = did_you_mean(name, (*presets, *by_word, *SERVED_ONLY))
     raise ConfigError(
         f"no preset {name!r}" + (f", {near}" if near else ""),
-        hint=f"one of {', '.join(presets)}, or any Hugging Face id org/name",
+        hint="tuner presets lists them; any Hugging Face id org/name works too",
     )
 
 
