@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal, Protocol
 
-from tuner.cluster.observe import Object, ProgressLine, view_job
+from tuner.cluster.observe import ROUTINE, Object, ProgressLine, view_job
 from tuner.cluster.workspace_status import Standing, build_status, recorded_revision, settled, status_differs
 from tuner.errors import ConfigError, TunerError
 from tuner.workspace import TRAINING_CONFIG_KEY
@@ -599,6 +599,9 @@ def _events(
 ) -> Iterator[dict[str, Any]]:
     """One Event where the state, the stage, the attempt or what is waited for has changed."""
     before, after = _headline(written), _headline(status)
+    view = standing.view
+    if view and standing.kind == "job" and view.waiting_for in ROUTINE and not (view.retry or standing.notice):
+        before = before if standing.error else after  # what every pod waits for is no news
     if before == after or after[1] is None:
         return
     state, note = after
