@@ -46,6 +46,7 @@ _SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _CONNECT_S, _READ_S, _WATCH_S, _WATCH_GRACE_S = 10.0, 60.0, 300, 15
 _FIRST_WAIT_S, _LAST_WAIT_S = 0.25, 8.0
 _PAGE = 500
+_jitter = random.Random().uniform  # of its own: a thread that retries must not take numbers from somebody's sequence
 _CONNECTIONS = 32
 _CHUNK_BYTES = 1 << 16
 
@@ -620,7 +621,7 @@ class Api:
 def _wait_s(attempt: int, retry_after_s: float | None) -> float:
     if retry_after_s is not None:
         return retry_after_s
-    return min(_LAST_WAIT_S, _FIRST_WAIT_S * 2.0 ** (attempt - 1)) * random.uniform(0.5, 1.0)
+    return min(_LAST_WAIT_S, _FIRST_WAIT_S * 2.0 ** (attempt - 1)) * _jitter(0.5, 1.0)
 
 
 def _write_query(*, dry_run: bool, strict: bool) -> dict[str, str]:

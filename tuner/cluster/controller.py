@@ -73,6 +73,7 @@ LEASE_NAME = "tuner-controller"
 WORKERS = 4
 PROGRESS_EVERY_S = 30.0
 _EVENTS_LAST_S = 300.0
+_IN_ONE_BREATH_S = 0.1
 _DEFAULTS_EVERY_S = 300.0
 _STUCK_AFTER_S = 120.0
 
@@ -286,8 +287,8 @@ class Controller:
         changed = after or before
         assert changed is not None
         owner = _workspace_of(changed) or _workspace_of_revision(changed)
-        if owner:
-            self._queue.add(_key(changed["metadata"]["namespace"], owner))
+        if owner:  # a Job and its pod change in one breath: a moment later one look does for both
+            self._queue.add(_key(changed["metadata"]["namespace"], owner), _IN_ONE_BREATH_S)
 
     def _heard_config_map(self, before: Object | None, after: Object | None) -> None:
         if before and after and before["data"] == after["data"]:

@@ -43,7 +43,8 @@ class JobView:
     `has_started` is true once a container of any attempt has run. `attempt` counts from 1 and goes up when a pod has
     failed; an evicted pod is replaced within its attempt. `waiting_for` says why nothing runs at the moment, `last`
     how the attempt before ended, `failure` why the Job has failed. `is_silent`: only Events could tell why it waits.
-    `lacks_words`: the Job has ended, and no pod that is known says how: the pods may just not have been heard of yet.
+    `is_ending`: its pod has succeeded, and the Job is about to say so. `lacks_words`: the Job has ended, and no pod
+    that is known says how: the pods may just not have been heard of yet.
     """
 
     phase: Phase
@@ -53,6 +54,7 @@ class JobView:
     attempts: int = 1
     waiting_for: str | None = None
     is_silent: bool = False
+    is_ending: bool = False
     lacks_words: bool = False
     last: Ending | None = None
     failure: Ending | None = None
@@ -108,7 +110,7 @@ def view_job(job: Object, pods: Sequence[Object], events: Sequence[Object] = ())
     if spec.get("suspend"):
         return replace(view, phase="suspended", waiting_for=_suspended(job))
     if newest and _phase(newest) == "Succeeded":
-        return replace(view, stage=_stage(newest))  # the Job is about to say so
+        return replace(view, stage=_stage(newest), is_ending=True)
     if newest is None or not alive:
         refused = _event_note(events, "Job", _name(job), ("FailedCreate",))
         reason = f"its pod is refused: {refused}" if refused else None if view.last else NO_NODE_YET

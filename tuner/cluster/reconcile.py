@@ -243,6 +243,8 @@ def _plan_revision(
         view = view_job(observed.job, _pods_of(observed.job, observed.pods), observed.events)
         if view.lacks_words and not observed.pods_are_fresh:
             return Plan(wants_pods=True)  # what is said of a finished Workspace is said for good
+        if view.is_ending:
+            return Plan(actions)  # its end is told once, and whole
         progress = observed.progress if view.phase == "running" else None
         standing = Standing("job", view=view, progress=progress, run_digest=_run_digest(observed.job))
         return with_status(standing)
