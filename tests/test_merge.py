@@ -232,3 +232,11 @@ def test_a_base_that_is_not_here_and_an_adapter_of_others_are_told_what_to_do(ad
     (copy / "run.lock.json").unlink()
     with pytest.raises(InputMissingError, match=r"run\.lock\.json: there is no such file"):
         merge(copy, tmp_path / "merged", None, Heard())
+
+
+def test_who_merges_a_smoke_run_is_told_where_its_base_is() -> None:
+    from tuner.pipeline.merge import _cached_base
+
+    with pytest.raises(InputMissingError) as caught:
+        _cached_base({"base_model_name_or_path": None})
+    assert "smoke-model in its work directory" in (caught.value.hint or "")

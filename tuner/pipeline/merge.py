@@ -158,7 +158,9 @@ def _cached_base(config: dict[str, Any]) -> Path:
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
     hint = "give --base-model DIR"
     if not name:
-        raise InputMissingError("the adapter names no base model", hint=hint)
+        raise InputMissingError(
+            "the adapter names no base model", hint=f"{hint}; that of a smoke run is smoke-model in its work directory"
+        )
     if Path(name).is_dir():
         return Path(name)
     try:
