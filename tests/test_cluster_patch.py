@@ -336,3 +336,29 @@ def test_a_patched_job_is_checked_as_any_other() -> None:
     two_kinds = parse_patches(POD % "volumes: [{name: data-volume, nfs: {server: a, path: /}}]", "patch.yaml")
     with pytest.raises(ConfigError, match="must be exactly one kind of volume; it is emptyDir, nfs"):
         render(workspace(), patches=tuple(two_kinds))
+
+
+# ── typos ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("patch", "said", "meant"),
+    [
+        ("spec: {templte: {spec: {nodeSelector: {a: b}}}}", "Kubernetes has no 'templte' there", "template"),
+        (POD % "tolerationss: []", "Kubernetes has no 'tolerationss' there", "tolerations"),
+        (POD % "containers: [{name: traner, image: x}]", "is no container of the run", "trainer"),
+        (POD % "containers: [{name: trainer, resorces: {}}]", "Kubernetes has no 'resorces' there", "resources"),
+    ],
+)
+def test_a_typo_in_a_patch_is_said_with_what_was_meant(patch: str, said: str, meant: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        patched(patch)
+    problem = caught.value.problems[0]
+    assert said in str(problem)
+    assert problem.hint == f'did you mean "{meant}"?'
+
+
+def test_what_only_a_newer_server_knows_and_a_sidecar_of_ones_own_pass() -> None:
+    made = patched(POD % "quantumLink: {}, initContainers: [{name: proxy, image: x, restartPolicy: Always}]")
+    assert "quantumLink" in pod_spec(made)
+    assert "proxy" in [each["name"] for each in pod_spec(made)["initContainers"]]

@@ -36,6 +36,26 @@ _MERGE_KEYS = {
     "volumeMounts": "mountPath",
     "volumes": "name",
 }
+# What Kubernetes 1.37 has at the places that patches are for, to tell a typo from what only a newer server knows.
+_JOB_SPEC = tuple(
+    "activeDeadlineSeconds backoffLimit backoffLimitPerIndex completionMode completions managedBy manualSelector "
+    "maxFailedIndexes parallelism podFailurePolicy podReplacementPolicy scheduling selector successPolicy suspend "
+    "template ttlSecondsAfterFinished".split()
+)
+_POD_SPEC = tuple(
+    "activeDeadlineSeconds affinity automountServiceAccountToken containers dnsConfig dnsPolicy enableServiceLinks "
+    "ephemeralContainers evictionResponders hostAliases hostIPC hostNetwork hostPID hostUsers hostname "
+    "hostnameOverride imagePullSecrets initContainers nodeName nodeSelector os overhead preemptionPolicy priority "
+    "priorityClassName readinessGates resourceClaims resources restartPolicy runtimeClassName schedulerName "
+    "schedulingGates schedulingGroup securityContext serviceAccount serviceAccountName setHostnameAsFQDN "
+    "shareProcessNamespace subdomain terminationGracePeriodSeconds tolerations topologySpreadConstraints "
+    "volumes".split()
+)
+_CONTAINER = tuple(
+    "args command env envFrom image imagePullPolicy lifecycle livenessProbe name ports readinessProbe resizePolicy "
+    "resources restartPolicy restartPolicyRules securityContext startupProbe stdin stdinOnce terminationMessagePath "
+    "terminationMessagePolicy tty volumeDevices volumeMounts workingDir".split()
+)
 _DIRECTIVE, _RETAIN = "$patch", "$retainKeys"
 _JOB_KEYS = ("apiVersion", "kind", "metadata", "spec")
 
@@ -91,9 +111,10 @@ def apply_patches(job: Manifest, patches: Sequence[Mapping[str, Any]]) -> Manife
         assert isinstance(merged, dict)
         patched = merged
     problems = shape_problems(patched)
-    problems = [Problem(each.message, path=f"patch, {each.path}") for each in problems] or list(
-        _forbidden(job, patched)
-    )
+    problems = [Problem(each.message, path=f"patch, {each.path}") for each in problems] or [
+        *_misspelt(job, patched),
+        *_forbidden(job, patched),
+    ]
     if problems:
         raise ConfigError.of(problems)
     return patched
@@ -229,6 +250,27 @@ def _forbidden(job: Manifest, patched: Manifest) -> Iterator[Problem]:
         yield from _changed_containers(before.get(kind, ()), after.get(kind, ()), f"spec.template.spec.{kind}")
     yield from _changed_volumes(job, patched)
     yield from _trainers_secrets(job["metadata"]["name"], patched)
+
+
+def _misspelt(job: Manifest, patched: Manifest) -> Iterator[Problem]:
+    """Fields and containers that are nearly called like one that there is: a server would refuse the first, and start
+    the second as one more, beside which the pod may never end."""
+    places: list[tuple[str, Any, Sequence[str]]] = [
+        ("spec", patched["spec"], _JOB_SPEC),
+        ("spec.template", _at(patched, "spec.template"), ("metadata", "spec")),
+        ("spec.template.spec", _at(patched, "spec.template.spec"), _POD_SPEC),
+    ]
+    known = [each["name"] for kind in ("initContainers", "containers") for each in templates.pod_spec(job)[kind]]
+    for kind in ("initContainers", "containers"):
+        for each in _at(patched, "spec.template.spec").get(kind) or ():
+            name, path = str(each.get("name")), f"spec.template.spec.{kind}[name={each.get('name')}]"
+            places.append((path, each, _CONTAINER))
+            if name not in known and (hint := did_you_mean(name, [*known, TRAINER])):
+                yield Problem("is no container of the run", path=f"patch, {path}", hint=hint)
+    for path, value, fields in places:
+        for key in value:
+            if key not in fields and (hint := did_you_mean(key, fields)):
+                yield Problem(f"Kubernetes has no {key!r} there", path=f"patch, {path}", hint=hint)
 
 
 def _at(value: Mapping[str, Any], path: str) -> Mapping[str, Any]:
