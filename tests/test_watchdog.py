@@ -1,6 +1,7 @@
 """What stops a training, and how far healthy ones are from it."""
 
 import math
+import random
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -83,6 +84,16 @@ def test_half_a_run_without_learning_stops_it_with_its_numbers() -> None:
 )
 def test_little_learning_is_left_to_gates(entries: list[dict[str, float]]) -> None:
     check(entries, 100 if len(entries) == 60 else 500)
+
+
+@pytest.mark.parametrize("spread", [0.03, 0.1, 0.3])
+def test_a_small_gain_among_uneven_documents_is_no_standstill(spread: float) -> None:
+    """Without held-out rows there is only the training loss, and each log is of other documents."""
+    for seed in range(20):
+        uneven = random.Random(seed)
+        losses = [loss * math.exp(uneven.gauss(0, spread)) for loss in falling(60, 1.0, 0.97)]
+        for end in range(1, 61):
+            check(logged(*losses[:end], every=10), 600)
 
 
 # ── on real runs ─────────────────────────────────────────────────────────────────────────────────────────────────────
