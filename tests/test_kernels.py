@@ -176,7 +176,7 @@ def test_the_gpu_kernel_agrees_with_the_loop(heads: int, kv_heads: int, dim: int
         output.float().square().sum().backward()
         results.append([output.float().cpu(), *(tensor.grad.float().cpu() for tensor in inputs)])
     for expected, got in zip(*results, strict=True):
-        torch.testing.assert_close(got, expected, rtol=3e-2, atol=3e-2)
+        assert (got - expected).norm() < 0.01 * expected.norm()  # bf16 rounds to 0.4 %
 
 
 @pytest.fixture(scope="module")

@@ -163,7 +163,10 @@ def test_differences_that_rounding_does_not_make_are_told() -> None:
     assert "another loss" in (difference(one, other(loss=2.001), torch.float32) or "")
     assert "another loss" in (difference(one, other(loss=float("nan")), torch.bfloat16) or "")
     assert "its norm" in (difference(one, other(values=(3.1, 4.1)), torch.bfloat16) or "")
-    assert "apart" in (difference(one, other(values=(4.0, 3.0)), torch.bfloat16) or "")
+    # two right ways through 32 layers in bf16 were up to 8 % apart on an H200
+    assert difference(one, other(values=(3.32, 3.74)), torch.bfloat16) is None
+    assert "apart" in (difference(one, other(values=(3.64, 3.43)), torch.bfloat16) or "")
+    assert "another gradient" in (difference(one, other(values=(3.32, 3.74)), torch.float32) or "")
     assert "other parameters" in (difference(one, other(name="b"), torch.bfloat16) or "")
 
 
@@ -411,6 +414,7 @@ def test_a_process_held_to_little_memory_sees_little_room(trainer: Any) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.train
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_a_step_does_not_wait_for_the_gpu(trainer: Any) -> None:
     """Whatever reads a value back from the GPU raises here."""
     import torch

@@ -227,9 +227,10 @@ def difference(one: Gradients, other: Gradients, dtype: torch.dtype) -> str | No
     """In what they differ by more than rounding in `dtype`; None if in nothing.
 
     Losses to 1e-3 and the gradient's norm to 1 % in 16 bits, 1e-5 and 1e-4 in fp32; and the gradient itself, as an
-    equal norm alone would not tell a wrong direction.
+    equal norm alone would not tell a wrong direction. Over 32 layers in bf16 two right ways are 5 to 8 % apart on an
+    H200, as rounding grows from layer to layer; a wrong one is as far apart as its gradients are long.
     """
-    for_loss, for_norm, for_direction = (1e-5, 1e-4, 1e-3) if dtype is torch.float32 else (1e-3, 1e-2, 5e-2)
+    for_loss, for_norm, for_direction = (1e-5, 1e-4, 1e-3) if dtype is torch.float32 else (1e-3, 1e-2, 0.15)
     if not np.isfinite(other.loss) or abs(other.loss - one.loss) > for_loss * abs(one.loss):
         return f"another loss: {other.loss:.6g}, not {one.loss:.6g}"
     if one.by_name.keys() != other.by_name.keys():
