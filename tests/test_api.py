@@ -3,6 +3,7 @@
 import json
 import socket
 import ssl
+import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -283,17 +284,37 @@ def test_a_write_that_the_server_put_off_is_tried_again_when_it_says(api: Api, c
     assert caught.value.retry_after_s == 60
 
 
-def test_a_server_that_is_not_there_is_said_at_once(tmp_path: Path, kubeconfig: Path) -> None:
+@pytest.fixture
+def nobody_listens(kubeconfig: Path) -> Iterator[Path]:
+    """A kubeconfig whose server refuses each connection."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         config = json.loads(kubeconfig.read_text())
         config["clusters"][0]["cluster"]["server"] = f"http://127.0.0.1:{taken.getsockname()[1]}"
         kubeconfig.write_text(json.dumps(config))
-        api = Api.from_config(env={"KUBECONFIG": str(kubeconfig)}, patience_s=0)
-        with pytest.raises(UnavailableError, match="connection refused") as caught:
-            api.list(JOB)
+        yield kubeconfig
+
+
+def test_a_server_that_is_not_there_is_said_at_once(nobody_listens: Path) -> None:
+    api = Api.from_config(env={"KUBECONFIG": str(nobody_listens)}, patience_s=0)
+    with pytest.raises(UnavailableError, match="connection refused") as caught:
+        api.list(JOB)
     assert caught.value.exit_code == 69
     assert caught.value.not_sent
+
+
+def test_after_the_first_failed_try_it_is_said_why_and_that_there_are_more(nobody_listens: Path) -> None:
+    told: list[tuple[str, float]] = []
+    began = time.monotonic()
+    api = Api.from_config(
+        env={"KUBECONFIG": str(nobody_listens)}, patience_s=1, tell=lambda line: told.append((line, time.monotonic()))
+    )
+    for _ in range(2):
+        with pytest.raises(UnavailableError):
+            api.list(JOB)
+    ((line, at),) = told
+    assert line == f"{api.server}: connection refused; trying again for up to 1 s"
+    assert at - began < 0.5 < time.monotonic() - began
 
 
 def test_a_certificate_of_another_cluster_is_said(tmp_path: Path) -> None:
@@ -308,7 +329,7 @@ def test_a_certificate_of_another_cluster_is_said(tmp_path: Path) -> None:
         assert Api.from_config(env={"KUBECONFIG": str(trusted)}).server_version().minor == 36
         wrong = cluster.write_kubeconfig(tmp_path / "bad", ca=make_certificate(other).certificate)
         with pytest.raises(UnavailableError, match="its certificate is not trusted"):
-            Api.from_config(env={"KUBECONFIG": str(wrong)}, patience_s=0).list(JOB)
+            Api.from_config(env={"KUBECONFIG": str(wrong)}, tell=pytest.fail).list(JOB)  # no second try would help
         missing = cluster.write_kubeconfig(tmp_path / "none", ca=tmp_path / "gone.pem")
         with pytest.raises(ConfigError, match=r"gone\.pem"):
             Api.from_config(env={"KUBECONFIG": str(missing)}, patience_s=0).list(JOB)

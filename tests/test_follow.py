@@ -270,6 +270,22 @@ def test_following_outlasts_a_server_that_goes_away(cluster: FakeKubernetes) -> 
     assert any("the run goes on, waiting for the server" in line for line in heard.lines)
 
 
+def test_a_server_that_was_never_there_is_not_waited_for_and_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FakeKubernetes() as gone:
+        monkeypatch.setenv("KUBECONFIG", str(gone.write_kubeconfig(tmp_path / "kubeconfig")))
+    from_config = Api.from_config
+    monkeypatch.setattr(Api, "from_config", lambda *args, **options: from_config(*args, **options, patience_s=1))
+    assert main(["status", NAME, "--wait"]) == 69
+    talk = capsys.readouterr().err.splitlines()
+    assert talk[0] == f"warning: {gone.url}: connection refused; trying again for up to 1 s"
+    assert talk[1:] == [
+        f"error: {gone.url}: connection refused",
+        "hint: is the cluster running, and the kubeconfig for it?",
+    ]
+
+
 def test_a_status_is_a_function_of_what_the_server_had(cluster: FakeKubernetes, api: Api) -> None:
     train(cluster)
     snapshot = load_run(api, NAME)

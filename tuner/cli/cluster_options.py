@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tuner.cli.common import build, make_network, read_workspace_file
+from tuner.cli.common import build, make_network, read_workspace_file, say
 from tuner.errors import ConfigError, InputMissingError, UsageError
 
 if TYPE_CHECKING:
+    from tuner.cluster.api import Api
     from tuner.cluster.job import JobOptions
     from tuner.request import Run
     from tuner.workspace import WorkspaceFile
@@ -86,6 +87,18 @@ PushHold = Annotated[
 ImageVolume = Annotated[
     bool, typer.Option("--image-volume", help="mount input.image instead of pulling it; Kubernetes 1.35")
 ]
+
+
+def open_api(context: str | None, namespace: str | None) -> "Api":
+    """The cluster of the kubeconfig; its warnings, and that it does not answer, are said on stderr."""
+    from tuner.cluster.api import Api
+
+    return Api.from_config(
+        context,
+        namespace,
+        warn=lambda line: say(f"warning: the cluster says: {line}"),
+        tell=lambda line: say(f"warning: {line}"),
+    )
 
 
 def read_cluster_run(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tuner.cli.cluster_options import Context
+from tuner.cli.cluster_options import Context, open_api
 from tuner.cli.common import open_talk, say
 from tuner.cli.options import AsJson, app
 from tuner.errors import UsageError
@@ -23,12 +23,6 @@ Namespace = Annotated[
 
 _COLOURS = {"succeeded": "green", "failed": "red", "running": "cyan", "waiting": "yellow", "queued": "yellow"}
 _COLOURS |= {"suspended": "yellow", "stopping": "yellow"}
-
-
-def _open(context: str | None, namespace: str | None) -> "Api":
-    from tuner.cluster.api import Api
-
-    return Api.from_config(context, namespace, warn=lambda line: say(f"warning: the cluster says: {line}"))
 
 
 # ── status ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -50,8 +44,9 @@ def status(
 
     if wait and not name:
         raise UsageError("--wait for which run?", hint="tuner status NAME --wait")
-    api = _open(context, namespace)
+    api = open_api(context, namespace)
     if name and wait:
+        load_run(api, name)  # a server that was never there is not waited for, as one that goes away is
         follow_to_end(api, name, as_json=as_json)
         return
     now = datetime.now(UTC)
@@ -198,7 +193,7 @@ def logs(
     known = next((known for known in STAGES if known == stage), None)
     if stage and known is None:
         raise UsageError(f"{stage!r} is no stage", hint=f"one of {', '.join(STAGES)}")
-    for line in read_logs(_open(context, namespace), name, known, follows=follow):
+    for line in read_logs(open_api(context, namespace), name, known, follows=follow):
         print(without_queries(line), flush=follow)
 
 
@@ -213,7 +208,7 @@ def events(name: Name, namespace: Namespace = None, context: Context = None, as_
     from tuner.cluster.follow import duration, read_events
     from tuner.talk import without_queries
 
-    api = _open(context, namespace)
+    api = open_api(context, namespace)
     found = read_events(api, name)
     now = datetime.now(UTC)
     if as_json:
@@ -250,7 +245,7 @@ def cancel(name: Name, namespace: Namespace = None, context: Context = None) -> 
     from tuner.cluster.submit import cancel as cancel_run
 
     with open_talk() as talk:
-        sentence = cancel_run(_open(context, namespace), name, talk, poll_s=POLL_S)
+        sentence = cancel_run(open_api(context, namespace), name, talk, poll_s=POLL_S)
     say(sentence)
 
 
@@ -259,7 +254,7 @@ def delete(name: Name, namespace: Namespace = None, context: Context = None) -> 
     """Delete a run's Jobs, ConfigMap and own Secrets; volumes, images and your Secrets stay."""
     from tuner.cluster.submit import delete_run
 
-    api = _open(context, namespace)
+    api = open_api(context, namespace)
     for line in delete_run(api, name):
         say(f"deleted {line}" if not line.startswith("not ") else line)
 
@@ -276,7 +271,7 @@ def retry_push(
     from tuner.cluster.follow import POLL_S
     from tuner.cluster.submit import retry_push as retry
 
-    api = _open(context, namespace)
+    api = open_api(context, namespace)
     job, is_new = retry(api, name, poll_s=POLL_S)
     say(f"{'created' if is_new else 'there already'}: Job {job}")
     if wait:

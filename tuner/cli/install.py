@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from tuner.cli.cluster_options import Context
+from tuner.cli.cluster_options import Context, open_api
 from tuner.cli.common import say
 from tuner.cli.options import AllowCidr, app
 
@@ -46,9 +46,7 @@ def install(
 
         print(dump_manifests(installation(options)), end="")
         return
-    from tuner.cluster.api import Api
-
-    install_into(Api.from_config(context, namespace, warn=say), options, say)
+    install_into(open_api(context, namespace), options, say)
     say(f"next: kubectl -n {namespace} rollout status deployment tuner-controller")
 
 
@@ -59,7 +57,6 @@ def uninstall(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be deleted")] = False,
 ) -> None:
     """Take the controller away. Workspaces, their Jobs and the CRD stay."""
-    from tuner.cluster.api import Api
     from tuner.cluster.install import uninstall as uninstall_from
 
-    uninstall_from(Api.from_config(context, namespace, warn=say), namespace, say, dry_run=dry_run)
+    uninstall_from(open_api(context, namespace), namespace, say, dry_run=dry_run)

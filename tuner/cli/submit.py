@@ -32,6 +32,7 @@ from tuner.cli.cluster_options import (
     Urls,
     WeightsVolume,
     WorkloadIdentity,
+    open_api,
     read_cluster_run,
 )
 from tuner.cli.common import open_talk, say
@@ -56,6 +57,7 @@ from tuner.errors import UsageError
 from tuner.pod import PUSH_HOLD_S
 
 if TYPE_CHECKING:
+    from tuner.cluster.api import Api
     from tuner.cluster.follow import Status
     from tuner.cluster.job import JobOptions
     from tuner.workspace import WorkspaceFile
@@ -119,7 +121,6 @@ def submit(
     from dataclasses import replace
 
     from tuner.cluster import submit as submission
-    from tuner.cluster.api import Api
     from tuner.cluster.follow import POLL_S
     from tuner.cluster.job import render_job, written_instance_type
 
@@ -131,7 +132,7 @@ def submit(
 
     def ask_cluster(file: "WorkspaceFile", options: "JobOptions") -> "tuple[WorkspaceFile, JobOptions]":
         nonlocal nodes
-        api = Api.from_config(context, namespace or file.workspace.metadata.namespace, warn=_warn)
+        api = open_api(context, namespace or file.workspace.metadata.namespace)
         found.append(api)
         if not config:
             file = submission.with_config_map(api, file)
@@ -171,10 +172,6 @@ def submit(
         if not as_json:
             print(f"job/{name}")
         say(f"next: tuner status {name} -n {done.namespace}")
-
-
-def _warn(line: str) -> None:
-    say(f"warning: the cluster says: {line}")
 
 
 def _kinds(manifests: "tuple[dict[str, object], ...]") -> str:

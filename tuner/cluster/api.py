@@ -167,7 +167,8 @@ class Api:
     """One API server with one identity, for one namespace; safe to use from several threads.
 
     Reads are tried again for up to `patience_s` when the connection breaks or the server is busy, writes only when the
-    server said that it did nothing (429) or was never reached. `warn` hears the server's own warnings.
+    server said that it did nothing (429) or was never reached. `warn` hears the server's own warnings, `tell` the first
+    time why something is tried again.
     """
 
     def __init__(
@@ -178,6 +179,7 @@ class Api:
         context: str | None = None,
         patience_s: float = 30.0,
         warn: Callable[[str], None] | None = None,
+        tell: Callable[[str], None] | None = None,
     ) -> None:
         from kubernetes.client import ApiClient
 
@@ -186,6 +188,8 @@ class Api:
         self.patience_s = patience_s
         self._warn = warn or (lambda _: None)
         self._warned: set[str] = set()
+        self._tell = tell or (lambda _: None)
+        self._told = False
         self._configuration = configuration
         try:
             self._pool = ApiClient(configuration).rest_client.pool_manager
@@ -206,6 +210,7 @@ class Api:
         env: Mapping[str, str] | None = None,
         patience_s: float = 30.0,
         warn: Callable[[str], None] | None = None,
+        tell: Callable[[str], None] | None = None,
     ) -> Self:
         """As kubectl finds it: $KUBECONFIG, else ~/.kube/config, else the pod's service account.
 
@@ -213,7 +218,12 @@ class Api:
         """
         found = load_configuration(context, os.environ if env is None else env)
         return cls(
-            found.configuration, namespace or found.namespace, context=found.context, patience_s=patience_s, warn=warn
+            found.configuration,
+            namespace or found.namespace,
+            context=found.context,
+            patience_s=patience_s,
+            warn=warn,
+            tell=tell,
         )
 
     # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -535,8 +545,11 @@ class Api:
             except (ThrottledError, UnavailableError) as error:
                 may_repeat = method == "GET" or isinstance(error, ThrottledError) or error.not_sent
                 wait_s = _wait_s(attempt, error.retry_after_s)
-                if not may_repeat or attempt >= attempts or time.monotonic() + wait_s > deadline:
+                if error.is_final or not may_repeat or attempt >= attempts or time.monotonic() + wait_s > deadline:
                     raise
+                if not self._told:
+                    self._told = True
+                    self._tell(f"{error.message}; trying again for up to {self.patience_s:.0f} s")
             time.sleep(wait_s)
 
     def _attempt(

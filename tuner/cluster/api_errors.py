@@ -53,7 +53,10 @@ class Asked:
 
 
 class ApiError(TunerError):
-    """`status` is the HTTP status, 0 without an answer; `server_message` what the server said, word for word."""
+    """`status` is the HTTP status, 0 without an answer; `server_message` what the server said, word for word.
+
+    `not_sent`: the connection was never made, so nothing has happened. `is_final`: another try would end the same.
+    """
 
     exit_code = 78
 
@@ -66,10 +69,11 @@ class ApiError(TunerError):
         server_message: str = "",
         retry_after_s: float | None = None,
         not_sent: bool = False,
+        is_final: bool = False,
     ) -> None:
         super().__init__(message, hint=hint)
         self.status, self.server_message = status, server_message
-        self.retry_after_s, self.not_sent = retry_after_s, not_sent
+        self.retry_after_s, self.not_sent, self.is_final = retry_after_s, not_sent, is_final
 
 
 class BadRequestError(ApiError): ...
@@ -114,8 +118,6 @@ class ThrottledError(ApiError):
 
 
 class UnavailableError(ApiError):
-    """`not_sent`: the connection was never made, so nothing has happened."""
-
     exit_code = 69
 
 
@@ -282,6 +284,7 @@ def error_of_transport(server: str, error: BaseException) -> ApiError:
         return UnavailableError(
             f"{server}: its certificate is not trusted: {certificate.verify_message or certificate}",
             hint="the kubeconfig's certificate-authority is of another cluster, or a proxy is in between",
+            is_final=True,
         )
     if any(isinstance(one, ssl.SSLError | urllib3.exceptions.SSLError) for one in chain):
         return UnavailableError(

@@ -379,6 +379,8 @@ def follow_run(
         try:
             snapshot = load_run(api, name)
         except UnavailableError as error:
+            if error.is_final:
+                raise
             tell_once(f"{error.message}; the run goes on, waiting for the server", warns=True)
             sleep(poll_s * 3)
             continue
