@@ -1,9 +1,11 @@
 """Gates: what is a comparison of figures and what is not, and what they say of numbers."""
 
+import itertools
 import math
+from contextlib import suppress
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tuner.errors import ConfigError
@@ -73,6 +75,27 @@ def test_what_was_not_measured_passes_no_gate(value: float | None, comparison: s
         ("-" * 50 + "eval_loss < 2", "nested too deeply"),
         ("eval_loss ** 2 < 4", "is missing before '\\*'"),
         ("eval_loss <= 2; steps > 1", "what is '; steps > 1'"),
+        ("eval_loss / 0 <= 2", "it divides by zero"),
+        ("eval_loss <= base / (1 - 1)", "it divides by zero"),
+        ("eval_loss <= base / (0 * steps)", "it divides by zero"),
+        ("eval_loss <= 1e999", "a number in it is too large"),
+        ("eval_loss <= 1e200 * 1e200", "a number in it is too large"),
+        ("1e308 * base_perplexity * 10 > eval_loss", "a number in it is too large"),
+        ("eval_loss >= 0", "it holds whatever the run does"),
+        ("eval_perplexity >= 1", "it holds whatever the run does"),
+        ("eval_loss > -1", "it holds whatever the run does"),
+        ("0 * eval_loss <= 1", "it holds whatever the run does"),
+        ("eval_loss <= eval_loss", "it holds whatever the run does"),
+        ("0 * base == 0 * steps", "it holds whatever the run does"),
+        ("eval_loss < 0", "no run can pass it"),
+        ("-base > 0", "no run can pass it"),
+        ("eval_perplexity < 1", "no run can pass it"),
+        ("eval_loss + 1 <= 0.5", "no run can pass it"),
+        ("steps == -5", "no run can pass it"),
+        ("0 >= 1 + eval_loss * base", "no run can pass it"),
+        ("eval_loss > eval_loss", "no run can pass it"),
+        ("0 * base == 1", "no run can pass it"),
+        ("-2 == eval_loss / (1 + base)", "no run can pass it"),
     ],
 )
 def test_what_is_no_gate_is_refused_with_why(text: str, message: str) -> None:
@@ -89,10 +112,35 @@ def test_the_problems_of_all_gates_come_at_once_each_with_where_it_stands() -> N
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_every_metric_can_stand_in_a_gate_and_says_whether_it_is_of_held_out_rows(metric: str) -> None:
-    gate = parse_gate(f"2 * {metric} > 1")
+    gate = parse_gate(f"2 * {metric} > 3")
     assert gate.metrics == (metric,)
     assert gate.needs_held_out_rows is metric.startswith(("eval_", "base"))
-    assert gate.judge({metric: 1.0}).passed
+    assert gate.judge({metric: 2.0}).passed
+
+
+_TERMS = st.recursive(
+    st.sampled_from(["0", "1", "0.5", "2", "eval_loss", "base", "steps", "base_perplexity"]),
+    lambda inner: st.tuples(inner, st.sampled_from("+-*/"), inner).map(lambda parts: f"({' '.join(parts)})"),
+    max_leaves=5,
+)
+
+
+@given(_TERMS, st.sampled_from(["<", "<=", ">", ">=", "=="]), _TERMS)
+def test_what_is_refused_as_foregone_is_so_for_every_run(left: str, comparison: str, right: str) -> None:
+    try:
+        parse_gate(f"{left} {comparison} {right}")
+    except ConfigError as error:
+        refusal = str(error)
+    else:
+        return
+    names = {"eval_loss", "base", "steps", "base_perplexity"}
+    assume(any(name in left + right for name in names))
+    verdicts = set()
+    for values in itertools.product((0.0, 0.5, 1.0, 3.0), (0.0, 2.0), (0.0, 1.0, 1e6), (1.0, 2.0)):
+        figures = dict(zip(("eval_loss", "base", "steps", "base_perplexity"), values, strict=True))
+        with suppress(ZeroDivisionError):
+            verdicts.add(eval(f"{left} {comparison} {right}", {}, figures))
+    assert verdicts <= {"holds" in refusal}
 
 
 def test_an_annotation_holds_several() -> None:

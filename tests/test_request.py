@@ -343,6 +343,26 @@ def test_a_gate_that_is_none_is_a_problem_beside_the_others(build: Build) -> Non
     assert "LoraConfig.rr" in said
 
 
+@pytest.mark.parametrize(
+    ("gate", "override", "said"),
+    [
+        ("steps >= 100", "max_steps=50", "no run can pass it, as TrainingArguments.max_steps is 50"),
+        ("steps <= 50", "max_steps=50", "it holds whatever the run does, as TrainingArguments.max_steps is 50"),
+        ("epochs > 3", "num_train_epochs=3", "no run can pass it, as TrainingArguments.num_train_epochs is 3"),
+        ("eval_loss > 2 * epochs / 0", "num_train_epochs=3", "divides by zero"),
+    ],
+)
+def test_a_gate_that_the_runs_length_decides_is_refused(build: Build, gate: str, override: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"--require: .*{said}"):
+        build(require=(gate,), overrides=(f"TrainingArguments.{override}",))
+
+
+def test_what_the_runs_length_does_not_decide_is_a_gate(build: Build) -> None:
+    gates = ("steps >= 50", "epochs > 3", "eval_loss < base")
+    assert build(require=gates, overrides=("TrainingArguments.max_steps=50",)).spec.require == gates
+    assert build(require=("steps >= 100",), smoke=True).spec.require == ("steps >= 100",)
+
+
 def test_a_gate_on_held_out_rows_needs_some(build: Build) -> None:
     none_held_out = {"overrides": ("DatasetConfig.train_test_split=1",)}
     with pytest.raises(ConfigError, match=r"--require: 'eval_loss < base' needs held-out rows"):

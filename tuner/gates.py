@@ -32,6 +32,7 @@ METRICS: Mapping[str, str] = MappingProxyType(
     }
 )
 _OF_HELD_OUT_ROWS = frozenset({"eval_loss", "base", "eval_perplexity", "base_perplexity"})
+_LEAST = MappingProxyType({name: 1.0 if name.endswith("perplexity") else 0.0 for name in METRICS})
 
 _COMPARISONS: Mapping[str, Callable[[float, float], bool]] = MappingProxyType(
     {"<=": operator.le, ">=": operator.ge, "==": operator.eq, "<": operator.lt, ">": operator.gt}
@@ -85,6 +86,45 @@ def _metrics(term: _Term) -> Iterator[str]:
             yield from _metrics(right)
 
 
+def _bounds(term: _Term, most: Mapping[str, float]) -> tuple[float, float]:
+    """What a term may come to, least and most, when no metric is more than `most` says of it.
+
+    Raises _NoNumberError where it never is a number.
+    """
+    match term:
+        case _Number(value):
+            low = high = value
+        case _Metric(name):
+            low, high = _LEAST[name], most.get(name, math.inf)
+        case _Calculation(sign, left, right):
+            (a, b), (c, d) = _bounds(left, most), _bounds(right, most)
+            if sign == "/" and c == d == 0:
+                raise _NoNumberError("it divides by zero")
+            match sign:
+                case "+":
+                    low, high = a + c, b + d
+                case "-":
+                    low, high = a - d, b - c
+                case "/" if c <= 0 <= d:
+                    low, high = -math.inf, math.inf
+                case _:
+                    corners = [_corner(sign, x, y) for x in (a, b) for y in (c, d)]
+                    low, high = min(corners), max(corners)
+    if low == math.inf or high == -math.inf:
+        raise _NoNumberError("a number in it is too large")
+    return low, high
+
+
+def _corner(sign: str, left: float, right: float) -> float:
+    """A metric may be as large as anything, and never is infinite: 0 × ∞ is 0 here, and ∞ ÷ ∞ may be near 0."""
+    value = left * right if sign == "*" else left / right
+    return 0.0 if math.isnan(value) else value
+
+
+class _NoNumberError(Exception):
+    """A term that has no value."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Whether a gate is passed, and the sentence that shows its numbers."""
@@ -109,6 +149,21 @@ class Gate:
     @property
     def needs_held_out_rows(self) -> bool:
         return not _OF_HELD_OUT_ROWS.isdisjoint(self.metrics)
+
+    def foregone(self, most: Mapping[str, float] = MappingProxyType({})) -> bool | None:
+        """What every run gets that takes a metric no further than `most` says; None where only the run can tell."""
+        (a, b), (c, d) = _bounds(self.left, most), _bounds(self.right, most)
+        if self.left == self.right:
+            return "=" in self.comparison
+        holds = _COMPARISONS[self.comparison]
+        match self.comparison:
+            case "==":
+                return True if a == b == c == d else False if b < c or d < a else None
+            case "<" | "<=":
+                best, worst = (a, d), (b, c)
+            case _:
+                best, worst = (b, c), (a, d)
+        return True if holds(*worst) else None if holds(*best) else False
 
     def judge(self, figures: Mapping[str, float | None]) -> Verdict:
         """A figure that was not measured, or is no number, passes no gate."""
@@ -189,6 +244,13 @@ class _Parser:
         gate = Gate(self._text, left, comparison, right)
         if not gate.metrics:
             raise self._refuse("it compares only numbers", f"the metrics are {', '.join(METRICS)}")
+        try:
+            outcome = gate.foregone()
+        except _NoNumberError as error:
+            raise self._refuse(str(error)) from error
+        if outcome is not None:
+            why = "it holds whatever the run does" if outcome else "no run can pass it"
+            raise self._refuse(why, "losses and counts are 0 or more, perplexities 1 or more")
         return gate
 
     def _sum(self) -> _Term:

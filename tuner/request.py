@@ -751,7 +751,29 @@ def _gates(file: WorkspaceFile, request: Request, training: TrainingConfig | Non
             f"{origin}: {needing.text!r} needs held-out rows, and DatasetConfig.train_test_split holds none out",
             hint="leave train_test_split out, or write less than 1",
         )
+    if training and not request.smoke:  # which takes few steps, and only says its gates
+        most, limit = _most_of_run(training)
+        problems = [
+            Problem(
+                f"{gate.text!r}: {'it holds whatever the run does' if outcome else 'no run can pass it'}, as {limit}",
+                path=origin,
+                hint="change the gate, or that",
+            )
+            for gate in gates
+            if (outcome := gate.foregone(most)) is not None
+        ]
+        if problems:
+            raise ConfigError.of(problems)
     return gates
+
+
+def _most_of_run(training: TrainingConfig) -> tuple[dict[str, float], str]:
+    """How far a run goes at most, by metric, and the setting that says so."""
+    arguments = training.section("TrainingArguments")
+    if (steps := arguments.get("max_steps") or 0) > 0:
+        return {"steps": steps}, f"TrainingArguments.max_steps is {steps:,}"
+    epochs = arguments["num_train_epochs"]
+    return {"epochs": epochs}, f"TrainingArguments.num_train_epochs is {epochs:g}"
 
 
 # ── a pod ────────────────────────────────────────────────────────────────────────────────────────────────────────────
