@@ -525,6 +525,7 @@ def test_a_smoke_run_says_its_stages_on_stderr_and_its_result_on_stdout(finished
     (line,) = (finished / "stdout").read_text().splitlines()
     result = json.loads(line)
     assert re.fullmatch(rf"oci:{finished}/work/image:smoke@sha256:[0-9a-f]{{64}}", result["image"])
+    assert (result["smoke"], result["train_rows"], result["eval_rows"], result["smoke_unused_rows"]) == (True, 38, 2, 0)
     talk = (finished / "stderr").read_text()
     stages = re.findall(r"^\S* (preflight|fetch|prepare|train|push)$", talk, re.MULTILINE)
     assert stages == ["preflight", "fetch", "prepare", "train", "push"]

@@ -38,6 +38,24 @@ def tokens_of(result: Prepared, work_dir: Path) -> list[dict[str, list[int]]]:
     return [dict(row) for row in Dataset.from_file(str(work_dir / result.train.path))]
 
 
+# ── a smoke run ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_smoke_run_says_which_part_of_the_rows_it_takes(tmp_path: Path) -> None:
+    heard = Heard()
+    result, _ = prepared(tmp_path, rows_of("messages", 120), reporter=heard, smoke=True)
+    assert (result.rows_read, result.train.rows, result.eval_rows, result.smoke_unused_rows) == (120, 64, 6, 50)
+    said = "a smoke run takes 64 of the 114 training rows and 6 of the 6 held-out ones"
+    assert [line for line in heard.notes if line.startswith(said)]
+
+
+def test_a_smoke_run_of_few_rows_takes_them_all_and_says_nothing(tmp_path: Path) -> None:
+    heard = Heard()
+    result, _ = prepared(tmp_path, rows_of("messages", 40), reporter=heard, smoke=True)
+    assert (result.train.rows + result.eval_rows, result.smoke_unused_rows) == (40, 0)
+    assert not [line for line in heard.notes if "smoke run takes" in line]
+
+
 # ── rows that are too long ───────────────────────────────────────────────────────────────────────────────────────────
 
 LIMIT = {"TrainingArguments": {"max_length": 100}}

@@ -180,6 +180,7 @@ def test_every_preset_runs_under_smoke(preset: str, tmp_path: Path) -> None:
     assert config["base_model_name_or_path"] is None
     lock = json.loads((job.work_dir / trained.adapter_dir / "run.lock.json").read_text())
     assert lock["smoke"] is True
+    assert lock["rows"]["smoke_unused"] == 0
     assert "Smoke run" in (job.work_dir / trained.adapter_dir / "README.md").read_text()
 
 

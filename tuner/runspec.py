@@ -332,11 +332,16 @@ class Prepared(Contract):
     over_length_rows: int
     truncated_rows: int
     unsupervised_rows: int = Field(description="rows with no supervised token, left out")
+    smoke_unused_rows: int = Field(default=0, description="good rows that a smoke run leaves to the real one")
     problems: tuple[RowProblem, ...] = Field(description="the first 20; all are in problems_file")
     problems_file: str | None
     max_length: int
     tokenizer_dir: str
     base_model_dir: str
+
+    @property
+    def eval_rows(self) -> int:
+        return self.evaluation.rows if self.evaluation else 0
 
 
 class Trained(Contract):
@@ -355,6 +360,9 @@ class Trained(Contract):
     last_train_loss: float
     eval_loss_before: float | None
     eval_loss_after: float | None
+    train_rows: int
+    eval_rows: int
+    smoke_unused_rows: int = 0
     kept_step: int = Field(description="the step whose adapter this is")
     modules: dict[str, int] = Field(description="LoRA module name → how many layers have it")
     trainable_parameters: int
@@ -420,12 +428,19 @@ class StageResult(Contract):
 
 
 class RunResult(Contract):
-    """What a finished run says: `image` is repository@sha256:… (or a directory)."""
+    """What a finished run says: `image` is repository@sha256:… (or a directory).
+
+    A smoke run takes only a part of the rows: `smoke_unused_rows` says how many it left.
+    """
 
     run_digest: str
     image: str
     tag: str | None = None
     previous_digest: str | None = None
+    smoke: bool = False
+    train_rows: int
+    eval_rows: int
+    smoke_unused_rows: int = 0
     steps: int
     examples: int
     tokens: int

@@ -188,7 +188,8 @@ def run_lock(spec: RunSpec, fetched: Fetched, prepared: Prepared, versions: Mapp
         "rows": {
             "read": prepared.rows_read,
             "train": prepared.train.rows,
-            "evaluation": prepared.evaluation.rows if prepared.evaluation else 0,
+            "evaluation": prepared.eval_rows,
+            "smoke_unused": prepared.smoke_unused_rows,
             "bad": prepared.bad_rows,
             "over_length": prepared.over_length_rows,
             "truncated": prepared.truncated_rows,
@@ -211,7 +212,6 @@ def model_card(
     """README.md of the adapter, with the front matter that PEFT and the Hub read."""
     base = fetched.base_model
     name = base.id if base and base.id else None
-    held_out = prepared.evaluation.rows if prepared.evaluation else 0
     lora = spec.training.section("LoraConfig")
     arguments = spec.training.section("TrainingArguments")
     front = ["---", "library_name: peft", "pipeline_tag: text-generation", f"license: {spec.preset.licence or 'other'}"]
@@ -232,7 +232,7 @@ def model_card(
         f"| learning rate | {arguments.get('learning_rate')}, {arguments.get('lr_scheduler_type')} |",
         f"| steps | {figures['steps']}, {_figure(figures['epochs'])} epochs; the adapter is of step "
         f"{figures['kept_step']} |",
-        f"| rows | {prepared.train.rows:,} trained on, {held_out:,} held out |",
+        f"| rows | {prepared.train.rows:,} trained on, {prepared.eval_rows:,} held out |",
         f"| tokens | {prepared.train.tokens:,} in the training rows, {prepared.train.supervised_tokens:,} learnt |",
         f"| training loss | {_figure(figures['first_train_loss'])} → {_figure(figures['last_train_loss'])} |",
         f"| held-out loss | {_figure(figures['eval_loss_before'])} → {_figure(figures['eval_loss_after'])} |",

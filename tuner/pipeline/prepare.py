@@ -116,6 +116,7 @@ def prepare(spec: RunSpec, fetched: Fetched, work_dir: Path, reporter: Reporter)
         over_length_rows=over if settings.over_length == "drop" else 0,
         truncated_rows=over if settings.over_length == "truncate" else 0,
         unsupervised_rows=sum(tally.unsupervised for tally in tallies.values()),
+        smoke_unused_rows=len(split.train) + len(split.evaluation) - count,
         problems=tuple(problems[:_SHOWN_PROBLEMS]),
         problems_file=problems_file and str(Path(problems_file).relative_to(work_dir)),
         max_length=limit,
@@ -341,6 +342,12 @@ def _say(result: Prepared, split: RowSplit, reporter: Reporter) -> None:
         + (f", {result.evaluation.rows:,} held out" if result.evaluation else ", none held out")
         + f"; shapes: {', '.join(f'{name} {count:,}' for name, count in result.shapes.items())}"
     )
+    if result.smoke_unused_rows:
+        used, held = min(len(split.train), SMOKE_TRAIN_ROWS), min(len(split.evaluation), SMOKE_EVALUATION_ROWS)
+        reporter.note(
+            f"a smoke run takes {used} of the {len(split.train):,} training rows and {held} of the "
+            f"{len(split.evaluation):,} held-out ones; `tuner check --data` tries them all"
+        )
     if split.duplicates:
         reporter.note(f"{split.duplicates:,} rows are the same as another and were kept on its side of the split")
     if split.known_prompts:

@@ -208,8 +208,9 @@ def prepared_values(prepared: Prepared) -> dict[str, Scalar]:
     return {
         "rows": prepared.rows_read,
         "train_rows": prepared.train.rows,
-        "eval_rows": prepared.evaluation.rows if prepared.evaluation else 0,
+        "eval_rows": prepared.eval_rows,
         "bad_rows": prepared.bad_rows,
+        "smoke_unused_rows": prepared.smoke_unused_rows,
     }
 
 
@@ -470,6 +471,9 @@ def train(
         last_train_loss=outcome.last_train_loss,
         eval_loss_before=outcome.eval_loss_before,
         eval_loss_after=outcome.eval_loss_after,
+        train_rows=prepared.train.rows,
+        eval_rows=prepared.eval_rows,
+        smoke_unused_rows=prepared.smoke_unused_rows,
         kept_step=outcome.kept_step,
         modules=dict(outcome.coverage.modules),
         trainable_parameters=outcome.coverage.trainable_parameters,
@@ -589,6 +593,10 @@ def push(
         image=image,
         tag=tag,
         previous_digest=previous,
+        smoke=spec.smoke,
+        train_rows=trained.train_rows,
+        eval_rows=trained.eval_rows,
+        smoke_unused_rows=trained.smoke_unused_rows,
         steps=trained.steps,
         examples=trained.examples,
         tokens=trained.tokens,
