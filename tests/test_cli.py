@@ -658,6 +658,23 @@ def test_check_with_data_counts_every_row(tuner: Tuner, tmp_path: Path, data: Pa
     assert json.loads(ended.out)["data"]["rows_read"] == 40
 
 
+def test_the_readmes_workspace_on_a_laptop_is_told_what_is_next_and_checked_without_the_secret(
+    tuner: Tuner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "fresh"))
+    readme = Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
+    (tmp_path / "workspace.yaml").write_text(readme.partition("```yaml\n")[2].partition("```")[0], encoding="utf-8")
+    ended = tuner("check", "workspace.yaml")
+    assert ended.code == 66
+    assert "Secret 'registry-secret' is not in the Workspace's file" in ended.err
+    assert "docker login myregistry.azurecr.io" in ended.err
+    assert "--no-preflight checks the rest, tuner submit --dry-run asks the cluster" in ended.err
+    ended = tuner("check", "workspace.yaml", "--no-preflight")
+    assert ended.code == 0, ended.err
+    assert "to push      Secret 'registry-secret', which is not here\n" in ended.out
+    assert "LoraConfig.r " in ended.out
+
+
 def test_what_init_writes_checks_clean_once_it_is_edited_as_it_says(tuner: Tuner, tmp_path: Path, data: Path) -> None:
     assert tuner("init", "w.yaml").code == 0
     path = tmp_path / "w.yaml"
@@ -908,6 +925,18 @@ def test_plan_answers_without_data_secret_or_gpu(tuner: Tuner, tmp_path: Path) -
     assert tuner("plan", path, "--gpu", "V100").code == 78
     assert tuner("plan", path, "--gpu", "4GB").code == 73
     assert tuner("plan", path).code == 64
+
+
+@pytest.mark.parametrize("has_driver", [False, True])
+def test_a_real_model_on_a_cpu_is_warned_of_before_it_is_downloaded(
+    tuner: Tuner, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, has_driver: bool
+) -> None:
+    monkeypatch.setattr("tuner.pipeline.run._NVIDIA_DRIVER", tmp_path if has_driver else tmp_path / "none")
+    monkeypatch.setattr("tuner.pipeline.run._check_gpu", lambda: None)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: _Usage())
+    ended = tuner("run", "--model", PRESET, "--data", data, "--output", "adapter")
+    assert ended.code == 78
+    assert ("warning: no NVIDIA GPU is here: training a model of 7.1 GiB" in ended.err) is not has_driver
 
 
 def test_what_a_library_prints_is_no_result(capsys: pytest.CaptureFixture[str]) -> None:

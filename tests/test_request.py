@@ -2,6 +2,7 @@ import base64
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from data_files import message_rows, write_data
 from tuner.content import hash_file
 from tuner.errors import ConfigError, DataError, InputMissingError
 from tuner.presets import find_preset
-from tuner.request import Request, Run, build_run, is_weights_of, parse_output, with_data
+from tuner.request import Credentials, Request, Run, build_run, is_weights_of, parse_output, with_data
 from tuner.runspec import (
     DirectoryDestination,
     FileSource,
@@ -23,6 +24,7 @@ from tuner.runspec import (
     LayoutDestination,
     LocalModel,
     Network,
+    Secrets,
     SmokeModel,
     UrlSource,
     VolumeSource,
@@ -145,6 +147,46 @@ def test_a_push_credential_is_the_flags_the_files_then_the_users(
 def test_a_named_secret_that_is_nowhere_is_missing(build: Build) -> None:
     with pytest.raises(InputMissingError, match="imagePushSecret: Secret 'push' is not in the Workspace's file"):
         build(tuning=WITH_SECRET)
+
+
+@pytest.mark.parametrize(
+    ("request_", "hint"),
+    [
+        ({}, "--output DIR keeps the adapter here, tuner submit runs where the cluster has the Secret"),
+        (
+            {"preflight": False},
+            "--output DIR keeps the adapter here, tuner submit runs where the cluster has the Secret",
+        ),
+        ({"smoke": True}, "--no-preflight leaves the registry out"),
+        (
+            {"only_checks": True},
+            "--no-preflight checks the rest, tuner submit --dry-run asks the cluster for the Secret",
+        ),
+    ],
+)
+def test_the_hint_for_a_missing_secret_fits_the_command(build: Build, request_: dict[str, bool], hint: str) -> None:
+    with pytest.raises(InputMissingError) as caught:
+        build(tuning=WITH_SECRET, **request_)
+    assert str(caught.value.hint).endswith(f"; {hint}")
+    assert "run docker login reg.azurecr.io, or" in str(caught.value.hint)
+
+
+def test_a_check_without_a_probe_needs_no_secret_that_is_in_a_cluster(build: Build) -> None:
+    source = {"image": "reg.azurecr.io/data:1", "imagePullSecrets": ["pull"]}
+    build_check = partial(build, tuning={**WITH_SECRET, **GATED, "input": source}, only_checks=True, preflight=False)
+    run = build_check(fetches=False)
+    assert run.credentials == Credentials(
+        push="Secret 'push', which is not here",
+        pull="Secret 'pull', which is not here",
+        hub="Secret 'hub', which is not here",
+    )
+    assert run.secrets == Secrets()
+    with pytest.raises(ConfigError, match="2 problems") as caught:
+        build_check(fetches=True)
+    assert [str(problem).partition(": ")[0] for problem in caught.value.problems] == [
+        "imagePullSecrets",
+        "tuning.preset.presetOptions.modelAccessSecret",
+    ]
 
 
 def test_no_secret_and_no_docker_config_pushes_as_nobody(build: Build) -> None:

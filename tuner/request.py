@@ -73,7 +73,8 @@ class Request:
 
     In a `pod` there are no files of this machine, volumes are mounted, and credentials are Secrets of the cluster.
     `pushes_without_secret`: the pod has an identity of its own, or the registry takes anybody. `image_volume`: an
-    input image is mounted by the kubelet, not pulled by us.
+    input image is mounted by the kubelet, not pulled by us. `only_checks`: nothing is trained or pushed; `fetches`:
+    the data is looked at.
     """
 
     place: Literal["box", "pod"] = "box"
@@ -93,10 +94,21 @@ class Request:
     pushes_without_secret: bool = False
     image_volume: bool = False
     disable: tuple[str, ...] = ()
+    only_checks: bool = False
+    fetches: bool = True
 
     @property
     def in_pod(self) -> bool:
         return self.place == "pod"
+
+    @property
+    def needs_push_secret(self) -> bool:
+        """A check that leaves the registry out can do without one that is in a cluster only."""
+        return not self.only_checks or self.preflight
+
+    @property
+    def needs_pull_secret(self) -> bool:
+        return self.needs_push_secret or self.fetches
 
 
 @dataclass(frozen=True)
@@ -562,8 +574,10 @@ def _push_credentials(
     found = _users_docker_config(env)
     if found:
         return _Found((_read_docker_config(found),), str(found), str(found.absolute()))
+    if name and not request.needs_push_secret:
+        return _Found(origin=_elsewhere(name))
     if name:
-        raise _no_secret("tuning.output.imagePushSecret", name)
+        raise _no_push_secret(name, parse_reference(target.reference).registry, request)
     return _Found(origin="anonymous")
 
 
@@ -594,8 +608,10 @@ def _pull_credentials(
     users = _users_docker_config(env)
     if users:
         found.append(_Found((_read_docker_config(users),), str(users)))
+    if names and not found and not request.needs_pull_secret:
+        return _Found(origin=_elsewhere(names[0]))
     if names and not found:
-        raise _no_secret("imagePullSecrets", names[0])
+        raise _no_secret("imagePullSecrets", names[0], _WAYS.format(registry=""))
     texts = tuple(text for each in found for text in each.texts)
     return _Found(texts, ", ".join(each.origin for each in found) or "anonymous")
 
@@ -621,6 +637,8 @@ def _hub_token(
         token, origin = file.secrets[name].value(HF_TOKEN), f"Secret {name!r} in the Workspace's file"
     elif env.get(HF_TOKEN):
         token, origin = env[HF_TOKEN], f"${HF_TOKEN}"
+    elif name and not request.needs_pull_secret:
+        return _Found(origin=_elsewhere(name))
     elif name:
         raise InputMissingError(
             f"tuning.preset.presetOptions.modelAccessSecret: Secret {name!r} is not in the Workspace's file, "
@@ -676,12 +694,29 @@ def _in_cluster(file: WorkspaceFile, names: Sequence[str], check: Callable[[Secr
     return _Found(origin=", ".join(f"Secret {name!r} of the cluster" for name in names) or "anonymous")
 
 
-def _no_secret(field_path: str, name: str) -> InputMissingError:
+_WAYS = "put the Secret into the file, run docker login{registry}, or give --docker-config FILE"
+
+
+def _no_push_secret(name: str, registry: str, request: Request) -> InputMissingError:
+    """With the way to go on for who has the Secret in a cluster only."""
+    ways = _WAYS.format(registry=f" {registry}")
+    if request.only_checks:
+        other = "--no-preflight checks the rest, tuner submit --dry-run asks the cluster for the Secret"
+    elif request.smoke and request.preflight:
+        other = "--no-preflight leaves the registry out"
+    else:
+        other = "--output DIR keeps the adapter here, tuner submit runs where the cluster has the Secret"
+    return _no_secret("tuning.output.imagePushSecret", name, f"{ways}; {other}")
+
+
+def _no_secret(field_path: str, name: str, hint: str) -> InputMissingError:
     return InputMissingError(
-        f"{field_path}: Secret {name!r} is not in the Workspace's file, and there is no docker config",
-        hint="put the Secret into the file, run docker login, or give --docker-config FILE; "
-        "a smoke run can do without: --no-preflight",
+        f"{field_path}: Secret {name!r} is not in the Workspace's file, and there is no docker config", hint=hint
     )
+
+
+def _elsewhere(name: str) -> str:
+    return f"Secret {name!r}, which is not here"
 
 
 def docker_configs_for(docker_config: Path | None, env: Mapping[str, str]) -> tuple[str, ...]:

@@ -130,9 +130,11 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Find out now what would go wrong later: Workspace, config, secret, push permission; with --data every row."""
+    from dataclasses import replace
+
     from tuner.pipeline.run import preflight
 
-    request = _request(locals())
+    request = replace(_request(locals()), only_checks=True, fetches=with_data)
     built, directory = build(read_workspace_file(workspace, None, None, None, request), request, work_dir)
     if spec_file:
         built.spec.save(spec_file)

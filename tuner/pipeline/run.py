@@ -116,6 +116,7 @@ def _run(
     startup = StartUp()
     on_stage("preflight")
     with startup.part("preflight"):
+        _warn_of_cpu(spec, reporter)
         preflight(spec, secrets, work_dir, reporter)
     on_stage("fetch")
     startup.import_ahead()
@@ -312,9 +313,22 @@ def _check_only_ours(directory: Path, reporter: Reporter) -> None:
     reporter.note(f"{directory} has an adapter, which will be replaced")
 
 
+_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+
+
+def _warn_of_cpu(spec: RunSpec, reporter: Reporter) -> None:
+    """A real model on a laptop: gigabytes are downloaded, and then nothing seems to happen."""
+    if isinstance(spec.base_model, HubModel | ImageModel) and not _NVIDIA_DRIVER.exists():
+        size = f" of {spec.preset.weights_gib:.1f} GiB" if spec.preset.weights_gib else ""
+        reporter.warn(
+            f"no NVIDIA GPU is here: training a model{size} on the CPU takes days or more. --smoke tries it with a "
+            "tiny one; `tuner submit` runs it in a cluster"
+        )
+
+
 def _check_gpu() -> None:
     """Only where there is an NVIDIA driver is it worth the seconds that importing torch takes."""
-    if Path("/proc/driver/nvidia/version").exists():
+    if _NVIDIA_DRIVER.exists():
         from tuner.pipeline.model import pick_device
 
         pick_device()
