@@ -111,7 +111,37 @@ def test_removed_preset_says_so_and_which_id_to_write(name: str) -> None:
 def test_misspelt_preset_names_the_near_one() -> None:
     with pytest.raises(ConfigError, match='did you mean "phi-3-mini-4k-instruct"') as caught:
         find_preset("phi-3-mini-4k-instuct")
-    assert caught.value.hint == "tuner presets lists them; any Hugging Face id org/name works too"
+    assert caught.value.hint == (
+        "near it: phi-3-mini-128k-instruct, phi-3-medium-4k-instruct, phi-3.5-mini-instruct; tuner presets lists all; "
+        "any Hugging Face id org/name works too"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("Phi3 mini 4k instruct", "phi-3-mini-4k-instruct"),
+        ("llama3", "llama-3.1-8b-instruct"),
+        ("qwen", "qwen3-4b"),
+        ("phi-3", "phi-3-mini-4k-instruct"),
+        ("deepseek-r1", "deepseek-r1-distill-qwen-14b"),
+        ("falcon-7b", None),
+        ("phi-2", "phi-4"),
+    ],
+)
+def test_a_hint_names_the_nearest_few_presets_and_where_the_list_is(name: str, near: str | None) -> None:
+    with pytest.raises(ConfigError) as caught:
+        find_preset(name)
+    said = f"{caught.value}; {caught.value.hint}"
+    assert "tuner presets lists all" in said
+    assert near in said if near else "near it" not in said
+    assert len(re.findall(r"[\w.]+-[\w.-]+", said.partition("near it: ")[2].partition(";")[0])) <= 3
+
+
+def test_what_resembles_nothing_names_no_preset() -> None:
+    with pytest.raises(ConfigError, match=r"^no preset 'bert'$") as caught:
+        find_preset("bert")
+    assert caught.value.hint == "tuner presets lists all; any Hugging Face id org/name works too"
 
 
 @pytest.mark.parametrize("name", ["", "/", "a/b/c", "../secrets", "org/na--me", "https://host/x", "org/", "/name"])

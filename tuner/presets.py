@@ -6,6 +6,8 @@ A preset is one file of `presets/`, named as the preset. `based_on` names anothe
 
 import json
 import re
+from collections.abc import Sequence
+from difflib import SequenceMatcher
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -15,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tuner.data import data_dir
-from tuner.errors import ConfigError, InputMissingError, did_you_mean
+from tuner.errors import ConfigError, InputMissingError
 
 HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
@@ -159,15 +161,38 @@ def find_preset(name: str) -> Preset:
     if wanted in REMOVED:
         raise ConfigError(
             f"preset {name!r} was removed from KAITO, although its examples still name it",
-            hint=f"write the Hugging Face id {REMOVED[wanted]}, or a current preset: {', '.join(presets)}",
+            hint=f"write the Hugging Face id {REMOVED[wanted]}; {_listing(_nearest(wanted))}",
         )
     if HUB_ID.fullmatch(name.strip()):
         return _unknown(name.strip())
-    near = did_you_mean(name, (*presets, *by_word, *SERVED_ONLY))
+    near = _nearest(wanted)
     raise ConfigError(
-        f"no preset {name!r}" + (f", {near}" if near else ""),
-        hint="tuner presets lists them; any Hugging Face id org/name works too",
+        f"no preset {name!r}" + (f', did you mean "{near[0]}"?' if near else ""),
+        hint=f"{_listing(near[1:])}; any Hugging Face id org/name works too",
     )
+
+
+_SHOWN = 3
+
+
+def _listing(near: Sequence[str]) -> str:
+    """`near it: phi-4, phi-4-mini-instruct; tuner presets lists all`"""
+    return (f"near it: {', '.join(near[:_SHOWN])}; " if near else "") + "tuner presets lists all"
+
+
+def _nearest(wanted: str) -> list[str]:
+    """Names that resemble it or are of its family, the nearest first: llama3 is near llama-3.1-8b-instruct."""
+    names = dict.fromkeys((*_presets(), *SERVED_ONLY))
+    written = _in_words(wanted)
+    likeness = {name: SequenceMatcher(None, written, _in_words(name)).ratio() for name in names}
+    family = written.partition("-")[0]
+    found = [name for name in names if likeness[name] >= 0.6 or (family and _in_words(name).startswith(f"{family}-"))]
+    return sorted(found, key=lambda name: (not _in_words(name).startswith(written), -likeness[name]))
+
+
+def _in_words(name: str) -> str:
+    """`Phi3 mini-4k` → `phi-3-mini-4-k`: people leave out and put in what stands between letters and numbers."""
+    return "-".join(re.findall(r"[a-z]+|[0-9.]+", name.lower()))
 
 
 def _unknown(model_id: str) -> Preset:

@@ -29,7 +29,7 @@ def presets(
 
     from tuner.presets import find_preset, load_presets
 
-    if name:
+    if name is not None:
         preset = find_preset(name)
         if as_json:
             print(preset.model_dump_json(indent=2))
