@@ -157,6 +157,10 @@ def write_workspace(
         ("run a.yaml https://h/x?sig=c2VjcmV0LXNpZ25hdHVyZQ", 64, "https://h/x?…"),
         ("check", 64, "missing argument 'WORKSPACE'"),
         ("check nope.yaml", 66, "nope.yaml: there is no such file"),
+        ("run slice.parquet", 64, "--data slice.parquet --output ./adapter"),
+        ("check train.jsonl.gz", 64, "train.jsonl.gz is a file or directory of data, and a WORKSPACE is YAML"),
+        ("submit train.csv --set-image a/b:1", 64, "--data train.csv"),
+        ("run nope.json", 66, "nope.json: there is no such file"),
         ("presets phi-3-mini-4k", 78, 'did you mean "phi-3-mini-4k-instruct"?'),
         ("init nodir/w.yaml", 66, "nodir: there is no such directory"),
         ("init --preset nope w.yaml", 78, "no preset 'nope'"),
@@ -219,6 +223,19 @@ def test_a_bad_flag_is_refused_before_anything_is_done(
     assert ended.code == code
     assert said in ended.err
     assert "── fetch" not in ended.err
+
+
+def test_a_list_in_json_or_a_directory_of_data_is_no_workspace(tuner: Tuner, tmp_path: Path, data: Path) -> None:
+    (tmp_path / "rows.json").write_text('[{"text": "a"}]')
+    (tmp_path / "folder").mkdir()
+    data.rename(tmp_path / "folder/train.parquet")
+    for name in ("rows.json", "folder"):
+        ended = tuner("run", name)
+        assert ended.code == 64
+        assert f"--data {name} --output" in ended.err
+    (tmp_path / "folder/w.yaml").write_text("")
+    ended = tuner("run", "folder")
+    assert (ended.code, "in it: w.yaml" in ended.err) == (78, True)
 
 
 def test_several_bad_flags_are_said_at_once(tuner: Tuner, data: Path) -> None:
@@ -711,6 +728,16 @@ def test_preview_shows_rows_on_stdout_and_progress_on_stderr(tuner: Tuner, tmp_p
 
 
 # ── help ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.train
+@pytest.mark.parametrize(("bad", "code"), [(1, 0), (9, 65)])
+def test_preview_ends_as_a_run_would(tuner: Tuner, tmp_path: Path, bad: int, code: int) -> None:
+    write_data(tmp_path / "d.jsonl", [*message_rows(20), *[{"messages": []}] * bad])
+    ended = tuner("data", "preview", "d.jsonl")
+    assert ended.code == code
+    assert "learnt tokens look" in ended.out
+    assert ("error: a run would stop: more than 10% of the rows are bad" in ended.err) is (code == 65)
 
 
 def every_command() -> dict[str, Any]:

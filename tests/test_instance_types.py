@@ -95,6 +95,12 @@ def test_what_is_no_gpu_is_refused(written: str) -> None:
         find_gpu(written)
 
 
+def test_a_size_without_its_unit_is_told_it() -> None:
+    with pytest.raises(ConfigError, match="no GPU '24' is known, and a size has its unit") as caught:
+        find_gpu("24")
+    assert caught.value.hint == "--gpu 24GB"
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [

@@ -265,10 +265,11 @@ class TestSummary:
 
     def test_of_many_bad_rows_the_first_are_listed_and_a_run_would_stop(self, tmp_path: Path) -> None:
         path = write_data(tmp_path / "a.jsonl", [*message_rows(1), *[{"messages": []}] * 30])
-        text = printed(load(path))
+        preview = load(path)
+        text = printed(preview)
         assert text.count("messages is empty") == BAD_ROWS_SHOWN
         assert "… and 20 more" in text
-        assert "a run would stop: more than 10% of the rows are bad" in text
+        assert preview.stops == ("more than 10% of the rows are bad (DatasetConfig.bad_row_share)",)
 
     def test_the_first_rows_of_each_file_are_shown(self, tmp_path: Path) -> None:
         files = [write_data(tmp_path / f"{name}.jsonl", completion_rows(5)) for name in "ab"]
@@ -327,10 +328,11 @@ class TestConfig:
     def test_rows_longer_than_max_length_are_counted_and_said(self, tmp_path: Path, base_model: Path) -> None:
         path = write_data(tmp_path / "a.txt", [{"text": "short"}, {"text": "long " * 100}])
         config = write_config(tmp_path / "c.yaml", TrainingArguments={"max_length": 20})
-        text = printed(load(path, config=config, base_model=base_model))
+        preview = load(path, config=config, base_model=base_model)
+        text = printed(preview)
         assert "1 of 2 longer than max_length 20 (over_length: drop)" in text
         assert re.search(r"a\.txt:2 · (\d+) tokens, \1 learnt · longer than max_length 20: left out\n", text)
-        assert "a run would stop: more than 10% of the rows are longer than max_length" in text
+        assert preview.stops == ("more than 10% of the rows are longer than max_length (DatasetConfig.over_length)",)
 
     def test_what_is_cut_off_is_not_learnt(self, tmp_path: Path, base_model: Path) -> None:
         path = write_data(tmp_path / "a.txt", [{"text": "long " * 100}])

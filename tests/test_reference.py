@@ -130,6 +130,43 @@ def test_anything_without_a_registry_host_is_a_directory(text: str) -> None:
     assert not names_registry(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        (
+            "myregistry.azurecr.io/Support Answers:1",
+            "repositories are lower case, and ' ' cannot be in one: write it like myregistry.azurecr.io/support-answers:1",
+        ),
+        ("acr.azurecr.io/a b/c", "' ' cannot be in one: write it like acr.azurecr.io/a-b/c"),
+        ("acr.azurecr.io/a___b:v1", "joined by '.', '_', '__' or '-': write it like acr.azurecr.io/a_b:v1"),
+        ("acr.azurecr.io/a:v 1+b", "does not begin with '.' or '-': write it like acr.azurecr.io/a:v-1-b"),
+        ("acr.azurecr.io/a/---", "joined by '.', '_', '__' or '-'"),
+        ("acr.azurecr.io/a:.", "does not begin with '.' or '-'"),
+    ],
+)
+def test_a_hint_says_which_character_is_wrong_and_a_form_that_is_right(text: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_reference(text)
+    assert str(caught.value.hint).endswith(hint)
+
+
+@given(st.text(alphabet="aA0./:@_- é", max_size=30))
+def test_what_a_hint_suggests_is_a_reference_or_has_another_fault(text: str) -> None:
+    """That of the repository is found before that of its length, that of the tag before both."""
+    for _ in range(3):
+        try:
+            parse_reference(text)
+        except ConfigError as error:
+            _, found, suggested = str(error.hint).partition(": write it like ")
+            if not found:
+                return
+            assert suggested != text
+            text = suggested
+        else:
+            return
+    pytest.fail(f"{text!r} is suggested, and still wrong")
+
+
 @given(st.text(alphabet="aA0./:@_-[]~ é", max_size=40))
 def test_any_text_is_refused_or_has_a_canonical_form(text: str) -> None:
     try:

@@ -384,6 +384,71 @@ def test_wrong_value_is_refused_with_its_key(section: str, words: str) -> None:
     assert words in problem
 
 
+@pytest.mark.parametrize(
+    ("text", "said", "hint"),
+    [
+        (
+            "training-config: {LoraConfig: {r: 8}}",
+            "config.yaml:1 training-config: unknown key",
+            'mean "training_config"',
+        ),
+        ("TrainingConfig: {}", 'did you mean "training_config"?', 'did you mean "training_config"?'),
+        ("LoraConfig: {r: 8}", "must be a map with the one key training_config", "write training_config: on a line"),
+        ("kind: ConfigMap\ndata: {}", "must be a map with the one key", "the text under its key training_config.yaml"),
+        ("", "must be a map with the one key training_config", "training_config: {LoraConfig: {r: 32}}"),
+        ("training_config: 8", "training_config: must be a map of sections", "the sections are ModelConfig, "),
+        ("training_config: {LoraConfig: {rank: 8}}", "LoraConfig.rank: unknown key", "write LoraConfig.r"),
+        ("training_config: {LoraConfig: {seed: 8}}", "unknown key", "write TrainingArguments.seed"),
+        ("training_config: {TrainingArguments: {lr: 1}}", "unknown key", "write TrainingArguments.learning_rate"),
+        ("training_config: {DatasetConfig: {zzz: 1}}", "unknown key", "its keys are bad_row_share, context_column"),
+        ("training_config: {LoraConfig: {zzz: 1}}", "unknown key", "its keys are those of peft's LoraConfig"),
+    ],
+)
+def test_a_wrong_key_is_told_the_right_one(text: str, said: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve_training_config(method="qlora", preset=Model(), config_map=ConfigSource(text, "config.yaml"))
+    (problem,) = caught.value.problems
+    assert said in str(problem)
+    assert hint in str(problem.hint)
+
+
+def test_what_is_below_a_misspelt_root_is_checked_too() -> None:
+    source = ConfigSource("trainingconfig:\n  LoraConfig: {rr: 8}\n", "config.yaml")
+    with pytest.raises(ConfigError) as caught:
+        resolve_training_config(method="qlora", preset=Model(), config_map=source)
+    assert [problem.line for problem in caught.value.problems] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("typed", "hint"),
+    [
+        ("r=8", "write LoraConfig.r"),
+        ("learning_rate=1e-4", "write TrainingArguments.learning_rate"),
+        ("lora.r=8", "write LoraConfig.r"),
+        ("epochs=1", "write TrainingArguments.num_train_epochs"),
+        ("zzz=1", "for example --set LoraConfig.r=32"),
+    ],
+)
+def test_a_typed_key_without_its_section_is_told_it(typed: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve_training_config(method="qlora", preset=Model(), overrides=(typed,))
+    assert caught.value.hint == hint
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["\x00", "\x07", "[" * 2000, "1" * 5000, "!!timestamp x", "!!binary zzz", "!foo 1", "&a [*a]", "{[a]: b}", "{"],
+)
+def test_what_no_yaml_reader_takes_is_a_problem_with_its_line(value: str) -> None:
+    text = f"training_config:\n  LoraConfig:\n    r: {value}\n"
+    with pytest.raises(ConfigError) as caught:
+        resolve_training_config(method="qlora", preset=Model(), config_map=ConfigSource(text, "config.yaml", 10))
+    (problem,) = caught.value.problems
+    assert problem.line in ((10,) if "nested too deeply" in problem.message else (12, 13))
+    with pytest.raises(ConfigError, match=r"^--set LoraConfig\.r: "):
+        resolve_training_config(method="qlora", preset=Model(), overrides=(f"LoraConfig.r={value}",))
+
+
 @pytest.mark.parametrize("written", ["no", '"no"', "off"])
 def test_a_word_that_yaml_takes_for_false_stays_a_word(written: str) -> None:
     found = resolve(f"TrainingArguments: {{run_name: {written}}}").value("TrainingArguments", "run_name")

@@ -466,6 +466,22 @@ def test_an_unknown_key_is_refused_with_what_was_meant(path: str, key: str, hint
     assert problem.hint == hint
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "hint"),
+    [
+        ("tuning.preset", "phi-4", "did you mean preset: {name: phi-4}?"),
+        ("tuning.preset", "a: b\n", "preset: {name: NAME}"),
+        ("tuning.input", URL, "input: {urls: [URL]}, {image: REFERENCE} or {volumeSource: VOLUME}"),
+        ("tuning.input", [URL], "input: {urls: [URL]}, {image: REFERENCE} or {volumeSource: VOLUME}"),
+        ("tuning.output", IMAGE, "output: {image: REFERENCE, imagePushSecret: NAME} or {volumeSource: VOLUME}"),
+        ("resource", "Standard_NC6s_v3", "resource: {instanceType: TYPE}"),
+        ("tuning.preset", 4, None),
+    ],
+)
+def test_a_text_where_a_mapping_belongs_is_told_which(path: str, value: Any, hint: str | None) -> None:
+    assert the_problem(changed(path, value)).hint == hint
+
+
 def test_python_spelling_is_no_kaito_spelling() -> None:
     assert the_problem(changed("tuning.output.image_push_secret", "x")).hint == 'did you mean "imagePushSecret"?'
 

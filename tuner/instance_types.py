@@ -186,9 +186,12 @@ def find_gpu(text: str) -> Machine:
     for found in (word, re.sub(r"-\d+$", "", word)):
         if found in known and (found == word or _is_size(word, known[found])):
             return Machine(text.strip(), known[found])
+    bare = re.fullmatch(r"\d+(?:\.\d+)?", text.strip())
     raise ConfigError(
-        f"no GPU {text!r} is known",
-        hint=did_you_mean(text, GPUS) or f"give its memory (24GB), or one of {', '.join(_trainable())}",
+        f"no GPU {text!r} is known" + (", and a size has its unit" if bare else ""),
+        hint=f"--gpu {text.strip()}GB"
+        if bare
+        else did_you_mean(text, GPUS) or f"give its memory (24GB), or one of {', '.join(_trainable())}",
     )
 
 

@@ -112,14 +112,16 @@ def parse_reference(text: str) -> ImageReference:
         _check_digest(text, digest)
     rest, tag = _split_tag(rest)
     if tag is not None and not TAG.fullmatch(tag):
+        valid = re.sub(r"[^\w.-]+", "-", tag, flags=re.ASCII).lstrip(".-")[:128]
         raise ConfigError(
             NOT_A_TAG.format(repr(text), repr(tag)),
-            hint="a tag is 1 to 128 letters, digits, '_', '.' or '-', and does not begin with '.' or '-'",
+            hint="a tag is 1 to 128 letters, digits, '_', '.' or '-', and does not begin with '.' or '-'"
+            + (f": write it like {_put(text, len(rest) + 1, tag, valid)}" if TAG.fullmatch(valid) else ""),
         )
     registry, repository = _split_registry(rest)
     if not REGISTRY.fullmatch(registry):
         raise ConfigError(NOT_A_REGISTRY.format(repr(text), repr(registry)), hint=_EXAMPLE)
-    _check_repository(text, repository)
+    _check_repository(text, len(rest) - len(repository), repository)
     if registry == f"index.{_DOCKER_HUB}":
         registry = _DOCKER_HUB
     if registry == _DOCKER_HUB and "/" not in repository:
@@ -177,13 +179,19 @@ def _split_registry(name: str) -> tuple[str, str]:
     return _DOCKER_HUB, name
 
 
-def _check_repository(text: str, repository: str) -> None:
+def _check_repository(text: str, begin: int, repository: str) -> None:
+    """`begin`: where in the text it stands."""
     if not repository:
         raise ConfigError(NO_REPOSITORY.format(repr(text)), hint=_EXAMPLE)
+    wrong = ", ".join(map(repr, dict.fromkeys(re.findall(r"[^A-Za-z0-9._/-]", repository))))
+    valid = re.sub(r"[^a-z0-9._/-]+", "-", repository.lower())
+    valid = "/".join(re.sub(r"([._-])[._-]*", r"\1", part).strip("._-") for part in valid.split("/"))
+    is_name = all(PATH_COMPONENT.fullmatch(part) for part in valid.split("/"))
+    like = f": write it like {_put(text, begin, repository, valid)}" if is_name else ""
     if repository != repository.lower():
         raise ConfigError(
             UPPER_CASE.format(repr(text), repr(repository)),
-            hint=f"repositories are lower case: {repository.lower()}",
+            hint=f"repositories are lower case{f', and {wrong} cannot be in one' if wrong else ''}{like}",
         )
     if "//" in repository or repository.startswith("/") or repository.endswith("/"):
         raise ConfigError(
@@ -194,10 +202,17 @@ def _check_repository(text: str, repository: str) -> None:
         if not PATH_COMPONENT.fullmatch(component):
             raise ConfigError(
                 NOT_A_PART.format(repr(text), repr(component)),
-                hint="parts are lower-case letters and digits, joined by '.', '_', '__' or '-'",
+                hint=f"{wrong} cannot be in one{like}"
+                if wrong
+                else f"parts are lower-case letters and digits, joined by '.', '_', '__' or '-'{like}",
             )
     if len(repository) > REPOSITORY_CHARACTERS:
         raise ConfigError(TOO_LONG)
+
+
+def _put(text: str, begin: int, wrong: str, valid: str) -> str:
+    """The text with `valid` in the place of `wrong`, which begins there."""
+    return text[:begin] + valid + text[begin + len(wrong) :]
 
 
 def _check_digest(text: str, digest: str) -> None:

@@ -24,6 +24,7 @@ OverLength = Literal["drop", "truncate", "error"]
 DOCUMENTS_PER_STEP = 16  # as in the QLoRA paper (https://arxiv.org/abs/2305.14314)
 ALL_LINEAR = "all-linear"
 DEFAULT, PRESET, TYPED = "default", "preset", "--set"
+ROOT = "training_config"  # the one key that KAITO reads
 
 # The two sections that no library class stands behind, and what a run knows beside TrainingArguments.
 OWN_TYPES: Mapping[str, Mapping[str, str]] = MappingProxyType(
@@ -384,28 +385,31 @@ class _Reading:
         return {path.removeprefix(prefix): entry for path, entry in self.written.items() if path.startswith(prefix)}
 
     def read_config_map(self, source: ConfigSource) -> None:
-        loader = _Loader(source.text)
         try:
-            root = loader.get_single_node()
-            if not isinstance(root, yaml.MappingNode) or "training_config" not in (key.value for key, _ in root.value):
-                self._refuse("must be a map with the one key training_config", "", _place(source, root))
-                return
-            for key, node, place in _pairs(root, loader, source):
-                if key != "training_config":
-                    self._refuse("unknown key, only training_config stands here", key, place)
-                elif not isinstance(node, yaml.MappingNode):
-                    self._refuse("must be a map of sections", key, place)
-                else:
+            loader = _Loader(source.text)
+            self._read_root(loader.get_single_node(), loader, source)
+        except (yaml.YAMLError, RecursionError) as error:
+            what, line = _yaml_fault(error, source.text)
+            self._refuse(what, "", _Place(source.file, source.first_line + line))
+
+    def _read_root(self, root: yaml.Node | None, loader: _Loader, source: ConfigSource) -> None:
+        keys = [key for key, _, _ in _pairs(root, loader, source)] if isinstance(root, yaml.MappingNode) else []
+        if ROOT not in keys and not any(_means_root(key) for key in keys):
+            self._refuse(f"must be a map with the one key {ROOT}", "", _place(source, root), _hint_for_root(keys))
+            return
+        assert isinstance(root, yaml.MappingNode)
+        for key, node, place in _pairs(root, loader, source):
+            if key != ROOT:
+                near = f'did you mean "{ROOT}"?' if ROOT not in keys and _means_root(key) else None
+                self._refuse(f"unknown key, {near or f'only {ROOT} stands here'}", key, place, near)
+            if isinstance(node, yaml.MappingNode):
+                if key == ROOT or _means_root(key):  # what is below it may have faults of its own
                     self._read_sections(node, loader, source)
-        except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
-            place = _Place(source.file, source.first_line + (mark.line if mark else 0))
-            self._refuse(f"not YAML: {error.problem or error.context}", "", place)
-        finally:
-            loader.dispose()
+            elif key == ROOT:
+                self._refuse("must be a map of sections", key, place, f"the sections are {', '.join(SECTIONS)}")
 
     def _read_sections(self, root: yaml.MappingNode, loader: _Loader, source: ConfigSource) -> None:
-        self._refuse_twice(root, "training_config", source)
+        self._refuse_twice(root, ROOT, source)
         for section, node, place in _pairs(root, loader, source):
             if section not in SECTIONS:
                 self._refuse_section(section, place)
@@ -413,8 +417,8 @@ class _Reading:
                 self._refuse_twice(node, section, source)
                 for key, value, line in _pairs(node, loader, source):
                     self._accept(section, key, value, loader, line)
-            elif loader.construct_object(node, deep=True) is not None:
-                self._refuse("must be a map", section, place)
+            elif _constructed(node, loader) is not None:
+                self._refuse("must be a map", section, place, f"{section}: {{KEY: VALUE}}, or a line for each key")
 
     def read_override(self, text: str) -> None:
         """One --set: SECTION.KEY=VALUE, the value as YAML."""
@@ -422,24 +426,23 @@ class _Reading:
         path, equals, value = text.partition("=")
         section, _, key = path.strip().partition(".")
         if not equals or not key:
-            self._refuse(f"{path!r} is not SECTION.KEY=VALUE", "", place, "for example --set LoraConfig.r=32")
+            hint = _belongs(section) if equals and not key else None
+            self._refuse(f"{path!r} is not SECTION.KEY=VALUE", "", place, hint or "for example --set LoraConfig.r=32")
         elif section not in SECTIONS:
-            self._refuse_section(section, place)
+            self._refuse_section(section, place, _belongs(key))
         else:
-            loader = _Loader(value)
             try:
+                loader = _Loader(value)
                 node = loader.get_single_node() or yaml.ScalarNode("tag:yaml.org,2002:null", "")
                 self._accept(section, key, node, loader, place)
-            except yaml.MarkedYAMLError as error:
-                self._refuse(f"not YAML: {error.problem or error.context}", path, place)
-            finally:
-                loader.dispose()
+            except (yaml.YAMLError, RecursionError) as error:
+                self._refuse(_yaml_fault(error, value)[0], path, place)
 
     def _accept(self, section: str, key: str, node: yaml.Node, loader: _Loader, place: _Place) -> None:
         path = f"{section}.{key}"
         types = _types(section)
         if path in REFUSED:
-            if loader.construct_object(node, deep=True):
+            if _constructed(node, loader):
                 self._refuse("is not supported", path, place, REFUSED[path])
         elif path in IGNORED or (section == "DataCollator" and key in types):
             self.notes.append(f"{path} is ignored: {IGNORED.get(path, _LABELS)}")
@@ -447,12 +450,13 @@ class _Reading:
             self._read_value(path, node, loader, place)
         else:
             near = did_you_mean(key, (*types, *_old_names(section)))
-            self._refuse(f"unknown key, {near}" if near else "unknown key", path, place, near)
+            hint = _belongs(key) or near or _known_keys(section)
+            self._refuse(f"unknown key, {near}" if near and hint == near else "unknown key", path, place, hint)
 
     def _read_value(self, path: str, node: yaml.Node, loader: _Loader, place: _Place) -> None:
         name, translate = RENAMED.get(path, (path, _same))
         section, _, key = name.partition(".")
-        raw = loader.construct_object(node, deep=True)
+        raw = _constructed(node, loader)
         try:
             value = None if raw is None else translate(raw)
             if value is not None:
@@ -474,9 +478,9 @@ class _Reading:
     def _refuse(self, message: str, path: str, place: _Place, hint: str | None = None) -> None:
         self.problems.append(Problem(message, path=path, file=place.file, line=place.line, hint=hint))
 
-    def _refuse_section(self, section: str, place: _Place) -> None:
+    def _refuse_section(self, section: str, place: _Place, belongs: str | None = None) -> None:
         near = did_you_mean(section, SECTIONS)
-        hint = near or f"the sections are {', '.join(SECTIONS)}"
+        hint = near or belongs or f"the sections are {', '.join(SECTIONS)}"
         self._refuse(f"Unrecognized section: {section}{f', {near}' if near else ''}", "", place, hint)
 
     def _refuse_twice(self, node: yaml.MappingNode, path: str, source: ConfigSource) -> None:
@@ -540,7 +544,86 @@ def _pairs(node: yaml.MappingNode, loader: _Loader, source: ConfigSource) -> Ite
     """Key, value and the key's place for each pair of a map, `<<` merged in."""
     loader.flatten_mapping(node)
     for key, value in node.value:
-        yield str(key.value), value, _place(source, key)
+        yield key.value if isinstance(key, yaml.ScalarNode) else "(no text)", value, _place(source, key)
+
+
+def _constructed(node: yaml.Node, loader: _Loader) -> Any:
+    """The node's value. Raises ConstructorError too where PyYAML raises something else, as for 5,000 digits."""
+    try:
+        return loader.construct_object(node, deep=True)
+    except (ValueError, AttributeError, LookupError) as error:
+        kind = node.tag.rpartition(":")[2]
+        raise yaml.constructor.ConstructorError(None, None, f"cannot be read as {kind}", node.start_mark) from error
+
+
+def _yaml_fault(error: yaml.YAMLError | RecursionError, text: str) -> tuple[str, int]:
+    """What is wrong, and how many lines of the text stand before it."""
+    if isinstance(error, yaml.reader.ReaderError):
+        character = f"U+{ord(text[error.position]):04X}"
+        return f"not YAML: the character {character} cannot be in it", text.count("\n", 0, error.position)
+    if isinstance(error, yaml.MarkedYAMLError):
+        mark = error.problem_mark or error.context_mark
+        return f"not YAML: {error.problem or error.context}", mark.line if mark else 0
+    return "nested too deeply to be read", 0
+
+
+def _means_root(key: str) -> bool:
+    """Whether it is nearer to the root's name than to any section's."""
+    bare = {name.replace("_", ""): name for name in (ROOT, *SECTIONS)}
+    near = did_you_mean(key.replace("_", ""), bare)
+    return key != ROOT and near is not None and ROOT.replace("_", "") in near
+
+
+def _hint_for_root(keys: Sequence[str]) -> str:
+    if any(key in SECTIONS or did_you_mean(key, SECTIONS) for key in keys):
+        return f"write {ROOT}: on a line above and indent the sections under it"
+    if "kind" in keys:
+        return "give the text under its key training_config.yaml alone, or put the ConfigMap into the Workspace's file"
+    return f"{ROOT}: {{LoraConfig: {{r: 32}}}}"
+
+
+# What people call a key who have another tool in mind.
+_OTHER_WORDS: Mapping[str, str] = MappingProxyType(
+    {
+        "rank": "LoraConfig.r",
+        "lora_r": "LoraConfig.r",
+        "lora_rank": "LoraConfig.r",
+        "alpha": "LoraConfig.lora_alpha",
+        "dropout": "LoraConfig.lora_dropout",
+        "lr": "TrainingArguments.learning_rate",
+        "epochs": "TrainingArguments.num_train_epochs",
+        "num_epochs": "TrainingArguments.num_train_epochs",
+        "steps": "TrainingArguments.max_steps",
+        "batch_size": "TrainingArguments.per_device_train_batch_size",
+        "micro_batch_size": "TrainingArguments.per_device_train_batch_size",
+        "sequence_len": "TrainingArguments.max_length",
+        "max_sequence_length": "TrainingArguments.max_length",
+    }
+)
+
+
+def _belongs(key: str) -> str | None:
+    """`write TrainingArguments.learning_rate`, for a key of one other section or another tool's word for it."""
+    sections = [section for section in SECTIONS if section != "DataCollator"]  # whose keys have no effect
+    places = [f"{section}.{key}" for section in sections if key in _types(section) or key in _old_names(section)]
+    known = _OTHER_WORDS.get(key.lower()) or (places[0] if len(places) == 1 else None)
+    return f"write {known}" if known else None
+
+
+_CLASSES: Mapping[str, str] = MappingProxyType(
+    {
+        "QuantizationConfig": "transformers' BitsAndBytesConfig",
+        "LoraConfig": "peft's LoraConfig",
+        "TrainingArguments": "transformers' TrainingArguments",
+        "DataCollator": "transformers' DataCollatorForLanguageModeling",
+    }
+)
+
+
+def _known_keys(section: str) -> str:
+    if section in _CLASSES:
+        return f"its keys are those of {_CLASSES[section]}"
+    return f"its keys are {', '.join(OWN_TYPES[section])}"
 
 
 def _plain_text(node: yaml.Node) -> str | None:

@@ -831,6 +831,18 @@ _MISPLACED: dict[str, str] = {
 }
 
 
+# What somebody meant who wrote a text or a list there.
+_AS_MAPPING: dict[Location, str] = {
+    ("metadata",): "metadata: {name: NAME}",
+    ("resource",): "resource: {instanceType: TYPE}",
+    ("resource", "labelSelector"): "labelSelector: {matchLabels: {KEY: VALUE}}",
+    ("tuning", "preset"): "preset: {name: NAME}",
+    ("tuning", "input"): "input: {urls: [URL]}, {image: REFERENCE} or {volumeSource: VOLUME}",
+    ("tuning", "output"): "output: {image: REFERENCE, imagePushSecret: NAME} or {volumeSource: VOLUME}",
+}
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][\w./-]{0,127}", re.ASCII)
+
+
 def _validated(
     document: "_Document", model: type[_ModelT], rules: _Rules, faults: Sequence[_Fault]
 ) -> tuple[_ModelT | None, list[Problem]]:
@@ -887,7 +899,10 @@ def _faults_of(detail: ErrorDetails, model: type[_FromYaml]) -> Iterator[_Fault]
                 hint = "write a | after the key: a ConfigMap holds text"
             yield _Fault(location, f"must be text, not {_what_is(value)}", hint)
         case "dict_type" | "model_type" | "model_attributes_type" | "union_tag_not_found":
-            yield _Fault(location, f"must be a mapping, not {_what_is(value)}")
+            hint = _AS_MAPPING.get(location) if model is Workspace and isinstance(value, str | list) else None
+            if hint and isinstance(value, str) and location == ("tuning", "preset") and _PLAIN_NAME.fullmatch(value):
+                hint = f"did you mean preset: {{name: {value}}}?"
+            yield _Fault(location, f"must be a mapping, not {_what_is(value)}", hint)
         case "tuple_type":
             yield _Fault(
                 location, f"must be a list, not {_what_is(value)}", "write each entry on a line with - in front"

@@ -2,9 +2,10 @@
 
 import errno
 import os
+import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,13 @@ def read_workspace_file(
 
     if workspace and str(workspace).lower().startswith(("http:/", "https:/")):
         raise UsageError("a WORKSPACE is a file on this machine, not a URL", hint="download it first")
+    if workspace and _is_data(workspace):
+        shown = shlex.quote(str(workspace))
+        raise UsageError(
+            f"{workspace} is a file or directory of data, and a WORKSPACE is YAML that names it",
+            hint=f"tuner run --model phi-3-mini-4k-instruct --data {shown} --output ./adapter, or write its path under "
+            "urls in what tuner init writes",
+        )
     if workspace and (model or method):
         flag = "--model" if model else "--method"
         raise UsageError(
@@ -100,6 +108,20 @@ def read_workspace_file(
         return WorkspaceFile(make_workspace(str(model), data or (), None, method or "qlora", allowed=allowed))
     except (ConfigError, InputMissingError) as error:
         raise all_at_once([error, *flag_errors(request)]) from error
+
+
+def _is_data(path: Path) -> bool:
+    """By its name, as what people take for the first argument is data.jsonl; JSON may be a Workspace, too."""
+    from tuner.content import named_as_data
+
+    if path.is_dir():
+        names = [each.name for each in path.iterdir()]
+        return bool(named_as_data(names)) and not any(name.endswith((".yaml", ".yml")) for name in names)
+    if path.suffix.lower() != ".json":
+        return bool(named_as_data([path.name]))
+    with suppress(OSError), path.open("rb") as file:
+        return file.read(4096).lstrip().startswith(b"[")
+    return False
 
 
 def build(file: "WorkspaceFile", request: "Request", work_dir: Path | None) -> tuple["Run", Path]:

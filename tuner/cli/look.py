@@ -16,7 +16,7 @@ from tuner.cli.options import (
     app,
     data_app,
 )
-from tuner.errors import InputMissingError, UsageError
+from tuner.errors import DataError, InputMissingError, UsageError
 
 
 @app.command(epilog="Example: tuner presets phi-3-mini-4k-instruct")
@@ -87,9 +87,15 @@ def data_preview(
     config: Config = None,
     rows: Annotated[int, typer.Option("--rows", min=0, help="how many rows to show")] = 3,
 ) -> None:
-    """Show rows, token counts and, in colour, which tokens are learnt."""
+    """Show rows, token counts and, in colour, which tokens are learnt. Rows that would stop a run end it with 65."""
     from tuner.pipeline.preview import load_preview, print_preview
 
     with open_talk() as talk:
         preview = load_preview(files, preset, base_model, config, rows, talk)
     print_preview(preview, sys.stdout)
+    if preview.stops:
+        sys.stdout.flush()  # the error is the last thing to be read
+        raise DataError(
+            f"a run would stop: {'; '.join(preview.stops)}",
+            hint="correct these rows, or change the setting in the ConfigMap (here: --config FILE)",
+        )

@@ -75,7 +75,10 @@ class ShownText:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """All that is printed. `trained_tokens` and `learnt_tokens` are of the texts that a run would train on."""
+    """All that is printed, and `stops`: why a run would not train on this.
+
+    `trained_tokens` and `learnt_tokens` are of the texts that a run would train on.
+    """
 
     files: tuple[FileRows, ...]
     bad: tuple[BadRow, ...]
@@ -87,6 +90,7 @@ class Preview:
     over_length_policy: str
     trained_tokens: int
     learnt_tokens: int
+    stops: tuple[str, ...]
     warnings: tuple[str, ...]
     shown: tuple[ShownText, ...]
 
@@ -133,7 +137,8 @@ def load_preview(
         over_length_policy=settings.over_length,
         trained_tokens=tally.trained_tokens,
         learnt_tokens=tally.learnt_tokens,
-        warnings=tuple(_warnings(read, tally, labeller, settings, exact=base_model is not None)),
+        stops=tuple(_stops(read, tally, settings, exact=base_model is not None)),
+        warnings=tuple(_warnings(read, tally, labeller)),
         shown=tuple(shown for row in tally.shown[: max(rows, 0)] for shown in _show(labeller, row, limit, settings)),
     )
 
@@ -317,20 +322,28 @@ def _counts(lengths: Sequence[int]) -> TokenCounts:
     return TokenCounts(len(ascending), ascending[0], quantile(50), quantile(95), ascending[-1])
 
 
-def _warnings(read: _Read, tally: _Tally, labeller: Labeller, settings: DatasetSettings, *, exact: bool) -> list[str]:
-    """What somebody should know before a run, worst first."""
-    texts, served, share = len(tally.lengths), len(read.rows), settings.bad_row_share
+def _stops(read: _Read, tally: _Tally, settings: DatasetSettings, *, exact: bool) -> list[str]:
+    """Why the prepare stage would end with an error. Of lengths only an exact count may say that."""
+    served, share = len(read.rows), settings.bad_row_share
     found: list[str] = []
-    # Of lengths only an exact count may say that a run stops.
     if len(read.bad) > share * (served + len(read.bad)) or len(tally.bad) > share * served:
-        found.append(f"a run would stop: more than {share:.0%} of the rows are bad (DatasetConfig.bad_row_share)")
+        found.append(f"more than {share:.0%} of the rows are bad (DatasetConfig.bad_row_share)")
     if not tally.learnt_tokens and (exact or not tally.over_length):
-        found.append("a run would stop: no row has a token to learn")
+        found.append("no row has a token to learn")
     if exact and tally.over_length:
         if settings.over_length == "error":
-            found.append("a run would stop: a row is longer than max_length (DatasetConfig.over_length)")
+            found.append("a row is longer than max_length (DatasetConfig.over_length: error)")
         elif settings.over_length == "drop" and tally.over_length > MOST_OVER_LENGTH * served:
-            found.append(f"a run would stop: more than {MOST_OVER_LENGTH:.0%} of the rows are longer than max_length")
+            found.append(
+                f"more than {MOST_OVER_LENGTH:.0%} of the rows are longer than max_length (DatasetConfig.over_length)"
+            )
+    return found
+
+
+def _warnings(read: _Read, tally: _Tally, labeller: Labeller) -> list[str]:
+    """What somebody should know before a run."""
+    texts = len(tally.lengths)
+    found: list[str] = []
     if tally.unsupervised:
         found.append(f"{tally.unsupervised:,} of {texts:,} texts have no token to learn and are left out")
     if tally.straddles:
