@@ -134,8 +134,8 @@ def test_anything_without_a_registry_host_is_a_directory(text: str) -> None:
     ("text", "hint"),
     [
         (
-            "myregistry.azurecr.io/Support Answers:1",
-            "repositories are lower case, and ' ' cannot be in one: write it like myregistry.azurecr.io/support-answers:1",
+            "acr.azurecr.io/Support Answers:1",
+            "repositories are lower case, and ' ' cannot be in one: write it like acr.azurecr.io/support-answers:1",
         ),
         ("acr.azurecr.io/a b/c", "' ' cannot be in one: write it like acr.azurecr.io/a-b/c"),
         ("acr.azurecr.io/a___b:v1", "joined by '.', '_', '__' or '-': write it like acr.azurecr.io/a_b:v1"),
