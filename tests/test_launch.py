@@ -15,7 +15,7 @@ import pytest
 from tiny import Heard, make_job, prepared_job, rows_of
 
 from tuner.errors import ConfigError, InterruptedRunError, TunerError
-from tuner.pipeline.launch import _failure, train_in_processes
+from tuner.pipeline.launch import _failure, _wait, train_in_processes
 from tuner.runspec import StageResult, Trained
 
 pytestmark = pytest.mark.train
@@ -31,6 +31,10 @@ CONFIG = {
 }
 # Another division of the same eight documents a step.
 IN_ONE = {"TrainingArguments": CONFIG["TrainingArguments"] | {"gradient_accumulation_steps": 4}}
+
+
+# Ends with an exit code, or by a signal where that is negative.
+_ENDS = "import os; code = {}; os.kill(os.getpid(), -code) if code < 0 else os._exit(code)"
 
 
 def ready(directory: Path, config: Any, count: int = 45) -> Any:
@@ -148,7 +152,19 @@ def test_an_exit_code_without_a_result_still_says_which_process(tmp_path: Path) 
     said = StageResult(stage="train", exit_code=78, message="no such thing").to_message().encode()
     assert str(_failure(78, 0, [b"talk\n", said], tmp_path)) == "no such thing"
     assert str(_failure(78, 1, [said], tmp_path)) == "no such thing"
+    (tmp_path / "rank-1.log").write_bytes(b"talk\n" + said + b"\nerror: no such thing\n")
+    assert str(_failure(78, 1, [], tmp_path)) == "training process 1: no such thing"
     assert isinstance(_failure(130, 0, [], tmp_path), KeyboardInterrupt)
+
+
+def test_a_process_that_lost_its_partner_does_not_explain_the_partners_end() -> None:
+    """Both may be seen to have ended at one look."""
+    for codes, explained in (((70, 73), (73, 1)), ((70, -9), (-9, 1)), ((70, 70), (70, 0)), ((0, 75), (75, 1))):
+        workers = [subprocess.Popen([sys.executable, "-c", _ENDS.format(code)]) for code in codes]
+        for worker in workers:
+            worker.wait()
+        assert _wait(workers) == explained
+    assert _wait([]) == (0, 0)
 
 
 def test_an_exit_code_means_the_kind_of_the_errors_module_whatever_else_was_imported() -> None:

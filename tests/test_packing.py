@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as some
 
-from tuner.pipeline.packing import pack
+from tuner.pipeline.packing import divide, pack
 
 LENGTHS = some.lists(some.integers(1, 50), max_size=60)
 
@@ -41,3 +41,36 @@ def test_a_document_over_the_budget_stands_alone() -> None:
 
 def test_nothing_packs_into_nothing() -> None:
     assert pack([], 8) == []
+
+
+# ── among ranks ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+RANKS = some.integers(1, 9)
+
+
+@given(LENGTHS, RANKS)
+def test_every_document_has_one_rank(lengths: list[int], ranks: int) -> None:
+    shares = divide(lengths, ranks)
+    assert len(shares) == ranks
+    assert sorted(index for share in shares for index in share) == list(range(len(lengths)))
+    assert all(share == sorted(share) for share in shares)
+
+
+@given(LENGTHS, RANKS)
+def test_ranks_differ_by_less_than_a_document(lengths: list[int], ranks: int) -> None:
+    shares = divide(lengths, ranks)
+    loads = [sum(lengths[index] for index in share) for share in shares]
+    for share, load in zip(shares, loads, strict=True):
+        assert not share or load - min(loads) <= min(lengths[index] for index in share)
+    assert max(loads) <= sum(lengths) / ranks + max(lengths, default=0)
+
+
+@given(LENGTHS, RANKS)
+def test_no_rank_idles_while_another_has_two_documents(lengths: list[int], ranks: int) -> None:
+    counts = [len(share) for share in divide(lengths, ranks)]
+    assert counts.count(0) == max(0, ranks - len(lengths))
+
+
+def test_long_documents_are_dealt_first() -> None:
+    assert divide([2, 9, 4, 4, 1], 2) == [[1, 4], [0, 2, 3]]
+    assert divide([5], 3) == [[0], [], []]

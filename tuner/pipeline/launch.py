@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from tuner.errors import KINDS, InterruptedRunError, TunerError
+from tuner.errors import EXIT_INTERNAL, KINDS, InterruptedRunError, TunerError
 from tuner.runspec import Reporter, RunSpec, StageResult
 
 _POLL_S = 0.1
@@ -84,21 +84,26 @@ def train_in_processes(spec: RunSpec, work_dir: Path, count: int, reporter: Repo
 
 
 def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int]:
-    """The exit code of the first worker to fail and its number, once all have ended; (0, 0) when none failed."""
-    failed: tuple[int, int] | None = None
+    """The exit code and the number of the worker whose end explains the others', once all have ended; (0, 0) when none
+    failed."""
+    failed: dict[int, int] = {}  # number → exit code of those that ended by themselves, in that order
     deadline = float("inf")
     while True:
         codes = [worker.poll() for worker in workers]
-        failures = [(code, number) for number, code in enumerate(codes) if code]
-        if failures and failed is None:
-            failed = failures[0]
+        failed |= {number: code for number, code in enumerate(codes) if code and number not in failed}
+        if failed and deadline == float("inf"):
             # Who is told to stop saves first; who lost a partner waits for it in a collective for ever.
-            deadline = time.monotonic() + (_GRACE_S if failed[0] == InterruptedRunError.exit_code else _LOST_S)
+            told = InterruptedRunError.exit_code in failed.values()
+            deadline = time.monotonic() + (_GRACE_S if told else _LOST_S)
         if None not in codes:
-            return failed or (0, 0)
+            break
         if time.monotonic() > deadline:
             _end(workers)
+            break
         time.sleep(_POLL_S)
+    # Who lost a partner may end with a surprise of its own before that one is seen to have ended.
+    number = min(failed, key=lambda number: failed[number] == EXIT_INTERNAL, default=0)
+    return failed.get(number, 0), number
 
 
 def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -129,21 +134,29 @@ def _passing_on(workers: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
 
 
 def _failure(code: int, number: int, said: Sequence[bytes], work_dir: Path) -> BaseException:
-    """What the first worker to fail would have raised in this process."""
+    """What worker `number` would have raised in this process. `said` is the first one's stdout."""
     if code == 128 + signal.SIGINT:
         return KeyboardInterrupt()
-    if said and code in KINDS:  # the first process talks for all, whichever of them ended first
-        try:
-            result = StageResult.model_validate_json(said[-1])
-        except ValidationError:
-            result = None
-        if result is not None and result.exit_code == code:
-            return KINDS[code](result.message, hint=result.hint)
+    log = work_dir / f"rank-{number}.log"
+    kind = KINDS.get(code, TunerError)
+    # The first process talks for all, whichever of them ended first.
+    if result := _last_words(said, code):
+        return kind(result.message, hint=result.hint)
+    if number and (result := _last_words(log.read_bytes().splitlines() if log.exists() else [], code)):
+        return kind(f"training process {number}: {result.message}", hint=result.hint)
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    log = "" if number == 0 else f": {work_dir / f'rank-{number}.log'} says why"
-    if code in KINDS:
-        return KINDS[code](f"training process {number} {how}{log}")
-    return TunerError(f"training process {number} {how}{log}")
+    return kind(f"training process {number} {how}" + (f": {log} says why" if number else ""))
+
+
+def _last_words(lines: Sequence[bytes], code: int) -> StageResult | None:
+    """The StageResult among them, where it is of this exit code and more than that there was a bug."""
+    for line in reversed(lines):
+        try:
+            result = StageResult.model_validate_json(line)
+        except ValidationError:
+            continue
+        return result if result.exit_code == code and code in KINDS else None
+    return None
 
 
 def _free_port() -> int:

@@ -29,7 +29,7 @@ def versions() -> dict[str, str]:
 def quiet_logs() -> None:
     """What of quiet() needs no import."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(accelerate|transformers|trl|peft)\.")
 
 
 def quiet() -> None:

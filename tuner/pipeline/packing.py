@@ -9,6 +9,18 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 
+def divide(lengths: Sequence[int], ranks: int) -> list[list[int]]:
+    """Indices of each rank's documents, ascending: every document has one rank, and no rank has more tokens than
+    another by more than one document of its own. A rank has none where there are fewer documents than ranks."""
+    loads = [0] * ranks
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        rank = loads.index(min(loads))
+        loads[rank] += lengths[index]
+        shares[rank].append(index)
+    return [sorted(share) for share in shares]
+
+
 def pack(lengths: Sequence[int], budget: int, *, boundary: int | None = None) -> list[list[int]]:
     """Indices of the documents of each micro-batch, best fit first; a document longer than `budget` stands alone.
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig
 
-from tuner.errors import ConfigError, InputMissingError, InterruptedRunError, OutOfGpuMemoryError
+from tuner.errors import ConfigError, InputMissingError, InterruptedRunError, OutOfGpuMemoryError, TunerError
 from tuner.levers import LEARNT_HEAD, PACKING
 from tuner.memory import read_shape
 from tuner.pipeline import watchdog
@@ -395,8 +395,12 @@ def training_arguments(
         "average_tokens_across_devices": True,
     }
     if is_worker():
-        # every adapter is used in every step
-        ours |= {"ddp_backend": "nccl" if device.is_cuda else "gloo", "ddp_find_unused_parameters": False}
+        ours |= {
+            "ddp_backend": "nccl" if device.is_cuda else "gloo",
+            "ddp_find_unused_parameters": False,  # every adapter is used in every step
+            # The first forward would exchange them, and again when it is tried again for want of memory, alone.
+            "ddp_broadcast_buffers": False,
+        }
     with _refusals("TrainingArguments"):
         return SFTConfig(**(written | ours))
 
@@ -448,6 +452,10 @@ def optimise(
             f"TrainingArguments.max_length (the longest row has {_longest(prepared):,} tokens), 4 bit, a lower "
             "LoraConfig.r, or a larger GPU: `tuner plan WORKSPACE --gpu 24GB` names the fewest changes that fit",
         ) from error
+    except RuntimeError as error:
+        if is_worker() and "closed by peer" in str(error):
+            raise TunerError("another training process has ended") from error  # which says why
+        raise
     return replace(outcome, seconds=time.monotonic() - started)
 
 

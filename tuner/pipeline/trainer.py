@@ -20,7 +20,7 @@ from trl import SFTTrainer
 
 from tuner.pipeline.kernels import Exact, summed_nll
 from tuner.pipeline.labels import IGNORED
-from tuner.pipeline.packing import pack
+from tuner.pipeline.packing import divide, pack
 from tuner.runspec import perplexity
 
 _EVALUATED_AT_ONCE = 64  # documents, so that packing finds what fits together
@@ -61,19 +61,9 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _share(self, documents: Sequence[Document]) -> list[Document]:
         """This rank's documents of a step: about as many tokens as every other rank's."""
-        ranks = self.accelerator.num_processes
-        loads = [0] * ranks
-        mine = []
-        for index in sorted(range(len(documents)), key=lambda at: (-len(documents[at]["input_ids"]), at)):
-            rank = loads.index(min(loads))
-            loads[rank] += len(documents[index]["input_ids"])
-            if rank == self.accelerator.process_index:
-                mine.append(index)
-        if not mine:  # fewer documents than ranks: it must still meet the others, with nothing to learn
-            nothing = documents[0]["labels"].copy()
-            nothing[:] = IGNORED
-            return [{"input_ids": documents[0]["input_ids"], "labels": nothing}]
-        return [documents[index] for index in sorted(mine)]
+        shares = divide([len(document["input_ids"]) for document in documents], self.accelerator.num_processes)
+        mine = [documents[index] for index in shares[self.accelerator.process_index]]
+        return mine or [_nothing_of(documents[0])]
 
     # ── one optimizer step ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -222,6 +212,12 @@ class _NewOrder(TrainerCallback):  # type: ignore[misc]
 def _learnt(document: Document) -> int:
     """Tokens of a document that are predicted and learnt; the first is never predicted."""
     return int(np.count_nonzero(document["labels"][1:] != IGNORED))
+
+
+def _nothing_of(document: Document) -> Document:
+    """A token that teaches nothing, for a rank without documents: it must still meet the others."""
+    token = document["input_ids"][:1]
+    return {"input_ids": token, "labels": np.full_like(token, IGNORED)}
 
 
 def micro_batch(documents: Sequence[Document], device: torch.device, *, packed: bool = True) -> dict[str, Any]:
