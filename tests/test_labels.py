@@ -1,5 +1,7 @@
 """Which tokens are learnt, for real chat templates (TRL's copies of the models' own) and shapes of rows."""
 
+from copy import copy
+from dataclasses import replace
 from importlib.resources import files
 from typing import Any
 
@@ -107,7 +109,7 @@ def only(rows: list[TokenRow]) -> TokenRow:
 
 def _rendered(labeller: Labeller, messages: list[dict[str, Any]]) -> list[int]:
     ids: list[int] = labeller.tokenizer.apply_chat_template(
-        messages, chat_template=labeller.template, tokenize=True, return_dict=False
+        messages, chat_template=labeller.template_for(None), tokenize=True, return_dict=False
     )
     return ids
 
@@ -159,7 +161,7 @@ class TestEveryTemplate:
                 for index in range(1, len(row.messages), 2):
                     prompt = labeller.tokenizer.apply_chat_template(
                         row.messages[:index],
-                        chat_template=labeller.template,
+                        chat_template=labeller.template_for(None),
                         add_generation_prompt=True,
                         tokenize=True,
                         return_dict=False,
@@ -262,6 +264,27 @@ def test_a_template_that_closes_no_turn_gets_eos_after_the_last_answer() -> None
     labeller = Labeller(tiny_tokenizer("mistral-7b", template))
     assert labeller.end_of_turn.token is None
     assert learnt(labeller, MULTI) == ["A number.", "It too.</s>"]
+
+
+def test_of_several_templates_rows_with_tools_take_the_one_for_tools() -> None:
+    """As Hermes 2 Pro and Command R have them."""
+    chatml = WRITTEN_TEMPLATES["chatml"][0]
+    tokenizer = copy(tiny_tokenizer("qwen2.5-7b-instruct"))
+    tokenizer.chat_template = {"default": chatml, "tool_use": "{{ tools | tojson }}" + chatml}
+    labeller = Labeller(tokenizer)
+    tools = ({"type": "function", "function": {"name": "get_weather", "description": "d", "parameters": {}}},)
+    for row, begins in ((SINGLE, "<|im_start|>"), (replace(SINGLE, tools=tools), '[{"type": "function"')):
+        (example,) = labeller.examples(row)
+        assert example.text.startswith(begins)
+        assert learnt(labeller, row) == ["It is 4.<|im_end|>"]
+
+
+def test_a_template_that_tells_the_date_gives_equal_tokens_on_every_day() -> None:
+    """As Llama 3.2's does."""
+    day = "{% if strftime_now is defined %}{% set day = strftime_now('%d %b %Y, %A') %}{% endif %}{{ day }}"
+    dated = day + WRITTEN_TEMPLATES["chatml"][0]
+    (example,) = Labeller(tiny_tokenizer("qwen2.5-7b-instruct", dated)).examples(SINGLE)
+    assert example.text.startswith("26 Jul 2024, Friday<|im_start|>")
 
 
 def test_a_generation_prompt_that_opens_a_thought_still_finds_the_answer() -> None:

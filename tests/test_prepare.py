@@ -278,7 +278,7 @@ def test_equal_rows_tokenizer_and_settings_are_tokenized_once(tmp_path: Path, mo
     assert heard.notes[:-1] == first_heard.notes
 
 
-@pytest.mark.parametrize("change", ["rows", "max_length", "template", "damage", "base"])
+@pytest.mark.parametrize("change", ["rows", "max_length", "template", "damage", "base", "code"])
 def test_anything_that_tokens_depend_on_makes_them_anew(
     change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -296,6 +296,8 @@ def test_anything_that_tokens_depend_on_makes_them_anew(
             path.write_bytes(path.read_bytes()[:-1] + b"x")
         case "base":
             request = {"base_model": tiny_base("qwen3-4b"), "preset": "qwen3-4b"}
+        case "code":
+            request = {"trust_remote_code": True}  # a repository's own tokenizer may see other tokens
     heard = Heard()
     prepared(tmp_path, rows, config, heard, **request)
     assert not any("there already" in line for line in heard.notes)

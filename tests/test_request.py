@@ -651,6 +651,15 @@ def test_a_base_model_counts_by_content_not_by_place(digest: Callable[..., str],
     assert digest(base_model=one) != digest(base_model=other)
 
 
+def test_a_base_models_own_code_counts_where_it_is_run(digest: Callable[..., str], tmp_path: Path) -> None:
+    one, other = model_directory(tmp_path / "a/model"), model_directory(tmp_path / "b/model")
+    (one / "tokenization_own.py").write_text("LOWER = True")
+    (other / "tokenization_own.py").write_text("LOWER = False")
+    assert digest(base_model=one) == digest(base_model=other)
+    trusted = {"trust_remote_code": True}
+    assert digest(base_model=one, **trusted) != digest(base_model=other, **trusted)
+
+
 def test_where_a_setting_is_written_does_not_count(build: Build, tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("# a comment\ntraining_config:\n  LoraConfig: {r: 8}\n")

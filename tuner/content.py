@@ -16,7 +16,8 @@ WEB_PAGE_HINT = (
     "(/resolve/ rather than /blob/ on Hugging Face, raw on GitHub, ?download=true on SharePoint)"
 )
 # What of a model directory is read when it is loaded; weights in one piece beside their shards are left out.
-MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
+MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.tiktoken", "*.jinja", "*.txt")
+MODEL_CODE = "*.py"  # which --trust-remote-code runs
 DUPLICATE_WEIGHTS = "consolidated*"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 
@@ -120,25 +121,26 @@ def _check_parquet(path: Path, tail: bytes, source: str) -> None:
 # ── model directories ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def model_files(directory: Path) -> list[Path]:
+def model_files(directory: Path, *, with_code: bool = False) -> list[Path]:
     """The files that decide what the model is, sorted by name. Raises InputMissingError for no directory."""
+    patterns = (*MODEL_FILES, MODEL_CODE) if with_code else MODEL_FILES
     if not directory.is_dir():
         raise InputMissingError(f"{directory}: there is no such model directory")
     return sorted(
         path
         for path in directory.iterdir()
         if path.is_file()
-        and any(fnmatch(path.name, pattern) for pattern in MODEL_FILES)
+        and any(fnmatch(path.name, pattern) for pattern in patterns)
         and not fnmatch(path.name, DUPLICATE_WEIGHTS)
     )
 
 
-def model_digest(directory: Path) -> str:
+def model_digest(directory: Path, *, with_code: bool = False) -> str:
     """`sha256:…` over the names and contents of a model directory's weights, configuration and tokenizer.
 
-    Raises InputMissingError for no directory.
+    `with_code` where the repository's own code is run: it decides both. Raises InputMissingError for no directory.
     """
-    lines = "".join(f"{path.name} {_known_hash(path)}\n" for path in model_files(directory))
+    lines = "".join(f"{path.name} {_known_hash(path)}\n" for path in model_files(directory, with_code=with_code))
     return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
 
 

@@ -454,7 +454,7 @@ def _base_model(tuning: Tuning, preset: Preset, training: TrainingConfig, reques
     directory = _model_directory(tuning)
     if request.base_model:
         given = request.base_model.expanduser().absolute()
-        model = LocalModel(path=str(given), sha256=model_digest(given))
+        model = LocalModel(path=str(given), sha256=model_digest(given, with_code=request.trust_remote_code))
         if directory is None and is_weights_of(preset, given):
             return model.model_copy(update={"id": preset.model_id, "revision": revision})
         return model
@@ -466,7 +466,7 @@ def _base_model(tuning: Tuning, preset: Preset, training: TrainingConfig, reques
             )
         return SmokeModel()
     if directory:
-        return LocalModel(path=str(directory), sha256=model_digest(directory))
+        return LocalModel(path=str(directory), sha256=model_digest(directory, with_code=request.trust_remote_code))
     image = tuning.preset.preset_options.image
     if image:
         return ImageModel(reference=str(parse_reference(image)), id=preset.model_id, revision=revision)

@@ -373,7 +373,7 @@ def fetch_base_model(
     if tokenizer_only:
         return FetchedModel(path=_relative(work_dir, directory), id=model_id, revision=revision, digest="")
     check_model_directory(directory, shown, trust_remote_code=spec.trust_remote_code)
-    digest = model_digest(directory)
+    digest = model_digest(directory, with_code=spec.trust_remote_code)
     if isinstance(model, LocalModel) and digest != model.sha256:
         raise DataError(f"{model.path}: the model changed since this run was planned", hint="plan the run again")
     return FetchedModel(path=_relative(work_dir, directory), id=model_id, revision=revision, digest=digest)

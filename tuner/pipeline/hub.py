@@ -14,7 +14,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 import httpx2
 
-from tuner.content import DUPLICATE_WEIGHTS, MODEL_FILES, check_has_safetensors
+from tuner.content import DUPLICATE_WEIGHTS, MODEL_CODE, MODEL_FILES, check_has_safetensors
 from tuner.errors import DeniedError, InputMissingError, ServiceError, TunerError
 from tuner.pipeline.download import disk_errors, interrupted, no_space
 from tuner.pipeline.web import Transfer, TransientError
@@ -111,7 +111,7 @@ class HubRepository:
         self._token = token or False  # False: never the token of whoever once logged in here
         self._patterns = tuple(
             pattern
-            for pattern in (*MODEL_FILES, "*.tiktoken", *(("*.py",) if trust_remote_code else ()))
+            for pattern in (*MODEL_FILES, *((MODEL_CODE,) if trust_remote_code else ()))
             if not (tokenizer_only and pattern == "*.safetensors")
         )
         self._reporter = reporter

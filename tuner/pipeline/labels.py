@@ -13,6 +13,7 @@ show the model an earlier answer in another form than it has to produce: such a 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,17 @@ FALLBACK_CHAT_TEMPLATE = (
     "{{ eos_token if message['role'] == 'assistant' else '' }}{{ '\\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
+)
+
+# Llama 3.2's template writes the date of the day: equal rows would be other tokens tomorrow. It is always the day that
+# this template writes where there is no clock. A macro, as transformers lets no function into a template.
+_STOPPED_CLOCK = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(
+        f" | replace('{code}', '{date(2024, 7, 26).strftime(code)}')"
+        for code in ("%d", "%e", "%m", "%b", "%B", "%y", "%Y", "%a", "%A", "%j", "%H", "%I", "%M", "%S", "%p")
+    )
+    + " }}{%- endmacro -%}"
 )
 
 # Plain letters: no template trims, escapes or interprets them.
@@ -98,8 +110,14 @@ class Labeller:
         if tokenizer.eos_token is None:
             raise ConfigError("the tokenizer has no EOS token: the model could not learn to stop")
         self.tokenizer = tokenizer
-        self.template: str = tokenizer.chat_template or FALLBACK_CHAT_TEMPLATE
         self.end_of_turn = self._probe_end_of_turn()
+
+    def template_for(self, tools: Any) -> str:
+        """The chat template of a row with these tools: some tokenizers have one for each case."""
+        if not self.tokenizer.chat_template:
+            return FALLBACK_CHAT_TEMPLATE
+        template = str(self.tokenizer.get_chat_template(tools=tools))
+        return _STOPPED_CLOCK + template if "strftime_now" in template else template
 
     def _render(self, messages: Sequence[dict[str, Any]], tools: Any = None, *, prompt: bool = False) -> str:
         try:
@@ -107,7 +125,7 @@ class Labeller:
                 self.tokenizer.apply_chat_template(
                     list(messages),
                     tools=tools,
-                    chat_template=self.template,
+                    chat_template=self.template_for(tools),
                     add_generation_prompt=prompt,
                     tokenize=False,
                 )

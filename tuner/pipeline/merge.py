@@ -173,7 +173,7 @@ def _cached_base(config: dict[str, Any]) -> Path:
 
 def _check_base(directory: Path, lock: dict[str, Any]) -> None:
     trained_on = (lock["base_model"] or {}).get("digest")
-    if trained_on and model_digest(directory) != trained_on:
+    if trained_on and trained_on not in (model_digest(directory), model_digest(directory, with_code=True)):
         raise ConfigError(
             f"{directory}: its files are not those that the adapter was trained on ({LOCK} has their digest)",
             hint="give --base-model DIR with the revision that adapter_config.json names",

@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import platform
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,8 @@ SMOKE_TRAIN_ROWS = 64
 SMOKE_EVALUATION_ROWS = 16
 _SHOWN_PROBLEMS = 20
 _CACHE = "cache.json"
+# The last three, where they are there, turn a tokenizer without tokenizer.json into a fast one.
+_DECIDE_TOKENS = ("transformers", "tokenizers", "jinja2", "pyarrow", "sentencepiece", "tiktoken", "protobuf")
 
 
 def prepare(spec: RunSpec, fetched: Fetched, work_dir: Path, reporter: Reporter) -> Prepared:
@@ -178,9 +181,17 @@ def tokens_key(spec: RunSpec, fetched: Fetched) -> str | None:
         "template": spec.training.section("ModelConfig").get("chat_template"),
         "dataset": asdict(spec.training.dataset),
         "code": [hash_file(Path(__file__).with_name(f"{name}.py")) for name in ("prepare", "labels", "dataset")],
-        "libraries": [f"{name} {version(name)}" for name in ("transformers", "tokenizers", "jinja2", "pyarrow")],
+        "trust_remote_code": spec.trust_remote_code,
+        "libraries": {name: _version(name) for name in _DECIDE_TOKENS} | {"python": platform.python_version()},
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def _prepared_before(
