@@ -7,7 +7,7 @@ import pytest
 
 from tuner.errors import ConfigError, UsageError
 from tuner.instance_types import find_gpu, instance_types
-from tuner.plan import UTILISATION, Plan, choose_machine, describe_plan, make_plan, plan_as_json
+from tuner.plan import UTILISATION, Plan, choose_machine, count_evaluations, describe_plan, make_plan, plan_as_json
 from tuner.presets import find_preset, load_presets
 from tuner.runspec import Prepared, Split
 from tuner.training_config import resolve_training_config
@@ -54,6 +54,30 @@ def test_every_preset_has_an_answer_on_every_instance_type(model: str) -> None:
         assert name in describe_plan(answer)
         # where it does not run, there is something to do
         assert answer.verdict == "fits" or answer.larger
+
+
+@pytest.mark.parametrize(
+    ("settings", "times"),
+    [
+        ((), 6),  # 600 steps: before, and five times
+        (("TrainingArguments.num_train_epochs=0.1",), 3),  # 20 steps: before, at 10 and 20
+        (("TrainingArguments.eval_steps=100",), 7),
+        (("TrainingArguments.eval_steps=0.5",), 3),
+        (("TrainingArguments.eval_strategy=no",), 2),
+        (("TrainingArguments.eval_strategy=epoch",), 4),
+        (("TrainingArguments.max_steps=30",), 4),
+    ],
+)
+def test_evaluations_are_counted(settings: tuple[str, ...], times: int) -> None:
+    training = resolve_training_config(method="qlora", preset=find_preset("phi-4"), overrides=settings)
+    assert count_evaluations(training.section("TrainingArguments"), 3200) == times
+
+
+def test_what_evaluations_cost_is_a_share_of_training() -> None:
+    made = plan("phi-4", "H100", prepared=prepared())  # as many rows held out as trained on, 3 epochs, 6 evaluations
+    assert any("evaluating 320 held-out rows 6 times costs about 80% of training" in line for line in made.assumptions)
+    made = plan("phi-4", "H100", "TrainingArguments.max_steps=10", prepared=prepared())  # half of the rows, twice
+    assert any("320 held-out rows 2 times costs about 160% of training" in line for line in made.assumptions)
 
 
 def test_small_card_recomputes_and_a_large_one_does_not() -> None:

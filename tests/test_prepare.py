@@ -56,6 +56,44 @@ def test_a_smoke_run_of_few_rows_takes_them_all_and_says_nothing(tmp_path: Path)
     assert not [line for line in heard.notes if "smoke run takes" in line]
 
 
+# ── what evaluating costs ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def split_at(fraction: float, **arguments: Any) -> dict[str, Any]:
+    return {"DatasetConfig": {"train_test_split": fraction}, "TrainingArguments": arguments}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (split_at(0.5, num_train_epochs=1), "evaluating 60 held-out rows 2 times costs about 8"),
+        (split_at(0.9, num_train_epochs=1), None),
+        (split_at(0.9, num_train_epochs=1, eval_steps=1), "evaluating 12 held-out rows 8 times costs about 3"),
+        (split_at(0.8), None),
+        (split_at(1), None),
+        ({}, None),
+    ],
+)
+def test_what_evaluating_costs_is_said_where_it_is_much(
+    tmp_path: Path, config: dict[str, Any], said: str | None
+) -> None:
+    heard = Heard()
+    job = make_job(tmp_path, rows_of("messages", 120), config)
+    prepared_job(job, heard)
+    found = [line for line in heard.warnings if line.startswith("evaluating")]
+    assert bool(found) is bool(said)
+    assert all(line.startswith(str(said)) for line in found)
+    assert all("a larger TrainingArguments.eval_steps evaluates less often" in line for line in found)
+    prepared_job(job, heard)  # of token files that were there already it is said too
+    assert len([line for line in heard.warnings if line.startswith("evaluating")]) == 2 * len(found)
+
+
+def test_of_many_held_out_rows_it_is_said_what_would_hold_out_as_many_as_by_default(tmp_path: Path) -> None:
+    heard = Heard()
+    prepared(tmp_path, rows_of("messages", 1100), split_at(0.5, num_train_epochs=1), reporter=heard)
+    assert any("DatasetConfig.train_test_split: 0.5455 holds out 500, a larger" in line for line in heard.warnings)
+
+
 # ── rows that are too long ───────────────────────────────────────────────────────────────────────────────────────────
 
 LIMIT = {"TrainingArguments": {"max_length": 100}}

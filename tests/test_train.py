@@ -12,6 +12,7 @@ from tiny import SHAPES, Heard, Job, make_job, prepared_job, rows_of, tiny_base
 
 from tuner.errors import ConfigError, InterruptedRunError
 from tuner.pipeline.adapter import file_digests
+from tuner.plan import count_evaluations
 from tuner.runspec import Prepared, Progress
 
 pytestmark = pytest.mark.train
@@ -281,6 +282,24 @@ def test_evaluations_that_the_user_asks_for_happen_once_each(tmp_path: Path) -> 
     outcome = tried.train()
     assert [entry["step"] for entry in tried.metrics() if "eval_loss" in entry] == [0, 2, 4, 6]
     assert outcome.eval_loss_after == tried.metrics()[-1]["eval_loss"]
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"eval_strategy": "no"},
+        {"eval_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2},
+        {"eval_steps": 4},
+        {"eval_steps": 0.3},
+        {},
+    ],
+)
+def test_evaluations_are_as_many_as_their_cost_was_reckoned_with(tmp_path: Path, written: dict[str, Any]) -> None:
+    tried = trial(tmp_path, arguments(**written))
+    tried.train()
+    evaluations = [entry for entry in tried.metrics() if "eval_loss" in entry]
+    section = tried.job.spec.training.section("TrainingArguments")
+    assert len(evaluations) == count_evaluations(section, tried.prepared.train.rows)
 
 
 def overshooting(**written: Any) -> dict[str, dict[str, Any]]:

@@ -372,8 +372,8 @@ def test_kaito_fault_17_the_beginning_of_a_key_is_no_key(key: str) -> None:
         ("TrainingArguments: {early_stopping_patience: -1}", "must be 0 or more"),
         ("TrainingArguments: {optim: adam}", "TrainingArguments.optim: 'adam' is none of"),
         ("TrainingArguments: {report_to: {a: b}}", "must be a list or a text"),
-        ("DatasetConfig: {train_test_split: 0}", "must be greater than 0 and at most 1"),
-        ("DatasetConfig: {train_test_split: 80}", "must be greater than 0 and at most 1"),
+        ("DatasetConfig: {train_test_split: 0}", "must be the share to train on, up to 1 (all), not"),
+        ("DatasetConfig: {train_test_split: 80}", "must be the share to train on, up to 1 (all), not"),
         ("DatasetConfig: {over_length: dorp}", 'did you mean "drop"?'),
         ("DatasetConfig: {dataset_extension: webdataset}", "is none of parquet"),
         ("ModelConfig: {torch_dtype: int8}", "is none of bfloat16"),
@@ -530,6 +530,12 @@ def test_old_key_at_its_default_changes_nothing(written: str) -> None:
 @pytest.mark.parametrize("written", ["auto", "torch.auto"])
 def test_dtype_auto_is_left_to_the_gpu(written: str) -> None:
     assert not resolve(f"ModelConfig: {{torch_dtype: {written}}}").is_written("ModelConfig", "dtype")
+
+
+@pytest.mark.parametrize(("share", "said"), [(0.2, True), (0.5, False), (0.95, False), (1, False)])
+def test_a_split_that_holds_out_the_most_is_said(share: float, said: bool) -> None:
+    notes = resolve(f"DatasetConfig: {{train_test_split: {share}}}").notes
+    assert any("0.2 is the share that is trained on: 80% of the rows are held out" in note for note in notes) is said
 
 
 def test_a_warmup_ratio_of_one_or_more_is_refused() -> None:

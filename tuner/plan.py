@@ -4,7 +4,7 @@ Needs no GPU, no torch and no download. All in a Plan but parameters, weights an
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations, product
@@ -28,7 +28,7 @@ from tuner.memory import (
     read_shape,
 )
 from tuner.presets import Preset
-from tuner.runspec import Prepared
+from tuner.runspec import Prepared, Split
 from tuner.training_config import TrainingConfig, resolve_target_modules
 
 Verdict = Literal["fits", "does not fit", "cannot run"]
@@ -42,6 +42,12 @@ ASSUMED_ROW_TOKENS = 512
 # Share of the data sheet's operations that training gets: below what is published for A100 and H100.
 UTILISATION = 0.35
 SHORTER = (4096, 2048, 1024, 512)
+
+EVALUATIONS = 5  # in a run, unless the user says how often
+EVALUATION_STEPS_AT_LEAST = 10  # closer together they would be the most of a short run
+# Of what a token costs in training: half, as a frozen weight costs 2 forward and 2 backward, or a third where blocks
+# are recomputed.
+EVALUATED_TOKEN = 0.4
 
 # What of LoraConfig changes memory and is not counted.
 _UNCOUNTED = (
@@ -155,11 +161,10 @@ def make_plan(
     trained = adapter_parameters(shape, setup)
 
     arguments = training.section("TrainingArguments")
-    documents = machine.gpus * arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
+    documents = documents_per_step(arguments, machine.gpus)
     epochs = float(arguments["num_train_epochs"])
-    steps = math.ceil(epochs * math.ceil(workload.rows / documents))
+    steps = count_steps(arguments, workload.rows, machine.gpus)
     if arguments.get("max_steps", -1) > 0:
-        steps = arguments["max_steps"]
         epochs = steps * documents / workload.rows
     tokens = round(epochs * workload.tokens)
     flops = tokens * flops_per_token(
@@ -191,7 +196,7 @@ def make_plan(
         tokens=tokens,
         seconds=seconds,
         price_per_hour=price_per_hour,
-        assumptions=tuple(_assumptions(training, workload, machine, setup, seconds)),
+        assumptions=tuple(_assumptions(training, workload, machine, setup, seconds, prepared)),
     )
 
 
@@ -243,6 +248,45 @@ def _workload(preset: Preset, training: TrainingConfig, prepared: Prepared | Non
     longest = min(training.dataset.max_length or MAX_LENGTH, context)
     tokens = ASSUMED_ROWS * min(ASSUMED_ROW_TOKENS, longest)
     return Workload(ASSUMED_ROWS, tokens, tokens, longest, is_known=False)
+
+
+def count_steps(arguments: Mapping[str, Any], rows: int, gpus: int = 1) -> int:
+    """Optimizer steps of a whole run, by TrainingArguments."""
+    if arguments.get("max_steps", -1) > 0:
+        return int(arguments["max_steps"])
+    epochs: float = arguments["num_train_epochs"]
+    return math.ceil(epochs * math.ceil(rows / documents_per_step(arguments, gpus)))
+
+
+def documents_per_step(arguments: Mapping[str, Any], gpus: int = 1) -> int:
+    return int(gpus * arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"])
+
+
+def steps_between_evaluations(arguments: Mapping[str, Any], steps: int) -> int:
+    """`eval_steps` as written (below 1 a share of the run), else a fifth of the run and no less than ten."""
+    written: float = arguments.get("eval_steps") or max(EVALUATION_STEPS_AT_LEAST, math.ceil(steps / EVALUATIONS))
+    return max(1, math.ceil(written * steps if written < 1 else written))
+
+
+def count_evaluations(arguments: Mapping[str, Any], rows: int) -> int:
+    """How often the held-out rows are evaluated: before the first step, in the run, at its end."""
+    steps = count_steps(arguments, rows)
+    match arguments["eval_strategy"]:
+        case "no":
+            between = steps
+        case "epoch":
+            between = math.ceil(rows / documents_per_step(arguments))
+        case _:
+            between = steps_between_evaluations(arguments, steps)
+    return 1 + math.ceil(steps / between)
+
+
+def evaluation_share(arguments: Mapping[str, Any], train: Split, held_out: Split) -> float:
+    """About how much all evaluations cost, of what training costs."""
+    epochs: float = arguments["num_train_epochs"]
+    if arguments.get("max_steps", -1) > 0:
+        epochs = arguments["max_steps"] * documents_per_step(arguments) / train.rows
+    return EVALUATED_TOKEN * count_evaluations(arguments, train.rows) * held_out.tokens / (epochs * train.tokens)
 
 
 # ── does it fit ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -351,7 +395,12 @@ def _larger(shape: Shape, ask: _Ask) -> Iterator[Machine]:
 
 
 def _assumptions(
-    training: TrainingConfig, workload: Workload, machine: Machine, setup: Setup, seconds: float | None
+    training: TrainingConfig,
+    workload: Workload,
+    machine: Machine,
+    setup: Setup,
+    seconds: float | None,
+    prepared: Prepared | None,
 ) -> Iterator[str]:
     """What the figures rest on, one sentence each."""
     yield (
@@ -369,6 +418,11 @@ def _assumptions(
             f"time is training alone, at {UTILISATION:.0%} of the {machine.gpu.tflops:,.0f} TFLOP/s of the data sheet, "
             "on every GPU: no download, start-up or evaluation"
         )
+    if prepared and prepared.evaluation:
+        arguments = training.section("TrainingArguments")
+        share = evaluation_share(arguments, prepared.train, prepared.evaluation)
+        times = count_evaluations(arguments, prepared.train.rows)
+        yield f"evaluating {prepared.eval_rows:,} held-out rows {times} times costs about {share:.0%} of training"
     elif machine.gpu.tflops is None and not machine.gpu.problem:
         yield "no time: a plain memory size does not say how quick the GPU is"
     if setup.optimizer not in OPTIMIZER_STATE_BYTES and "adamw" not in setup.optimizer:

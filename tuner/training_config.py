@@ -88,7 +88,7 @@ BOUNDS: Mapping[str, Bound] = MappingProxyType(
         "TrainingArguments.early_stopping_threshold": NOT_NEGATIVE,
         "DatasetConfig.bad_row_share": SHARE,
         "DatasetConfig.shuffle_seed": NOT_NEGATIVE,
-        "DatasetConfig.train_test_split": (lambda number: 0 < number <= 1, "greater than 0 and at most 1 (1: all)"),
+        "DatasetConfig.train_test_split": (lambda number: 0 < number <= 1, "the share to train on, up to 1 (all)"),
     }
 )
 
@@ -467,6 +467,10 @@ class _Reading:
         before = self.written.get(name)
         if before and before.path != path and before.place.file == place.file:
             self._refuse(f"{before.path} ({before.place}) is the same setting", path, place)
+        if name == "DatasetConfig.train_test_split" and value is not None and value < 0.5:
+            self.notes.append(
+                f"{path} {value:g} is the share that is trained on: {1 - value:.0%} of the rows are held out"
+            )
         if name != path and value is not None:
             changed = "" if translate is _same else f" = {_show(value)}"
             self.notes.append(f"{path} is now {name}{changed}")

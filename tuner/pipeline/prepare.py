@@ -15,6 +15,7 @@ import numpy as np
 from tuner.content import hash_file
 from tuner.errors import ConfigError, DataError, InputMissingError
 from tuner.pipeline.dataset import (
+    HELD_OUT_ROWS_AT_MOST,
     BadRow,
     Completion,
     Conversation,
@@ -29,9 +30,11 @@ from tuner.pipeline.dataset import (
 from tuner.pipeline.dataset import Split as RowSplit
 from tuner.pipeline.labels import FALLBACK_CHAT_TEMPLATE, Labeller, TokenRow
 from tuner.pipeline.libraries import quiet
+from tuner.plan import count_evaluations, evaluation_share
 from tuner.runspec import Contract, Fetched, Prepared, Progress, Reporter, RowProblem, RunSpec, Split
 
 LONGEST_DEFAULT = 8192
+EVALUATION_WORTH_SAYING = 0.25  # of what training costs
 MOST_OVER_LENGTH = 0.10  # share of rows; above it the run stops
 SMOKE_TRAIN_ROWS = 64
 SMOKE_EVALUATION_ROWS = 16
@@ -42,6 +45,14 @@ _DECIDE_TOKENS = ("transformers", "tokenizers", "jinja2", "pyarrow", "sentencepi
 
 
 def prepare(spec: RunSpec, fetched: Fetched, work_dir: Path, reporter: Reporter) -> Prepared:
+    """`make_tokens`, and a warning where evaluating what is held out would cost a large part of training."""
+    prepared = make_tokens(spec, fetched, work_dir, reporter)
+    if not spec.smoke:
+        _warn_of_evaluation(spec, prepared, reporter)  # by settings that the token files do not depend on
+    return prepared
+
+
+def make_tokens(spec: RunSpec, fetched: Fetched, work_dir: Path, reporter: Reporter) -> Prepared:
     """Read, check, split, tokenize; leave train.arrow, evaluation.arrow, tokenizer/ and problems.jsonl.
 
     What was prepared before of the very same rows, tokenizer and settings is taken as it lies there, and said again.
@@ -343,6 +354,22 @@ def _write_problems(problems: Sequence[RowProblem], path: Path) -> str | None:
         for problem in problems:
             file.write(json.dumps(problem.model_dump(), ensure_ascii=False) + "\n")
     return str(path)
+
+
+def _warn_of_evaluation(spec: RunSpec, prepared: Prepared, reporter: Reporter) -> None:
+    if prepared.evaluation is None:
+        return
+    arguments, rows = spec.training.section("TrainingArguments"), prepared.evaluation.rows
+    share = evaluation_share(arguments, prepared.train, prepared.evaluation)
+    if share < EVALUATION_WORTH_SAYING:
+        return
+    fraction = 1 - HELD_OUT_ROWS_AT_MOST / (prepared.train.rows + rows)
+    fewer = f"DatasetConfig.train_test_split: {fraction:.4g} holds out {HELD_OUT_ROWS_AT_MOST}, "
+    reporter.warn(
+        f"evaluating {rows:,} held-out rows {count_evaluations(arguments, prepared.train.rows)} times costs about "
+        f"{share:.0%} of what training itself costs; {fewer if rows > HELD_OUT_ROWS_AT_MOST else ''}a larger "
+        "TrainingArguments.eval_steps evaluates less often"
+    )
 
 
 def _say(result: Prepared, split: RowSplit, reporter: Reporter) -> None:

@@ -35,7 +35,7 @@ from tuner.pipeline.model import Coverage, Device, attach_lora, load_base_model,
 from tuner.pipeline.probe import Pieces
 from tuner.pipeline.startup import StartUp, describe
 from tuner.pipeline.trainer import PackedTrainer
-from tuner.plan import choose_micro_batch, read_setup
+from tuner.plan import choose_micro_batch, count_steps, read_setup, steps_between_evaluations
 from tuner.runspec import Prepared, Progress, Reporter, RunSpec, Split
 from tuner.training_config import OWN_TYPES, TrainingConfig
 
@@ -47,8 +47,6 @@ CHECKPOINT_INTERVAL_S = 600  # the most work that a lost machine costs
 KEPT_CHECKPOINTS = 2  # the one before is there when the newest was not written whole
 METRICS = "metrics.jsonl"
 LEVERS = "levers.json"  # beside the checkpoints
-EVALUATIONS = 5  # in a run, unless the user says how often
-EVALUATION_STEPS_AT_LEAST = 10  # closer together they would be the most of a short run
 _BEST_IS_OURS = frozenset({"load_best_model_at_end", "metric_for_best_model"})  # best.py, not the Trainer
 
 
@@ -367,8 +365,8 @@ def training_arguments(
         written["save_strategy"] = "steps" if by_steps else "no"
     if prepared.evaluation is None:
         written["eval_strategy"] = "no"
-    steps = _steps(written, prepared.train.rows)
-    written.setdefault("eval_steps", max(EVALUATION_STEPS_AT_LEAST, math.ceil(steps / EVALUATIONS)))
+    steps = count_steps(written, prepared.train.rows, world_size())
+    written.setdefault("eval_steps", steps_between_evaluations(written, steps))
     if "logging_steps" not in written:
         written["logging_steps"] = max(1, min(10, steps // 20))
     documents = written["per_device_train_batch_size"] * written["gradient_accumulation_steps"]
@@ -413,15 +411,6 @@ def _refusals(section: str) -> Iterator[None]:
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
         sentence = " ".join(str(error).split())
         raise ConfigError(f"{section}: {sentence}") from error
-
-
-def _steps(arguments: dict[str, Any], rows: int) -> int:
-    """How many optimizer steps there will be."""
-    if arguments.get("max_steps", -1) > 0:
-        return int(arguments["max_steps"])
-    documents = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"] * world_size()
-    steps: float = arguments["num_train_epochs"] * math.ceil(rows / documents)
-    return math.ceil(steps)
 
 
 def optimise(
