@@ -29,6 +29,7 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DataCollatorForLanguageModeling
 from trl import SFTConfig, SFTTrainer
 
+from tuner.pipeline import phi3
 from tuner.pipeline.kernels import DOCUMENT_ATTENTION, Exact, fuse_lora
 from tuner.pipeline.libraries import quiet
 from tuner.pipeline.tiny_model import make_tiny_model, make_tiny_tokenizer
@@ -183,12 +184,20 @@ def trl(
 
 
 def ours(
-    model_dir: Path, tokenizer: Any, documents: list[dict[str, list[int]]], output: Path, *, fused: bool = True
+    model_dir: Path,
+    tokenizer: Any,
+    documents: list[dict[str, list[int]]],
+    output: Path,
+    *,
+    fused: bool = True,
+    joined: bool = True,
 ) -> Callable[[], int]:
     """Packed micro-batches, attention within documents, the head where it is learnt, no checkpointing."""
     model = adapted(four_bit_model(model_dir, DOCUMENT_ATTENTION), ALL_LINEAR, 16)
     if fused:
         fuse_lora(model)
+    if joined:
+        phi3.take_parts(model.get_base_model())
     rows = [{key: np.array(document[key]) for key in ("input_ids", "labels")} for document in documents]
     trainer = PackedTrainer(
         micro_batch_tokens=2048,
@@ -241,7 +250,8 @@ def main() -> None:
                 "TRL packing 2048, no checkpointing",
                 trl(*made, packing=True, max_length=2048, gradient_checkpointing=False),
             ),
-            Variant("Tuner, LoRA not fused", ours(*made, fused=False)),
+            Variant("Tuner, LoRA not fused", ours(*made, fused=False, joined=False)),
+            Variant("Tuner, joined projections by transformers", ours(*made, joined=False)),
             Variant("Tuner", ours(*made)),
         ]
         for variant in variants:

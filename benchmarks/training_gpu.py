@@ -23,7 +23,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,19 +39,27 @@ from training_peers import (
     Bed,
     Documents,
     Measured,
+    Tuner,
     four_bit_model,
     kaito,
     long_documents,
     lora,
     make_model,
-    ours,
     packed_trainer,
     short_documents,
     trl,
     unsloth,
 )
 
-from tuner.levers import FUSED_LORA, LEARNT_HEAD, LIGER, PACKING, RESIDENT_WEIGHTS, VARLEN_ATTENTION
+from tuner.levers import (
+    FUSED_LORA,
+    FUSED_PROJECTIONS,
+    LEARNT_HEAD,
+    LIGER,
+    PACKING,
+    RESIDENT_WEIGHTS,
+    VARLEN_ATTENTION,
+)
 from tuner.memory import count_parameters, read_shape
 from tuner.pipeline.kernels import (
     DOCUMENT_ATTENTION,
@@ -58,9 +67,10 @@ from tuner.pipeline.kernels import (
     has_varlen_kernel,
     looped_attention,
 )
-from tuner.pipeline.levers import Bench, difference, levers_of
+from tuner.pipeline.levers import Bench, Gradients, Lever, difference, distance, levers_of
 from tuner.pipeline.libraries import quiet
 from tuner.pipeline.model import pick_device
+from tuner.pipeline.trainer import micro_batch
 
 PART_S = 480
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "liger-kernel", "triton",
@@ -77,7 +87,7 @@ def ceilings(bed: Bed) -> list[str]:
     lines.append(f"| copy, read and write | {copy_bytes(bed) / 1e9:,.0f} GB/s |")
     lines += ["", "## Kernels, forward and backward, milliseconds", "", "| | without | with | × |", "|---|---|---|---|"]
     lines += [*_decoding(bed), *_attention(bed), *_layers(bed)]
-    return [*lines, "", *_parity(bed)]
+    return [*lines, "", *_parity(bed), "", *_where_time_goes(bed)]
 
 
 def matmul_flops(bed: Bed) -> float:
@@ -177,61 +187,158 @@ def _attention(bed: Bed) -> Iterator[str]:
 
 
 def _layers(bed: Bed) -> Iterator[str]:
-    """A whole micro-batch with and without each lever, all others off."""
+    """A whole micro-batch with and without each lever, all others off but for what it stands on."""
     documents = short_documents(bed)
     trainer, exact = packed_trainer(bed, documents)
     bench = Bench(trainer, bed.device)
+    levers = levers_of(trainer, exact, bed.device)
     with bench.undisturbed():
-        for lever in levers_of(trainer, exact, bed.device):
-            why = lever.obstacle()
-            if why:
-                yield f"| {lever.name} | {why} | | |"
-                continue
-            for tokens in (128,) if bed.tiny else (2048, 8192):
-                without = bench.sample(tokens)
-                lever.turn_on()
-                with_ = bench.sample(tokens)
-                lever.turn_off()
-                if without and with_:
-                    saved = (without.peak_bytes - with_.peak_bytes) / without.tokens
-                    yield _row(
-                        f"{lever.name}, {without.tokens:,} tokens ({saved:+,.0f} bytes a token freed)",
-                        without.seconds,
-                        with_.seconds,
-                    )
-                else:
-                    yield f"| {lever.name}, {tokens:,} tokens | out of memory | | |"
+        for lever in levers:
+            over = lever.name == FUSED_PROJECTIONS
+            if over:
+                levers.fused.turn_on()
+            yield from _lever_rows(lever, f"{lever.name} over {FUSED_LORA}" if over else lever.name, bench, bed)
+            if over:
+                levers.fused.turn_off()
+
+
+def _lever_rows(lever: Lever, name: str, bench: Bench, bed: Bed) -> Iterator[str]:
+    why = lever.obstacle()
+    if why:
+        yield f"| {name} | {why} | | |"
+        return
+    for tokens in (128,) if bed.tiny else (2048, 8192):
+        without = bench.sample(tokens)
+        lever.turn_on()
+        with_ = bench.sample(tokens)
+        lever.turn_off()
+        if without and with_:
+            saved = (without.peak_bytes - with_.peak_bytes) / without.tokens
+            told = f"{name}, {without.tokens:,} tokens ({saved:+,.0f} bytes a token freed)"
+            yield _row(told, without.seconds, with_.seconds)
+        else:
+            yield f"| {name}, {tokens:,} tokens | out of memory | | |"
 
 
 def _parity(bed: Bed) -> Iterator[str]:
-    """Every lever beside the plain path, and packed beside one by one, on the same few documents."""
+    """Every lever beside the plain path, both beside fp32, and packed beside one by one, on the same few documents."""
     yield "## Parity: the same loss (1e-3) and gradients (norm 1 %, direction 15 %) as the plain path in bf16"
     yield ""
-    yield "| | |"
-    yield "|---|---|"
+    yield "In fp32: the same 4-bit weights and adapters, everything computed in fp32, the plain path."
+    yield ""
+    yield "| | beside the plain path | gradients apart from it | and from fp32 |"
+    yield "|---|---|---|---|"
     documents = short_documents(bed)
     trainer, exact = packed_trainer(bed, documents)
     bench = Bench(trainer, bed.device)
-    yield f"| documents can be packed, head at learnt tokens | {exact.packs}, {exact.learnt_head} |"
+    found: dict[str, Gradients | str] = {}
     with bench.undisturbed():
-        levers = list(levers_of(trainer, exact, bed.device))
+        adapters = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+        levers = levers_of(trainer, exact, bed.device)
         plain = bench.gradients()
         for lever in levers:
-            why = lever.obstacle()
-            if why is None:
+            over = lever.name == FUSED_PROJECTIONS
+            if over:
+                levers.fused.turn_on()
+            found[lever.name] = lever.obstacle() or ""
+            if not found[lever.name]:
                 lever.turn_on()
-                why = difference(plain, bench.gradients(), bed.device.dtype) or "equal"
+                found[lever.name] = bench.gradients()
                 lever.turn_off()
-            yield f"| {lever.name} | {why} |"
+            if over:
+                levers.fused.turn_off()
+        taken = [lever for lever in levers if isinstance(found[lever.name], Gradients)]
+        for lever in taken:
+            lever.turn_on()
+        found["all of these"] = bench.gradients()
+        for lever in reversed(taken):
+            lever.turn_off()
         rows = bench.documents(512)[:6]
         together = _gradients(trainer, [rows])
         apart = _gradients(trainer, [[row] for row in rows])
-        yield f"| packed beside one by one | {difference(apart, together, bed.device.dtype) or 'equal'} |"
+    dtype = bed.device.dtype
+    del trainer, bench, levers, lever, taken
+    gc.collect()
+    exactly = _in_fp32(bed, documents, adapters)
+    yield f"| the plain path | | | {distance(exactly, plain):.1%} |"
+    for name, one in found.items():
+        if isinstance(one, str):
+            yield f"| {name} | {one} | | |"
+            continue
+        verdict = difference(plain, one, dtype) or "equal"
+        yield f"| {name} | {verdict} | {distance(plain, one):.1%} | {distance(exactly, one):.1%} |"
+    verdict = difference(apart, together, dtype) or "equal"
+    yield f"| packed beside one by one | {verdict} | {distance(apart, together):.1%} | |"
+    yield f"| documents can be packed, head at learnt tokens | {exact.packs}, {exact.learnt_head} | | |"
 
 
-def _gradients(trainer: Any, micro_batches: Sequence[Any]) -> Any:
-    from tuner.pipeline.levers import Gradients
+def _in_fp32(bed: Bed, documents: Documents, adapters: dict[str, torch.Tensor]) -> Gradients:
+    """The gradients of the same model and adapters without rounding to 16 bits anywhere."""
+    trainer, _ = packed_trainer(replace(bed, device=replace(bed.device, dtype=torch.float32)), documents)
+    trainer.one_micro_batch = lambda rows: trainer.model(**micro_batch(rows, trainer.args.device, packed=trainer.packs))
+    bench = Bench(trainer, bed.device)
+    with bench.undisturbed():
+        for name, parameter in trainer.model.named_parameters():
+            if parameter.requires_grad:
+                parameter.data.copy_(adapters[name])
+        return bench.gradients()
 
+
+def _where_time_goes(bed: Bed) -> Iterator[str]:
+    """One micro-batch of a step's documents with every lever that is there: the GPU's time by kind of kernel."""
+    from torch.profiler import ProfilerActivity, profile
+
+    documents = short_documents(bed)
+    trainer, exact = packed_trainer(bed, documents)
+    bench = Bench(trainer, bed.device)
+    rows = [trainer.train_dataset[number] for number in range(8 if bed.tiny else DOCUMENTS_PER_STEP)]
+    taken = []
+    with bench.undisturbed():
+        for lever in levers_of(trainer, exact, bed.device):
+            if not lever.obstacle():
+                lever.turn_on()
+                taken.append(lever)
+        for _ in range(2):
+            trainer.one_micro_batch(rows).backward()
+        synchronize(bed)
+        kind = ProfilerActivity.CUDA if bed.device.is_cuda else ProfilerActivity.CPU
+        with profile(activities=[kind]) as seen:
+            trainer.one_micro_batch(rows).backward()
+            synchronize(bed)
+        for lever in reversed(taken):
+            lever.turn_off()
+    spent: dict[str, float] = {}
+    for event in seen.key_averages():
+        if event.device_type.name != kind.name:
+            continue
+        took = event.self_device_time_total if bed.device.is_cuda else event.self_cpu_time_total
+        name = next((name for name, marks in KERNELS.items() if any(mark in event.key for mark in marks)), "the rest")
+        spent[name] = spent.get(name, 0) + took / 1e3
+    whole = sum(spent.values())
+    yield f"## Where the time of {sum(len(row['input_ids']) for row in rows):,} tokens goes, forward and backward"
+    yield ""
+    yield "| kernels | ms | |"
+    yield "|---|---|---|"
+    for name, milliseconds in sorted(spent.items(), key=lambda item: -item[1]):
+        yield f"| {name} | {milliseconds:.1f} | {milliseconds / whole:.0%} |"
+    yield f"| together | {whole:.1f} | |"
+
+
+KERNELS = {
+    "LoRA, added to the products": ("_add_low_rank", "_badd_"),
+    "attention": ("flash", "attention"),
+    "LoRA's narrow products": ("splitK", "tst_16x", "tst_32x", "tst_64x32_"),
+    "products with frozen weights": ("nvjet", "gemm", "cutlass", "aten::mm", "aten::addmm", "aten::linear"),
+    "norms": ("rms_norm",),
+    "gate and up": ("swiglu",),
+    "rotary embedding": ("rotate", "rope"),
+    "decoding 4-bit weights": ("Dequantize", "dequantize"),
+    "copies": ("copy", "Memcpy", "CatArray"),
+    "additions": ("CUDAFunctor_add",),
+}  # kind → marks in a kernel's name; the first that fits
+
+
+def _gradients(trainer: Any, micro_batches: Sequence[Any]) -> Gradients:
     trainer.model.zero_grad()
     loss = 0.0
     for rows in micro_batches:
@@ -252,15 +359,15 @@ class Variant:
     alone: bool = False  # in a process of its own
 
 
-def variants() -> list[Variant]:
-    """What is measured, the most telling first: what does not fit the time is left out from the end."""
+def variants(capped: bool) -> list[Variant]:
+    """What is measured, the most telling first: what does not fit the time is left out from the end. `capped`: what an
+    owner of a small card could take, and no levers one by one."""
     best = {"gradient_checkpointing": False, "packing": True, "max_length": 2048}
+    tuner = Tuner()
     found = [
+        Variant("Tuner", tuner.measure),
         Variant("KAITO as shipped (a step a document)", lambda b, d: kaito(b, d, as_shipped=True)),
-        Variant("KAITO's script, all modules", lambda b, d: kaito(b, d, as_shipped=False)),
         Variant("TRL defaults (batch 8, padded)", lambda b, d: trl(b, d)),
-        Variant("Tuner", lambda b, d: ours(b, d)),
-        Variant("TRL packing 2048", lambda b, d: trl(b, d, packing=True, max_length=2048)),
         Variant(
             "TRL, no checkpointing, batch 32 by length",
             lambda b, d: trl(
@@ -272,20 +379,26 @@ def variants() -> list[Variant]:
             ),
         ),
         Variant("TRL packing, no checkpointing", lambda b, d: trl(b, d, **best)),
-        Variant("TRL packing + our attention", lambda b, d: trl(b, d, attention=DOCUMENT_ATTENTION, **best)),
+        Variant("TRL packing 2048", lambda b, d: trl(b, d, packing=True, max_length=2048)),
+        Variant("KAITO's script, all modules", lambda b, d: kaito(b, d, as_shipped=False)),
     ]
     if find_spec("flash_attn"):
         found.append(Variant("TRL packing + flash-attn", lambda b, d: trl(b, d, attention="flash_attention_2", **best)))
     if find_spec("unsloth"):
         found.append(Variant("Unsloth", unsloth, alone=True))
-    for lever in (LIGER, FUSED_LORA, VARLEN_ATTENTION, RESIDENT_WEIGHTS, LEARNT_HEAD, PACKING):
-        found.append(Variant(f"Tuner less {lever}", lambda b, d, lever=lever: ours(b, d, disabled=(lever,))))
-    found.append(Variant("Tuner, activations recomputed", lambda b, d: ours(b, d, checkpointing=True)))
-    found.append(Variant("Tuner, 16,384 tokens at once", lambda b, d: ours(b, d, micro_batch_tokens=16_384)))
+    if capped:
+        return found
+    found.append(Variant("Tuner, 16,384 tokens at once", partial(tuner.changed, tokens=16_384)))
+    for lever in (RESIDENT_WEIGHTS, LIGER, FUSED_PROJECTIONS, FUSED_LORA, VARLEN_ATTENTION, LEARNT_HEAD, PACKING):
+        found.append(Variant(f"Tuner less {lever}", partial(tuner.changed, without=lever)))
+    found.append(Variant("Tuner, activations recomputed", partial(tuner.changed, recomputes=True)))
+    found.append(
+        Variant("TRL packing + our attention", lambda b, d: trl(b, d, attention=DOCUMENT_ATTENTION, **best)),
+    )
     return found
 
 
-def throughput(bed: Bed, only: str | None, mix: str) -> list[str]:
+def throughput(bed: Bed, only: str | None, mix: str, limit_s: float, capped: bool) -> list[str]:
     began = time.monotonic()
     make_model(bed)
     flops = matmul_flops(bed)
@@ -294,16 +407,18 @@ def throughput(bed: Bed, only: str | None, mix: str) -> list[str]:
     floor = flops / (4 * (parameters.linear + parameters.head))
     documents = short_documents(bed) if mix == "short" else long_documents(bed)
     measured: dict[str, Measured] = {}
-    for variant in variants():
+    for variant in variants(capped):
         if only and variant.name != only:
             continue
-        if time.monotonic() - began > PART_S - 2 * bed.seconds - 15 and not bed.tiny:
+        if time.monotonic() - began > limit_s - 2 * bed.seconds - 10 and not bed.tiny:
             measured[variant.name] = Measured(note="left out: no time")
             continue
         print(f"{time.monotonic() - began:5.0f} s  {variant.name}", file=sys.stderr, flush=True)
         measured[variant.name] = (
             _alone(variant, bed, mix) if variant.alone and not only else _run(variant, bed, documents)
         )
+        told = {key: value for key, value in asdict(measured[variant.name]).items() if key != "positions_per_s"}
+        print(json.dumps(told), file=sys.stderr, flush=True)  # should the table not come
     if only:
         print(json.dumps(asdict(measured[only])))
         return []
@@ -377,7 +492,7 @@ def end_to_end(bed: Bed) -> list[str]:
     from tests.fake_registry import fake_registry
 
     make_model(bed)
-    documents = 96 if bed.tiny else 512
+    documents = 96 if bed.tiny else 128
     data = _parquet(bed, documents)
     lines = [
         f"{documents} documents, {DOCUMENTS_PER_STEP} a step; from the start of the process, seconds.",
@@ -562,7 +677,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["ceilings", "throughput", "end-to-end", "kaito-script"])
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "tuner-training-gpu")
-    parser.add_argument("--seconds", type=float, default=16, help="of each variant, after 4 to warm up")
+    parser.add_argument("--seconds", type=float, default=16, help="that are counted of each variant")
+    parser.add_argument("--warm-up", type=float, default=4, metavar="SECONDS", help="before they are counted")
+    parser.add_argument("--limit", type=float, default=PART_S, metavar="SECONDS", help="of the whole throughput part")
     parser.add_argument("--mix", choices=["short", "long"], default="short", help="GSM8K's lengths, or 1,000 to 4,000")
     parser.add_argument("--memory-cap", type=parse_size, metavar="24GB", help="take no more of the GPU than this")
     parser.add_argument("--dry-run-cpu", action="store_true", help="every line, a tiny model, no meaning")
@@ -577,7 +694,9 @@ def main() -> None:
         sys.exit("no NVIDIA GPU here; --dry-run-cpu runs every line without one")
     device = pick_device()
     tiny = options.dry_run_cpu
-    bed = Bed(device, options.work, tiny, seconds=0.3 if tiny else options.seconds, warm_up_s=0.1 if tiny else 4.0)
+    bed = Bed(
+        device, options.work, tiny, seconds=0.3 if tiny else options.seconds, warm_up_s=0.1 if tiny else options.warm_up
+    )
     bed.work.mkdir(parents=True, exist_ok=True)
     if options.memory_cap and device.is_cuda:
         whole = torch.cuda.get_device_properties(device.device).total_memory
@@ -587,7 +706,7 @@ def main() -> None:
         case "ceilings":
             lines = ceilings(bed)
         case "throughput":
-            lines = throughput(bed, options.only, options.mix)
+            lines = throughput(bed, options.only, options.mix, options.limit, bool(options.memory_cap))
         case "end-to-end":
             lines = end_to_end(bed)
         case "kaito-script":

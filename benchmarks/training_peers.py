@@ -27,13 +27,14 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from tuner.levers import LEARNT_HEAD, PACKING
+from tuner.levers import FUSED_LORA, FUSED_PROJECTIONS, LEARNT_HEAD, PACKING
 from tuner.pipeline.kernels import DOCUMENT_ATTENTION, Exact, prove
-from tuner.pipeline.levers import apply, choose
+from tuner.pipeline.levers import Choice, apply, choose
 from tuner.pipeline.model import Device
 from tuner.pipeline.probe import Pieces
 from tuner.pipeline.tiny_model import make_tiny_model, make_tiny_tokenizer
 from tuner.pipeline.trainer import PackedTrainer
+from tuner.plan import MICRO_BATCH_TOKENS
 from tuner.presets import find_preset
 
 PRESET = "phi-3-mini-4k-instruct"
@@ -380,33 +381,58 @@ def packed_trainer(bed: Bed, documents: Documents, disabled: tuple[str, ...] = (
     return trainer, exact
 
 
-def ours(
-    bed: Bed,
-    documents: Documents,
-    *,
-    disabled: tuple[str, ...] = (),
-    checkpointing: bool | None = None,
-    micro_batch_tokens: int | None = None,
-) -> Measured:
-    """Tuner, with the levers that its own gate takes, less `disabled`."""
-    trainer, exact = packed_trainer(bed, documents, disabled)
-    estimated = Pieces(2048, recomputes=bool(checkpointing))
-    choice = choose(
-        trainer, exact, bed.device, disabled=disabled, estimated=estimated, checkpointing=checkpointing, machine=""
-    )
-    if micro_batch_tokens:
-        choice = choice.model_copy(update={"tokens": micro_batch_tokens})
-    taken = apply(choice, trainer, exact, bed.device)
+class Tuner:
+    """Tuner, with what its own gate takes; the variants of it take the same but for what they name."""
 
-    def work_of(batch: list[dict[str, Any]]) -> Work:
-        learnt = sum(int((row["labels"][1:] != -100).sum()) for row in batch)
-        real = sum(len(row["input_ids"]) for row in batch)
-        return learnt, real, real
+    def __init__(self) -> None:
+        self._choice: Choice | None = None
 
-    try:
-        measured = watch(trainer, bed, work_of)
-    finally:
-        for lever in reversed(taken):
-            lever.turn_off()  # Liger's rotary embedding is the whole process's
-    measured.note = str(choice)
-    return measured
+    def measure(self, bed: Bed, documents: Documents) -> Measured:
+        trainer, exact = packed_trainer(bed, documents)
+        return self._watch(self._chosen(trainer, exact, bed), trainer, exact, bed)
+
+    def changed(
+        self,
+        bed: Bed,
+        documents: Documents,
+        *,
+        without: str | None = None,
+        recomputes: bool | None = None,
+        tokens: int | None = None,
+    ) -> Measured:
+        """`without` a lever, and what stands on it; activations recomputed; so many tokens at once."""
+        gone = {without} | ({FUSED_PROJECTIONS} if without == FUSED_LORA else set())
+        trainer, exact = packed_trainer(bed, documents, tuple(name for name in gone if name))
+        choice = self._chosen(trainer, exact, bed)
+        choice = choice.model_copy(
+            update={
+                "on": {name: gain for name, gain in choice.on.items() if name not in gone},
+                "recomputes": choice.recomputes if recomputes is None else recomputes,
+                "tokens": tokens or choice.tokens,
+            }
+        )
+        return self._watch(choice, trainer, exact, bed)
+
+    def _chosen(self, trainer: PackedTrainer, exact: Exact, bed: Bed) -> Choice:
+        if self._choice is None:
+            estimated = Pieces(MICRO_BATCH_TOKENS, recomputes=False)
+            self._choice = choose(
+                trainer, exact, bed.device, disabled=(), estimated=estimated, checkpointing=None, machine=""
+            )
+        return self._choice
+
+    def _watch(self, choice: Choice, trainer: PackedTrainer, exact: Exact, bed: Bed) -> Measured:
+        taken = apply(choice, trainer, exact, bed.device)
+
+        def work_of(batch: list[dict[str, Any]]) -> Work:
+            learnt = sum(int((row["labels"][1:] != -100).sum()) for row in batch)
+            real = sum(len(row["input_ids"]) for row in batch)
+            return learnt, real, real
+
+        try:
+            measured = watch(trainer, bed, work_of)
+        finally:
+            for lever in reversed(taken):
+                lever.turn_off()  # Liger's rotary embedding is the whole process's
+        measured.note = str(choice)
+        return measured

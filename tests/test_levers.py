@@ -9,7 +9,7 @@ import pytest
 from tiny import Heard, make_job, prepared_job, rows_of
 
 from tuner.errors import ConfigError
-from tuner.levers import FUSED_LORA, LEVERS, LIGER, PACKING, RESIDENT_WEIGHTS, parse_disabled
+from tuner.levers import FUSED_LORA, FUSED_PROJECTIONS, LEVERS, LIGER, PACKING, RESIDENT_WEIGHTS, parse_disabled
 from tuner.pipeline.probe import Pieces, Room, Sample
 from tuner.pipeline.startup import StartUp
 
@@ -85,11 +85,13 @@ def chosen(trainer: Any, device: Any = None, bench: Any = None, **options: Any) 
 @pytest.mark.train
 def test_on_a_cpu_what_is_proved_is_on_and_the_rest_says_why_not(trainer: Any) -> None:
     choice = chosen(trainer)
-    assert list(choice.on) == ["packing", "learnt-head", "fused-lora"]
+    assert list(choice.on) == ["packing", "learnt-head", "fused-lora", "fused-projections"]
     assert choice.on.keys() | choice.off.keys() == LEVERS.keys()
     assert choice.off[LIGER] == "needs a GPU"
     assert choice.pieces == Pieces(512, recomputes=False)
-    assert chosen(trainer, disabled=(FUSED_LORA,)).off[FUSED_LORA] == "turned off"
+    without = chosen(trainer, disabled=(FUSED_LORA,)).off
+    assert without[FUSED_LORA] == "turned off"
+    assert without[FUSED_PROJECTIONS] == "needs fused-lora"
 
 
 @pytest.mark.train
@@ -121,6 +123,21 @@ def test_a_lever_with_other_gradients_is_off(trainer: Any, monkeypatch: pytest.M
     choice = chosen(trainer)
     assert FUSED_LORA not in choice.on
     assert choice.off[FUSED_LORA].startswith("another gradient")
+
+
+@pytest.mark.train
+def test_joined_projections_are_for_phi3_over_fused_lora(trainer: Any) -> None:
+    from tuner.pipeline import phi3
+    from tuner.pipeline.kernels import fuse_lora
+
+    base = trainer.base_model
+    assert phi3.why_not(base) == "needs fused-lora"
+    fuse_lora(base)
+    assert phi3.why_not(base) is None
+    base.config.hidden_act = "gelu"
+    assert phi3.why_not(base) == "not for gelu"
+    base.config.model_type = "llama"
+    assert phi3.why_not(base) == "for Phi-3's architecture"
 
 
 @pytest.mark.train
@@ -208,7 +225,7 @@ def pretended(trainer: Any, free_bytes: int, seconds: dict[str, float], per_toke
 
 
 def is_on(name: str, base: Any) -> bool:
-    kinds = {FUSED_LORA: "_FusedForward", RESIDENT_WEIGHTS: "_ResidentForward"}
+    kinds = {FUSED_LORA: "FusedForward", RESIDENT_WEIGHTS: "_ResidentForward"}
     return any(type(vars(module).get("forward")).__name__ == kinds[name] for module in base.modules())
 
 
@@ -272,13 +289,13 @@ def test_a_resumed_run_takes_the_decision_it_began_with(tmp_path: Path, monkeypa
 
     said = [line for line in run().notes if line.startswith("CPU: on:")]
     assert said
-    assert "packing, learnt-head, fused-lora" in said[0]
+    assert "packing, learnt-head, fused-lora, fused-projections" in said[0]
     monkeypatch.setattr(train, "choose", lambda *_, **__: pytest.fail("decided again"))
     assert said == [line for line in run().notes if line.startswith("CPU: on:")]
 
 
 @pytest.mark.train
-@pytest.mark.parametrize("lever", [PACKING, "learnt-head", FUSED_LORA])
+@pytest.mark.parametrize("lever", [PACKING, "learnt-head", FUSED_LORA, FUSED_PROJECTIONS])
 def test_each_lever_turned_off_gives_the_same_losses(lever: str, tmp_path: Path) -> None:
     import json
 

@@ -14,6 +14,7 @@ LEARNT_HEAD = "learnt-head"
 VARLEN_ATTENTION = "varlen-attention"
 FUSED_LORA = "fused-lora"
 LIGER = "liger"
+FUSED_PROJECTIONS = "fused-projections"
 RESIDENT_WEIGHTS = "resident-weights"
 MEMORY_PROBE = "memory-probe"
 
@@ -24,6 +25,7 @@ LEVERS: Mapping[str, str] = MappingProxyType(
         VARLEN_ATTENTION: "attention over all documents of a row in one kernel (GPU, torch 2.11 or newer)",
         FUSED_LORA: "LoRA's products added into those of its 4-bit layer",
         LIGER: "Liger's kernels for norms, rotary embedding and the MLP (GPU, extra `fast`)",
+        FUSED_PROJECTIONS: "Phi-3's joined projections without copies of their parts",
         RESIDENT_WEIGHTS: "4-bit weights decoded once, where the GPU's memory has room",
         MEMORY_PROBE: "tokens at once and kept activations chosen by measurement, not by the estimate (GPU)",
     }

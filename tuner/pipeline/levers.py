@@ -19,6 +19,7 @@ from torch import nn
 
 from tuner.levers import (
     FUSED_LORA,
+    FUSED_PROJECTIONS,
     LEARNT_HEAD,
     LIGER,
     MEMORY_PROBE,
@@ -27,6 +28,7 @@ from tuner.levers import (
     VARLEN_ATTENTION,
 )
 from tuner.memory import ADAMW_STATE_BYTES, OPTIMIZER_STATE_BYTES
+from tuner.pipeline import phi3
 from tuner.pipeline.kernels import (
     DOCUMENT_ATTENTION,
     LOOPED_ATTENTION,
@@ -57,7 +59,8 @@ NEEDS_GPU = "needs a GPU"
 NO_GAIN_ON_CPU = "gains nothing on a CPU"
 _NO_NEWS = (NEEDS_GPU, NO_GAIN_ON_CPU)  # true of every run there
 PARITY_TOKENS = 96
-TIMED_TOKENS = 4096
+# Fewer would time a slow CPU queueing kernels, not the GPU: on one H200 machine that was half of 4,096 tokens' time.
+TIMED_TOKENS = 8192
 SMALL_SAMPLE_TOKENS, LARGE_SAMPLE_TOKENS = 1024, 4096
 
 
@@ -212,6 +215,26 @@ class Liger:
         self._attributes = []
 
 
+@dataclass
+class FusedProjections:
+    """Phi-3's blocks by phi3.py; over fused LoRA, whose products it is made of."""
+
+    model: Any
+    device: Device
+    name: str = FUSED_PROJECTIONS
+
+    def obstacle(self) -> str | None:
+        if self.device.is_cuda and find_spec("triton") is None:
+            return "triton not installed"
+        return phi3.why_not(self.model)
+
+    def turn_on(self) -> None:
+        phi3.take_parts(self.model)
+
+    def turn_off(self) -> None:
+        phi3.give_back(self.model)
+
+
 # ── measuring ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -227,8 +250,9 @@ def difference(one: Gradients, other: Gradients, dtype: torch.dtype) -> str | No
     """In what they differ by more than rounding in `dtype`; None if in nothing.
 
     Losses to 1e-3 and the gradient's norm to 1 % in 16 bits, 1e-5 and 1e-4 in fp32; and the gradient itself, as an
-    equal norm alone would not tell a wrong direction. Over 32 layers in bf16 two right ways are 5 to 8 % apart on an
-    H200, as rounding grows from layer to layer; a wrong one is as far apart as its gradients are long.
+    equal norm alone would not tell a wrong direction. Over 32 layers in bf16 the plain path itself is 9 % from fp32 on
+    an H200, and no lever further, as rounding grows from layer to layer; two right ways are 5 to 8 % apart. A wrong one
+    is as far apart as its gradients are long.
     """
     for_loss, for_norm, for_direction = (1e-5, 1e-4, 1e-3) if dtype is torch.float32 else (1e-3, 1e-2, 0.15)
     if not np.isfinite(other.loss) or abs(other.loss - one.loss) > for_loss * abs(one.loss):
@@ -238,10 +262,17 @@ def difference(one: Gradients, other: Gradients, dtype: torch.dtype) -> str | No
     norms = [_norm(gradients.by_name.values()) for gradients in (one, other)]
     if not np.isfinite(norms[1]) or abs(norms[1] - norms[0]) > for_norm * norms[0]:
         return f"another gradient: its norm is {norms[1]:.4g}, not {norms[0]:.4g}"
-    apart = _norm(other.by_name[name] - gradient for name, gradient in one.by_name.items())
-    if apart > for_direction * norms[0]:
-        return f"another gradient: {apart / norms[0]:.1%} apart"
+    apart = distance(one, other)
+    if apart > for_direction:
+        return f"another gradient: {apart:.1%} apart"
     return None
+
+
+def distance(one: Gradients, other: Gradients) -> float:
+    """How far apart they are, as a part of the length of the first."""
+    apart = _norm(other.by_name[name] - gradient for name, gradient in one.by_name.items())
+    length = _norm(one.by_name.values())
+    return apart / length if apart else 0.0
 
 
 def _norm(tensors: Any) -> float:
@@ -405,17 +436,22 @@ class Levers:
     varlen: VarlenAttention
     fused: FusedLora
     liger: Liger
+    projections: FusedProjections
     resident: ResidentWeights
 
     def __iter__(self) -> Iterator[Lever]:
-        return iter((self.varlen, self.fused, self.liger, self.resident))
+        return iter((self.varlen, self.fused, self.liger, self.projections, self.resident))
 
 
 def levers_of(trainer: PackedTrainer, exact: Exact, device: Device) -> Levers:
     """All of them off."""
     base = trainer.base_model
     found = Levers(
-        VarlenAttention(base, device, exact.packs), FusedLora(base), Liger(base, device), ResidentWeights(base, device)
+        VarlenAttention(base, device, exact.packs),
+        FusedLora(base),
+        Liger(base, device),
+        FusedProjections(base, device),
+        ResidentWeights(base, device),
     )
     found.varlen.turn_off()  # the model was loaded with it
     return found
@@ -444,7 +480,7 @@ def choose(
     trial.note(LEARNT_HEAD, exact.learnt_head)
     with bench.undisturbed():
         trainer.recompute(estimated.recomputes)
-        for lever in (levers.varlen, levers.fused, levers.liger):
+        for lever in (levers.varlen, levers.fused, levers.liger, levers.projections):
             trial.offer(lever, estimated.tokens)
         if not device.is_cuda:
             pieces = estimated
@@ -469,7 +505,11 @@ _NOT_EXACT = {
 
 
 class Trial:
-    """What was tried so far: `on` and `off` as in Choice."""
+    """What was tried so far: `on` and `off` as in Choice.
+
+    Each lever is proved beside the path without any, so that small differences do not add up, and timed beside all
+    that were taken before it.
+    """
 
     def __init__(self, bench: Bench, device: Device, disabled: Sequence[str]) -> None:
         self.bench = bench
@@ -478,6 +518,8 @@ class Trial:
         self.on: dict[str, float | None] = {}
         self.off: dict[str, str] = {}
         self._taken: list[Lever] = []
+        self._plain: Gradients | None = None
+        self._timed: tuple[int, Sample | None] | None = None  # tokens asked for, and how long the levers on so far take
 
     def note(self, name: str, is_on: bool) -> None:
         """What was proved before there were adapters."""
@@ -496,12 +538,12 @@ class Trial:
         if obstacle:
             self.off[lever.name] = obstacle
             return
+        self._plain = self._plain or self.bench.gradients()
         timed = min(TIMED_TOKENS, tokens) if self._device.is_cuda else 0
-        plain = self.bench.gradients()
-        before = self.bench.sample(timed) if timed else None
+        before = self._time(timed) if timed else None
         lever.turn_on()
-        problem = self._fault(plain)
-        gain = None
+        problem = self._fault(self._plain)
+        gain, after = None, None
         if problem is None and before:
             after = self.bench.sample(timed)
             gain = before.seconds / after.seconds if after else None
@@ -515,6 +557,13 @@ class Trial:
         else:
             self.on[lever.name] = gain
             self._taken.append(lever)
+            self._timed = (timed, after)
+
+    def _time(self, tokens: int) -> Sample | None:
+        """What the levers that are on take: known already if the last one was timed on as many tokens."""
+        if self._timed is None or self._timed[0] != tokens or self._timed[1] is None:
+            self._timed = (tokens, self.bench.sample(tokens))
+        return self._timed[1]
 
     def _fault(self, plain: Gradients) -> str | None:
         try:

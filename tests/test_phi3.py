@@ -1,0 +1,102 @@
+"""Phi-3's blocks without copies of parts give what transformers' own give."""
+
+import pytest
+import torch
+
+from tuner.pipeline import phi3
+
+pytestmark = pytest.mark.train
+
+
+def parts(rotated: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Heads (7, 20, 24) with room between tokens, angles for `rotated` of 24 numbers, gate and up (7, 2 × 300)."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    angles = torch.rand(7, rotated // 2, generator=generator).repeat(1, 2).to(device)
+    return {
+        "heads": random(7, 25, 24)[:, :20],
+        "cos": angles.cos().to(dtype),
+        "sin": angles.sin().to(dtype),
+        "gate_up": random(7, 600),
+        "by_hidden": random(7, 300),
+        "total": random(70, 300),
+        "left": random(70, 24),
+        "right": random(24, 300),
+    }
+
+
+@pytest.mark.parametrize("rotated", [24, 16])
+def test_rotated_heads_are_those_of_transformers(rotated: int) -> None:
+    from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
+
+    given = parts(rotated)
+    heads = given["heads"].clone().requires_grad_()
+    turned = heads.transpose(0, 1)[None]
+    expected, _ = apply_rotary_pos_emb(turned, turned, given["cos"][None], given["sin"][None])
+    expected = expected[0].transpose(0, 1)
+    in_place = given["heads"].clone()
+    phi3.rotate(in_place, in_place, given["cos"], given["sin"])
+    torch.testing.assert_close(in_place, expected.detach())
+
+    upstream = torch.randn_like(expected)
+    expected.backward(upstream)
+    elsewhere = torch.empty_like(upstream)
+    phi3.rotate(upstream, elsewhere, given["cos"], given["sin"], backward=True)
+    torch.testing.assert_close(elsewhere, heads.grad)
+
+
+def test_swiglu_is_silu_of_gate_times_up() -> None:
+    given = parts(24)
+    gate_up = given["gate_up"].clone().requires_grad_()
+    gate, up = gate_up.chunk(2, dim=1)
+    expected = torch.nn.functional.silu(gate) * up
+    torch.testing.assert_close(phi3.swiglu(gate_up.detach()), expected.detach())
+    expected.backward(given["by_hidden"])
+    by_gate_up, again = phi3.swiglu_backward(gate_up.detach(), given["by_hidden"])
+    torch.testing.assert_close(by_gate_up, gate_up.grad)
+    torch.testing.assert_close(again, expected.detach())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rotated", [24, 16])
+def test_the_gpus_kernels_give_what_torch_gives(rotated: int, dtype: torch.dtype) -> None:
+    """Beside fp32 on the CPU, with the very numbers that the GPU got; twice the same bits."""
+
+    def all_of(given: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        turned = given["heads"].clone()
+        phi3.rotate(turned, turned, given["cos"], given["sin"])
+        back = torch.empty_like(turned)
+        phi3.rotate(turned, back, given["cos"], given["sin"], backward=True)
+        return [
+            turned,
+            back,
+            phi3.swiglu(given["gate_up"]),
+            *phi3.swiglu_backward(given["gate_up"], given["by_hidden"]),
+        ]
+
+    given = parts(rotated, "cuda", dtype)
+    got = all_of(given)
+    expected = all_of({name: tensor.cpu().float() for name, tensor in given.items()})
+    rounding = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    for one, other, again in zip(got, expected, all_of(given), strict=True):
+        torch.testing.assert_close(one.cpu().float(), other, rtol=rounding, atol=rounding)
+        assert torch.equal(one, again)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rank", [8, 16, 24, 64])
+def test_a_product_of_low_rank_is_added_in_place(rank: int) -> None:
+    from tuner.pipeline.triton_kernels import add_low_rank
+
+    generator = torch.Generator().manual_seed(0)
+    total, left, right = (
+        torch.randn(*shape, generator=generator).to("cuda", torch.bfloat16)
+        for shape in ((70, 300), (70, rank), (300, rank))
+    )
+    expected = total.float() + 2.0 * left.float() @ right.float().t()
+    add_low_rank(total, left, right.t(), 2.0)
+    torch.testing.assert_close(total.float(), expected, rtol=1e-2, atol=0.05)
