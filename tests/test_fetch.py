@@ -369,6 +369,16 @@ def test_a_busy_server_is_asked_again(server: HttpServer, fetching: Fetching, st
     assert fetching.content(files[0]) == JSON_LINES
 
 
+def test_that_a_server_is_asked_again_is_said_once_and_why(
+    server: HttpServer, fetching: Fetching, reporter: Recording
+) -> None:
+    url = server.serve("/t.jsonl", Answer(status=503), Answer(status=502), Answer(body=JSON_LINES))
+    fetching(url)
+    (line,) = reporter.warnings
+    assert line.startswith(f"{url}: ")
+    assert line.endswith("503; trying again")
+
+
 def in_a_minute() -> str:
     return format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
 

@@ -5,6 +5,7 @@ Everything that a file on this machine can tell is decided here, before the netw
 
 import json
 import re
+import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 from tuner import pod
 from tuner.content import hash_file, model_digest
-from tuner.errors import ConfigError, DataError, InputMissingError, Problem, TunerError
+from tuner.errors import ConfigError, DataError, InputMissingError, Problem, TunerError, did_you_mean
 from tuner.gates import Gate, parse_gates, split_gates
 from tuner.levers import parse_disabled
 from tuner.presets import Preset, find_preset, preset_from_directory
@@ -148,6 +149,8 @@ def build_run(file: WorkspaceFile, request: Request, work_dir: Path, env: Mappin
     destination = _attempt(errors, _destination, tuning, training, request, work_dir)
     probe = _probe(tuning, request)
     _attempt(errors, _check_ca, request.network)
+    if request.docker_config:  # whether or not anything needs it
+        _attempt(errors, _read_docker_config, request.docker_config)
     push = _attempt(errors, _push_credentials, file, tuning, request, probe or destination, env)
     pull = _attempt(errors, _pull_credentials, file, tuning, sources, base_model, request, env)
     hub = _attempt(errors, _hub_token, file, tuning, sources, base_model, request, env)
@@ -203,6 +206,7 @@ def flag_errors(request: Request) -> list[TunerError]:
 
 def all_at_once(errors: Sequence[TunerError]) -> TunerError:
     """One error as it is; several as one ConfigError that lists the problems of all, each once."""
+    errors = list({(error.message, error.hint): error for error in reversed(errors)}.values())[::-1]
     if len(errors) == 1:
         return errors[0]
     problems: list[Problem] = []
@@ -412,7 +416,7 @@ def _missing(errors: Sequence[TunerError]) -> TunerError:
     """All the files that are not there, in one error of that kind."""
     if len(errors) == 1 or not all(isinstance(error, InputMissingError) for error in errors):
         return all_at_once(errors)
-    return InputMissingError("; ".join(error.message for error in errors))
+    return InputMissingError("; ".join(error.message for error in errors), hint=errors[0].hint)
 
 
 def _local_source(index: int, url: str) -> FileSource | VolumeSource:
@@ -428,7 +432,11 @@ def _local_source(index: int, url: str) -> FileSource | VolumeSource:
         return VolumeSource(path=str(path))
     if not path.is_file():
         where = "" if str(path) == url else f" at {path}"
-        raise InputMissingError(f"{redacted(url)}: there is no such file{where}")
+        hint = (
+            did_you_mean(path.name, [each.name for each in path.parent.glob("*")])
+            or "a path begins where the command is run"
+        )
+        raise InputMissingError(f"{redacted(url)}: there is no such file{where}", hint=hint)
     try:
         sha256 = hash_file(path)
     except OSError as error:
@@ -527,6 +535,11 @@ def parse_output(text: str, *, overwrite: bool = True) -> Destination:
     if not text.strip():
         raise ConfigError("--output: is empty", hint="a directory, registry/name:tag or oci:DIR:TAG")
     if not text.startswith("oci:") and not names_registry(text):
+        if not text.startswith((".", "/", "~")) and re.search(r":[\w.-]+$|@sha256:", text):
+            raise ConfigError(
+                f"{text}: an image without its registry, or a directory?",
+                hint=f"registry/name:tag, as myregistry.azurecr.io/{text}, or a path, as ./{text}",
+            )
         return DirectoryDestination(path=str(Path(text).expanduser().absolute()))
     reference = parse_destination(text)
     if reference.digest:
@@ -762,8 +775,16 @@ def _network(request: Request) -> Network:
 
 
 def _check_ca(network: Network) -> None:
-    if network.ca_file and not Path(network.ca_file).is_file():
+    if not network.ca_file:
+        return
+    if not Path(network.ca_file).is_file():
         raise InputMissingError(f"--ca {network.ca_file}: there is no such file")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=network.ca_file)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(
+            f"--ca {network.ca_file}: not a readable file of CA certificates", hint="one or more, in PEM"
+        ) from error
 
 
 def _reason(error: OSError | UnicodeDecodeError) -> str:

@@ -137,7 +137,7 @@ def parse_push_options(
     from tuner.registry.push_state import PushOptions
 
     if compression not in ("none", "zstd", "gzip"):
-        raise UsageError(f"--compression {compression}: there is none, zstd and gzip")
+        raise UsageError(f"--compression {compression}: must be none, zstd or gzip")
     return PushOptions.model_validate(
         {
             "compression": compression,

@@ -71,9 +71,9 @@ def controller(
     from tuner.request import Request
 
     if check_job not in ("auto", "always", "never"):
-        raise UsageError(f"--check-job {check_job}: there is auto, always and never")
+        raise UsageError(f"--check-job {check_job}: must be auto, always or never")
     if progress not in ("logs", "off"):
-        raise UsageError(f"--progress {progress}: there is logs and off")
+        raise UsageError(f"--progress {progress}: must be logs or off")
     request = Request(
         place="pod",
         network=make_network(False, None, tuple(allow_cidr or ())),

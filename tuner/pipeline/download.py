@@ -246,6 +246,7 @@ class _Download:
         self._is_framed = True
         self._promised = 0
         self._may_split = True
+        self._told = False
         self._failure: BaseException | None = None  # the first of some part: the others stop
         self._pool: ThreadPoolExecutor
         self._tasks: list[Future[None]] = []
@@ -381,15 +382,26 @@ class _Download:
                 failures = 1 if part.at > furthest + self._transfer.stall_bytes else failures + 1
                 furthest = max(furthest, part.at)
                 if failures >= self._transfer.attempts:
+                    hint = "run again: it goes on from here"
+                    if not self._received():
+                        hint = "is the address right, and the network up? then run again"
                     raise ServiceError(
-                        f"{self._wanted.url}: {retry.reason}, {failures} times", hint="run again: it goes on from here"
+                        f"{self._wanted.url}: {retry.reason}, {failures} times", hint=hint
                     ) from retry.__cause__
                 wait_s = self._transfer.backoff_s * 2 ** (failures - 1) if retry.wait_s is None else retry.wait_s
                 if wait_s > self._transfer.longest_wait_s and retry.wait_s is not None:
                     raise ServiceError(
                         f"{self._wanted.url}: {retry.reason}, and asks to come back in {wait_s:.0f} s"
                     ) from retry.__cause__
+                self._tell_of_retry(retry.reason)
                 self._pause(wait_s)
+
+    def _tell_of_retry(self, reason: str) -> None:
+        """Once a file, as each try may take a while in which nothing seems to happen."""
+        with self._lock:
+            was_told, self._told = self._told, True
+        if not was_told:
+            self._shared.reporter.warn(f"{self._wanted.url}: {reason}; trying again")
 
     def _pause(self, seconds: float) -> None:
         until = time.monotonic() + seconds

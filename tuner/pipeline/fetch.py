@@ -419,7 +419,9 @@ def _data_paths(directory: Path, source: str) -> list[Path]:
     names = [path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*")) if path.is_file()]
     visible = [name for name in names if is_data_name(name)]
     if not visible:
-        raise InputMissingError(f"{source}: no data file in it")
+        raise InputMissingError(
+            f"{source}: no data file in it", hint="a data file's name does not begin with . or _, nor is it a README"
+        )
     return [directory / name for name in named_as_data(visible) or visible]
 
 

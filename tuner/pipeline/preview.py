@@ -160,7 +160,8 @@ def _training(preset: Preset, config: Path | None) -> TrainingConfig:
         try:
             source = ConfigSource(config.read_text(encoding="utf-8"), str(config))
         except (OSError, UnicodeDecodeError) as error:
-            raise InputMissingError(f"--config {config}: cannot be read: {error}") from error
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise InputMissingError(f"--config {config}: cannot be read: {reason}") from error
     return resolve_training_config(method="qlora", preset=preset, config_map=source)
 
 
@@ -179,10 +180,13 @@ def _chat_template(training: TrainingConfig, config: Path | None) -> str | None:
 
 
 def _data_files(paths: Sequence[Path]) -> list[DataFile]:
-    wrong = [f"{path}: {'a directory' if path.is_dir() else 'not there'}" for path in paths if not path.is_file()]
+    wrong = [path for path in paths if not path.is_file()]
     if wrong:
+        hint = "name data files on this machine; what a URL gives must be downloaded first"
+        if wrong[0].is_dir():
+            hint = f"name the files in it: {wrong[0]}/*"
         raise InputMissingError(
-            "; ".join(wrong), hint="name data files on this machine; what a URL gives must be downloaded first"
+            "; ".join(f"{path}: {'a directory' if path.is_dir() else 'not there'}" for path in wrong), hint=hint
         )
     return [DataFile(path, str(path)) for path in paths]
 
