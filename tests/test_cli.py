@@ -163,10 +163,14 @@ def write_workspace(
         ("run nope.json", 66, "nope.json: there is no such file"),
         ("presets phi-3-mini-4k", 78, 'did you mean "phi-3-mini-4k-instruct"?'),
         ("init nodir/w.yaml", 66, "nodir: there is no such directory"),
+        ("init /proc/w.yaml", 78, "/proc/w.yaml: cannot be written"),
+        ("verify oci:x:y --load nodir", 66, "--load nodir: no such directory"),
+        ("verify oci:x:y --load .", 66, "--load .: it has no config.json, so it is no model"),
         ("init --preset nope w.yaml", 78, "no preset 'nope'"),
         ("data preview nope.parquet", 66, "nope.parquet: not there"),
         ("data preview x --rows -1", 64, "--rows"),
-        ("push nodir oci:x:y", 66, "nodir: no adapter"),
+        ("push nodir oci:x:y", 66, "nodir: there is no such directory"),
+        ("push . oci:x:y", 66, ".: no adapter, there is no adapter_config.json in it"),
         ("push nodir adapter", 64, "adapter names no registry"),
         ("push nodir oci:x:y --digest-file nodir/d", 78, "--digest-file nodir/d: cannot be written"),
         ("pull oci:nodir:x out", 66, "not an OCI image layout"),
@@ -583,6 +587,13 @@ def test_push_and_pull_give_the_digest_of_the_run(tuner: Tuner, tmp_path: Path, 
 
 
 @pytest.mark.train
+def test_who_pushes_a_work_directory_is_told_where_its_adapter_is(tuner: Tuner, finished: Path) -> None:
+    ended = tuner("push", finished / "work", "oci:layout:v1")
+    assert ended.code == 66
+    assert f"hint: below it: {adapter_of(finished)}\n" in ended.err
+
+
+@pytest.mark.train
 def test_push_needs_no_registry_for_a_layout(tuner: Tuner, tmp_path: Path, finished: Path) -> None:
     first = tuner("push", adapter_of(finished), "oci:layout:v1")
     again = tuner("push", adapter_of(finished), "oci:layout:v1")
@@ -973,6 +984,14 @@ def test_a_real_model_on_a_cpu_is_warned_of_before_it_is_downloaded(
     ended = tuner("run", "--model", PRESET, "--data", data, "--output", "adapter")
     assert ended.code == 78
     assert ("warning: no NVIDIA GPU is here: training a model of 7.1 GiB" in ended.err) is not has_driver
+
+
+def test_plan_without_a_prepared_json_says_what_leaves_one(tuner: Tuner, tmp_path: Path) -> None:
+    path = write_workspace(tmp_path / "w.yaml", ["https://h/x.parquet"])
+    for name, code in (("nope.json", 66), ("w.yaml", 78)):
+        ended = tuner("plan", path, "--gpu", "24GB", "--prepared", name)
+        assert ended.code == code
+        assert "hint: tuner check --data leaves one in its work directory" in ended.err
 
 
 def test_what_a_library_prints_is_no_result(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from data_files import message_rows, write_data
+from registries import make_certificate
 
 from tuner.content import hash_file
 from tuner.errors import ConfigError, DataError, InputMissingError
@@ -780,7 +781,7 @@ def test_a_smoke_run_in_a_pod_leaves_its_image_on_the_results_volume(build: Buil
 
 
 def test_the_ca_certificate_is_in_the_pods_config_map(build: Build, tmp_path: Path) -> None:
-    (tmp_path / "ca.pem").write_text("certificate")
+    shutil.copy(make_certificate(tmp_path).certificate, tmp_path / "ca.pem")
     network = Network(ca_file=str(tmp_path / "ca.pem"))
     assert build(place="pod", tuning=TO_IMAGE, network=network).spec.network.ca_file == "/mnt/config/ca.crt"
 

@@ -149,7 +149,7 @@ def build_run(file: WorkspaceFile, request: Request, work_dir: Path, env: Mappin
     destination = _attempt(errors, _destination, tuning, training, request, work_dir)
     probe = _probe(tuning, request)
     _attempt(errors, _check_ca, request.network)
-    if request.docker_config:  # whether or not anything needs it
+    if request.docker_config and not request.in_pod:  # whether or not anything needs it
         _attempt(errors, _read_docker_config, request.docker_config)
     push = _attempt(errors, _push_credentials, file, tuning, request, probe or destination, env)
     pull = _attempt(errors, _pull_credentials, file, tuning, sources, base_model, request, env)

@@ -96,6 +96,7 @@ def verify(
     """Check an adapter image: every digest, what must be in it, that it agrees with its lock, and its weights."""
     from tempfile import TemporaryDirectory
 
+    from tuner.content import check_model_directory
     from tuner.pipeline.adapter import ADAPTER_WEIGHTS, check_weights
     from tuner.reference import LayoutReference, parse_destination
     from tuner.registry import client_for
@@ -103,6 +104,9 @@ def verify(
     from tuner.request import docker_configs_for
 
     reference = parse_destination(image)
+    if load:
+        load = load.expanduser()
+        check_model_directory(load, f"--load {load}", trust_remote_code=False)
     with open_talk() as talk, TemporaryDirectory() as folder:
         directory = Path(folder) / "adapter"
         if isinstance(reference, LayoutReference):

@@ -16,7 +16,7 @@ from tuner.cli.options import (
     app,
     data_app,
 )
-from tuner.errors import DataError, InputMissingError, UsageError
+from tuner.errors import ConfigError, DataError, InputMissingError, UsageError
 
 
 @app.command(epilog="Example: tuner presets phi-3-mini-4k-instruct")
@@ -72,6 +72,8 @@ def init(
             file.write(text)
     except FileExistsError:
         raise UsageError(f"{path} is there already", hint="give another file name") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}", hint="give another place") from error
     say(f"wrote {path}; replace what says example.com, then: tuner check {path}")
 
 

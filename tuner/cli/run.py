@@ -48,6 +48,7 @@ from tuner.cli.options import (
     WorkspaceArgument,
     app,
 )
+from tuner.errors import ConfigError, InputMissingError
 
 if TYPE_CHECKING:
     from tuner.request import Request, Run
@@ -185,7 +186,11 @@ def plan(
     file = read_workspace_file(workspace, None, None, None, request)
     machine = choose_machine(gpu, instance_type, file.workspace.resource.instance_type)
     built, _ = build(file, replace(request, world_size=machine.gpus), None)
-    prepared = Prepared.load(prepared_file) if prepared_file else None
+    try:
+        prepared = Prepared.load(prepared_file) if prepared_file else None
+    except (ConfigError, InputMissingError) as error:
+        error.hint = "tuner check --data leaves one in its work directory, tuner-work/NAME/prepared.json"
+        raise
     made = make_plan(built.spec.preset, built.spec.training, machine, prepared=prepared, price_per_hour=price or None)
     print(json.dumps(plan_as_json(made)) if as_json else describe_plan(made))
     if made.exit_code:

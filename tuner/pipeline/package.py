@@ -15,14 +15,21 @@ LOCK = "run.lock.json"
 PACKAGED_FILES = frozenset({ADAPTER_CONFIG, ADAPTER_WEIGHTS, "README.md", "metrics.jsonl", LOCK}) | (TOKENIZER_FILES)
 
 
+_ADAPTERS = "a run leaves its adapter in adapter-… of its work directory, tuner-work/NAME"
+
+
 def adapter_image(directory: Path, compression: Compression = "none") -> Image:
     """The image of an adapter directory; equal files give equal bytes, whoever packages them.
 
     Raises InputMissingError when the two files that every reader needs are not there.
     """
+    if not directory.is_dir():
+        raise InputMissingError(f"{directory}: there is no such directory", hint=_ADAPTERS)
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (directory / name).is_file():
-            raise InputMissingError(f"{directory}: no adapter, there is no {name} in it")
+            inside = sorted(str(path.parent) for path in directory.glob(f"*/{name}"))
+            hint = f"below it: {', '.join(inside[:3])}" if inside else _ADAPTERS
+            raise InputMissingError(f"{directory}: no adapter, there is no {name} in it", hint=hint)
     check_weights(directory / ADAPTER_WEIGHTS)
     files = {path.name: path for path in sorted(directory.iterdir()) if path.name in PACKAGED_FILES}
     return build_image(files, annotations=annotations(directory), compression=compression)
