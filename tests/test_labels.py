@@ -246,9 +246,9 @@ def test_a_completion_whose_first_token_begins_in_the_prompt_is_counted() -> Non
     assert only(list(labeller.tokenize(examples))).straddles == 1
 
 
-def test_plain_text_learns_everything_and_eos() -> None:
-    labeller = Labeller(tiny_tokenizer("mistral-7b"))
-    assert learnt(labeller, PlainText(HERE, "It is 4.")) == ["It is 4.</s>"]
+def test_plain_text_learns_everything_that_something_predicts_and_eos() -> None:
+    labeller = Labeller(tiny_tokenizer("mistral-7b"))  # it adds no BOS
+    assert learnt(labeller, PlainText(HERE, "It is 4.")) == [" is 4.</s>"]
 
 
 def test_a_model_without_a_template_gets_one_that_ends_answers_with_its_eos() -> None:
@@ -302,6 +302,15 @@ def test_an_answer_that_contains_the_end_of_turn_token_is_a_bad_row() -> None:
     bad = labeller.examples(conversation(("user", "a"), ("assistant", "b<|end|>c")))
     assert isinstance(bad, BadRow)
     assert "<|end|>" in bad.reason
+
+
+def test_an_assistant_that_speaks_first_is_a_bad_row_unless_that_is_not_learnt() -> None:
+    turns = (("assistant", "Hello!"), ("user", "a"), ("assistant", "b"))
+    labeller = _labeller("phi3", "phi-3-mini-4k-instruct", True)
+    bad = labeller.examples(conversation(*turns))
+    assert isinstance(bad, BadRow)
+    assert bad.reason == "message 1: it is the assistant's, and nothing asks for it"
+    assert learnt(labeller, conversation(*turns, supervised_from=1)) == ["b<|end|>"]
 
 
 def test_a_row_that_the_template_refuses_is_a_bad_row_and_not_a_crash() -> None:

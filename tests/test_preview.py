@@ -96,9 +96,9 @@ class TestWhatIsLearnt:
         assert "0 + 1 =⟦ 1, as" in text
         assert re.search(r"warning: in \d+ answers the first token begins in the prompt\n", text)
 
-    def test_of_text_everything_is_marked(self, tmp_path: Path) -> None:
+    def test_of_text_everything_is_marked_but_the_first_token_which_nothing_predicts(self, tmp_path: Path) -> None:
         text = printed(load(write_data(tmp_path / "a.txt", text_rows(1))))
-        assert marked(text) == ["Document 0: one line of text.<|endoftext|>"]
+        assert marked(text) == [" 0: one line of text.<|endoftext|>"]
 
     def test_prompt_and_special_tokens_and_line_ends_are_seen(self, tmp_path: Path) -> None:
         rows = [conversation("first\nsecond", "yes")]
@@ -331,7 +331,7 @@ class TestConfig:
         preview = load(path, config=config, base_model=base_model)
         text = printed(preview)
         assert "1 of 2 longer than max_length 20 (over_length: drop)" in text
-        assert re.search(r"a\.txt:2 · (\d+) tokens, \1 learnt · longer than max_length 20: left out\n", text)
+        assert re.search(r"a\.txt:2 · (\d+) tokens, \d+ learnt · longer than max_length 20: left out\n", text)
         assert preview.stops == ("more than 10% of the rows are longer than max_length (DatasetConfig.over_length)",)
 
     def test_what_is_cut_off_is_not_learnt(self, tmp_path: Path, base_model: Path) -> None:
@@ -343,8 +343,8 @@ class TestConfig:
         )
         preview = load(path, config=config, base_model=base_model)
         (shown,) = preview.shown
-        assert [piece.learnt for piece in shown.pieces] == [True] * 20 + [False] * (len(shown.pieces) - 20)
-        assert preview.learnt_tokens == preview.trained_tokens == 20
+        assert [piece.learnt for piece in shown.pieces] == [False] + [True] * 19 + [False] * (len(shown.pieces) - 20)
+        assert (preview.learnt_tokens, preview.trained_tokens) == (19, 20)
 
     def test_the_context_of_the_base_model_bounds_max_length(self, tmp_path: Path, base_model: Path) -> None:
         path = write_data(tmp_path / "a.txt", text_rows(1))

@@ -119,6 +119,63 @@ def test_documents_per_optimizer_step_are_as_written(tmp_path: Path) -> None:
     assert outcome.tokens == tried.prepared.train.tokens  # every row once, and no padding
 
 
+@pytest.mark.parametrize(("steps", "examples"), [(6, 36), (7, 38), (9, 50)])
+def test_examples_are_the_rows_of_the_steps_that_were_made(steps: int, examples: int, tmp_path: Path) -> None:
+    outcome = trial(tmp_path, arguments(max_steps=steps, gradient_accumulation_steps=3)).train()
+    assert outcome.examples == examples
+
+
+def test_a_run_of_one_step_learns(tmp_path: Path) -> None:
+    """The first step of a warm-up has a learning rate of 0."""
+    outcome = trial(tmp_path, arguments(max_steps=1)).train()
+    assert outcome.eval_loss_after < outcome.eval_loss_before
+
+
+def test_a_training_is_that_of_peft_and_torch_alone(tmp_path: Path) -> None:
+    """Losses, gradients and rates of a loop by hand: one document after the other, no short cut, no Trainer.
+
+    Steps of 9 of 38 rows, so that the last of an epoch has 2.
+    """
+    import torch
+    import transformers
+
+    from tuner.pipeline.model import attach_lora, load_base_model, pick_device
+    from tuner.pipeline.train import _load_split
+
+    config = arguments(per_device_train_batch_size=3, gradient_accumulation_steps=3, learning_rate=1e-3)
+    tried = trial(tmp_path, config)
+    tried.train()
+    training = tried.job.spec.training
+    base = load_base_model(tiny_base(), training, pick_device())
+    base.set_attn_implementation("eager")
+    transformers.set_seed(42)
+    model = attach_lora(base, training)[0].train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
+    scheduler = transformers.get_cosine_schedule_with_warmup(optimizer, 0, 6)
+    rows = _load_split(tried.prepared.train, tried.job.work_dir)
+    orders = [torch.randperm(38, generator=torch.Generator().manual_seed(42 + epoch)).tolist() for epoch in (0, 1)]
+    steps = [order[begin : begin + 9] for order in orders for begin in range(0, 38, 9)][:6]
+    by_hand = []
+    for step in steps:
+        documents = [{name: torch.from_numpy(ids).long()[None] for name, ids in rows[row].items()} for row in step]
+        learnt = [int((document["labels"][:, 1:] != -100).sum()) for document in documents]
+        losses = [
+            model(**document).loss * count / sum(learnt) for document, count in zip(documents, learnt, strict=True)
+        ]
+        sum(losses).backward()  # type: ignore[union-attr]
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        by_hand.append([sum(loss.item() for loss in losses), norm.item(), scheduler.get_last_lr()[0]])
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    logged = [[entry[name] for name in ("loss", "grad_norm", "learning_rate")] for entry in tried.metrics()[1:-1]]
+    assert len(logged) == 6
+    for ours, theirs in zip(logged, by_hand, strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-4)
+    assert logged[0] == pytest.approx(by_hand[0], rel=1e-5)
+
+
 def test_equal_documents_in_other_batches_are_the_same_training(tmp_path: Path) -> None:
     losses = []
     for batch, accumulation in ((1, 4), (4, 1)):

@@ -184,6 +184,8 @@ class Labeller:
         for index, message in enumerate(row.messages):
             if message["role"] != "assistant" or index < row.supervised_from:
                 continue
+            if index == 0:
+                return BadRow(row.origin, "message 1: it is the assistant's, and nothing asks for it")
             prompt = self._render(row.messages[:index], row.tools, prompt=True)
             last = index == len(row.messages) - 1
             turn = whole if last else self._render(row.messages[: index + 1], row.tools)
@@ -261,6 +263,7 @@ class Labeller:
                     input_ids, supervised = input_ids[:-1], supervised[:-1]  # the tokenizer's own
                 input_ids = np.append(input_ids, np.int32(eos))
                 supervised = np.append(supervised, True)
+            supervised[:1] = False  # nothing predicts the first token
             yield TokenRow(example.origin, input_ids, supervised, straddles)
 
 

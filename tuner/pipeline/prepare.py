@@ -313,8 +313,7 @@ def _tokenize(
                 if over_length == "drop":
                     continue
                 tokens = tokens.truncated(limit)
-            # The first token is never predicted, so a mask on it alone teaches nothing.
-            if tokens.supervised[1:].any():
+            if tokens.supervised.any():
                 kept.append(tokens)
             else:
                 put_aside(unsupervised, tokens.origin, "no token of it is learnt")

@@ -307,7 +307,7 @@ def _tally(
                     continue
                 tokens = tokens.truncated(limit)
             # The first token is never predicted, so a mask on it alone teaches nothing.
-            if not tokens.supervised[1:].any():
+            if not tokens.supervised.any():
                 tally.unsupervised += 1
                 continue
             tally.straddles += tokens.straddles

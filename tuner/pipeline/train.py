@@ -367,6 +367,9 @@ def training_arguments(
         written["eval_strategy"] = "no"
     steps = count_steps(written, prepared.train.rows, world_size())
     written.setdefault("eval_steps", steps_between_evaluations(written, steps))
+    if not spec.training.is_written("TrainingArguments", "warmup_steps"):
+        # The first step of a warm-up has a learning rate of 0: rounded up, a run of one step would learn nothing.
+        written["warmup_steps"] = int(written["warmup_steps"] * steps)
     if "logging_steps" not in written:
         written["logging_steps"] = max(1, min(10, steps // 20))
     documents = written["per_device_train_batch_size"] * written["gradient_accumulation_steps"]
@@ -501,6 +504,7 @@ def _optimise(
     losses = [entry["loss"] for entry in history if "loss" in entry]
     save_adapter(model, adapter_dir, _adapter_dtype(spec.training))
     epochs = float(trainer.state.epoch)
+    ranks = trainer.accelerator.num_processes
     return Outcome(
         coverage=coverage,
         lora_config=model.peft_config["default"].to_dict(),
@@ -508,7 +512,7 @@ def _optimise(
         device=device,
         steps=trainer.state.global_step,
         epochs=epochs,
-        examples=round(epochs * prepared.train.rows),
+        examples=_examples(trainer.state.global_step, prepared.train.rows, arguments, ranks),
         tokens=int(trainer.state.num_input_tokens_seen),
         seconds=0.0,
         first_train_loss=losses[0],
@@ -520,6 +524,13 @@ def _optimise(
         levers=chosen.told,
         startup=first_step.seconds,
     )
+
+
+def _examples(steps: int, rows: int, arguments: SFTConfig, ranks: int) -> int:
+    """How many rows were trained on in these steps: an epoch's last one has what is left."""
+    documents: int = arguments.per_device_train_batch_size * ranks
+    epochs, more = divmod(steps, math.ceil(rows / documents))
+    return epochs * rows + more * documents
 
 
 def _model(
@@ -607,6 +618,8 @@ def _trainer(
     reporter: Reporter,
 ) -> _Trainer:
     tokenizer = AutoTokenizer.from_pretrained(work_dir / prepared.tokenizer_dir, local_files_only=True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    values = [parameter.data for parameter in trained]
     with _refusals("TrainingArguments"):
         trainer = _Trainer(
             micro_batch_tokens=pieces.tokens,
@@ -621,10 +634,10 @@ def _trainer(
         )
         for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
             trainer.remove_callback(callback)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                # SFTTrainer casts adapters of a quantized model to bf16, where AdamW's late updates round to nothing.
-                parameter.data = parameter.data.float()
+        for parameter, value in zip(trained, values, strict=True):
+            # SFTTrainer casts adapters of a quantized model to bf16, where AdamW's late updates round to nothing:
+            # those before it are taken back, as rounded biases would not be the base's.
+            parameter.data = value
         # Only to hear now what they refuse; train() makes the scheduler again, for the real number of steps.
         trainer.create_optimizer_and_scheduler(num_training_steps=100)
     return trainer
