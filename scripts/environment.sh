@@ -32,9 +32,9 @@ make_environment() {
     .venv/bin/python -m pip install --quiet --disable-pip-version-check \
         --constraint scripts/constraints.txt --editable ".[$extras]"
     if [[ ",$extras," == *,test,* ]]; then
-        # Without Triton, which it asks for and a CPU has no use for: its patch is tested all the same.
+        # Liger's patch is tested without a GPU, and our own kernels in Triton's interpreter.
         .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
-            "$(grep '^liger-kernel==' scripts/constraints.txt)"
+            "$(grep '^liger-kernel==' scripts/constraints.txt)" "$(grep '^triton==' scripts/constraints.txt)"
     fi
     echo "$state" >.venv/installed-"$extras"
 }

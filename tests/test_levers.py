@@ -375,6 +375,7 @@ def test_ligers_patch_is_on_this_model_only_and_is_put_back() -> None:
 @pytest.mark.train
 def test_every_lever_on_this_gpu_has_the_plain_gradients(trainer: Any) -> None:
     """In bf16, beside documents one after the other, PEFT's own LoRA and transformers' own layers."""
+    from tuner.pipeline.kernels import fuse_lora, unfuse_lora
     from tuner.pipeline.levers import Bench, difference, levers_of
     from tuner.pipeline.model import pick_device
 
@@ -383,6 +384,9 @@ def test_every_lever_on_this_gpu_has_the_plain_gradients(trainer: Any) -> None:
     tried = []
     with bench.undisturbed():
         for lever in levers_of(trainer, trainer.exact, device):
+            over = lever.name == FUSED_PROJECTIONS
+            if over:
+                fuse_lora(trainer.base_model)
             if lever.obstacle() is None:
                 plain = bench.gradients()
                 lever.turn_on()
@@ -390,7 +394,9 @@ def test_every_lever_on_this_gpu_has_the_plain_gradients(trainer: Any) -> None:
                 lever.turn_off()
                 assert difference(plain, bench.gradients(), device.dtype) is None, f"{lever.name} was not put back"
                 tried.append(lever.name)
-    assert {FUSED_LORA, RESIDENT_WEIGHTS} <= set(tried)
+            if over:
+                unfuse_lora(trainer.base_model)
+    assert {FUSED_LORA, FUSED_PROJECTIONS, RESIDENT_WEIGHTS} <= set(tried)
 
 
 @pytest.mark.gpu

@@ -1,11 +1,18 @@
 """Phi-3's blocks without copies of parts give what transformers' own give."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from tuner.pipeline import phi3
 
 pytestmark = pytest.mark.train
+
+ROOT = Path(__file__).parent.parent
 
 
 def parts(rotated: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -60,29 +67,56 @@ def test_swiglu_is_silu_of_gate_times_up() -> None:
     torch.testing.assert_close(again, expected.detach())
 
 
+def kernels_of(given: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    turned = given["heads"].clone()
+    phi3.rotate(turned, turned, given["cos"], given["sin"])
+    back, apart = torch.empty_like(turned), torch.empty_like(turned)
+    phi3.rotate(turned, back, given["cos"], given["sin"], backward=True)
+    heads_first = turned.transpose(0, 1).contiguous().transpose(0, 1)  # as attention by torch leaves a gradient
+    phi3.rotate(heads_first, apart, given["cos"], given["sin"], backward=True)
+    hidden = phi3.swiglu(given["gate_up"])
+    return [turned, back, apart, hidden, *phi3.swiglu_backward(given["gate_up"], given["by_hidden"])]
+
+
+_INTERPRETED = """
+import torch
+from test_phi3 import kernels_of, parts
+from tuner.pipeline import phi3, triton_kernels
+
+cases = [(given, kernels_of(given)) for given in (parts(24), parts(16))]
+for name in ("rotate", "swiglu", "swiglu_backward"):
+    setattr(phi3, name, getattr(triton_kernels, name))
+for given, expected in cases:
+    for one, other in zip(kernels_of(given), expected, strict=True):
+        torch.testing.assert_close(one, other)
+total, left, right = given["total"], given["left"], given["right"]
+for by in (right, right.t().contiguous().t()):
+    added = total.clone()
+    triton_kernels.add_low_rank(added, left, by, 0.5)
+    torch.testing.assert_close(added, total + 0.5 * left @ right)
+print("agree")
+"""
+
+
+def test_the_kernels_agree_in_tritons_interpreter() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    found = subprocess.run(
+        [sys.executable, "-c", _INTERPRETED], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert found.stdout.strip() == "agree", found.stderr[-3000:]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rotated", [24, 16])
 def test_the_gpus_kernels_give_what_torch_gives(rotated: int, dtype: torch.dtype) -> None:
     """Beside fp32 on the CPU, with the very numbers that the GPU got; twice the same bits."""
 
-    def all_of(given: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        turned = given["heads"].clone()
-        phi3.rotate(turned, turned, given["cos"], given["sin"])
-        back = torch.empty_like(turned)
-        phi3.rotate(turned, back, given["cos"], given["sin"], backward=True)
-        return [
-            turned,
-            back,
-            phi3.swiglu(given["gate_up"]),
-            *phi3.swiglu_backward(given["gate_up"], given["by_hidden"]),
-        ]
-
     given = parts(rotated, "cuda", dtype)
-    got = all_of(given)
-    expected = all_of({name: tensor.cpu().float() for name, tensor in given.items()})
+    got = kernels_of(given)
+    expected = kernels_of({name: tensor.cpu().float() for name, tensor in given.items()})
     rounding = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
-    for one, other, again in zip(got, expected, all_of(given), strict=True):
+    for one, other, again in zip(got, expected, kernels_of(given), strict=True):
         torch.testing.assert_close(one.cpu().float(), other, rtol=rounding, atol=rounding)
         assert torch.equal(one, again)
 

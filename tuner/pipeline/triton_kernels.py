@@ -68,14 +68,15 @@ def swiglu_backward(gate_up: torch.Tensor, by_hidden: torch.Tensor) -> tuple[tor
 @triton.jit  # type: ignore[untyped-decorator]
 def _rotate_kernel(  # type: ignore[no-untyped-def]
     source,
-    source_row,
+    source_token,
+    source_head,
     target,
-    target_row,
+    target_token,
+    target_head,
     cos,
     sin,
     direction,
     heads,
-    size,
     half,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
@@ -87,11 +88,13 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
     c = tl.load(cos + angles, mask=at < half, other=0).to(tl.float32)[None, :]
     s = tl.load(sin + angles, mask=at < half, other=0).to(tl.float32)[None, :] * direction
     inside = (head[:, None] < heads) & (at[None, :] < half)
-    offsets = head[:, None] * size + at[None, :]
-    first = tl.load(source + token * source_row + offsets, mask=inside, other=0).to(tl.float32)
-    second = tl.load(source + token * source_row + offsets + half, mask=inside, other=0).to(tl.float32)
-    tl.store(target + token * target_row + offsets, first * c - second * s, mask=inside)
-    tl.store(target + token * target_row + offsets + half, second * c + first * s, mask=inside)
+    head = head[:, None].to(tl.int64)
+    taken = source + token * source_token + head * source_head + at[None, :]
+    first = tl.load(taken, mask=inside, other=0).to(tl.float32)
+    second = tl.load(taken + half, mask=inside, other=0).to(tl.float32)
+    put = target + token * target_token + head * target_head + at[None, :]
+    tl.store(put, first * c - second * s, mask=inside)
+    tl.store(put + half, second * c + first * s, mask=inside)
 
 
 def rotate(
@@ -99,21 +102,25 @@ def rotate(
 ) -> None:
     """Write rotary-embedded heads into `target`, which may be `source`; `backward`: turned the other way.
 
-    source and target (T, heads, d) with any stride between tokens; cos and sin (T, r), r ≤ d, both halves alike, as
-    transformers makes them. What lies beyond r is not rotated.
+    source and target (T, heads, d) with any strides between tokens and heads: gradients come as attention left them.
+    cos and sin (T, r), r ≤ d, both halves alike, as transformers makes them. What lies beyond r is not rotated.
     """
     count, heads, size = source.shape
+    if source.stride(2) != 1:
+        source = source.contiguous()
+    cos, sin = cos.contiguous(), sin.contiguous()
     half = cos.shape[-1] // 2
     _rotate_kernel[(count, triton.cdiv(heads, _HEADS))](
         source,
         source.stride(0),
+        source.stride(1),
         target,
         target.stride(0),
+        target.stride(1),
         cos,
         sin,
         -1.0 if backward else 1.0,
         heads,
-        size,
         half,
         HEADS=_HEADS,
         HALF=triton.next_power_of_2(half),
