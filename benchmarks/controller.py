@@ -130,8 +130,8 @@ STEPS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("preflight", "preflight", {}),
     ("data-downloader", "fetch", {"files": 1, "bytes": 13_000_000}),
     ("", "train", {"steps": 900, "loss": 1.25}),
-    ("pusher", "push", {"image": f"registry.example.com/adapters/a@{DIGEST}"}),
 )
+PUSHED = {"image": f"registry.example.com/adapters/a@{DIGEST}"}
 
 
 def begin(cluster: FakeKubernetes, name: str) -> None:
@@ -142,6 +142,7 @@ def begin(cluster: FakeKubernetes, name: str) -> None:
 
 
 def finish(cluster: FakeKubernetes, name: str) -> None:
+    cluster.say(name, "pusher", result("push", **PUSHED))
     for container, stage, values in STEPS[2:]:
         cluster.finish(name, container or name, 0, result(stage, **values))
 

@@ -56,7 +56,7 @@ def ended(exit_code: int, message: str = "", *, reason: str = "", at: str = CREA
     }
 
 
-INIT = ("preflight", "data-downloader", "puller")
+INIT = ("preflight", "data-downloader", "puller", "pusher")
 
 
 def make_pod(
@@ -99,7 +99,7 @@ def make_pod(
     }
     if reason:
         status |= {"reason": reason, "message": message}
-    spec: Object = {"containers": [{"name": job}, {"name": "pusher"}]}
+    spec: Object = {"containers": [{"name": job}]}
     if node:
         spec["nodeName"] = node
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec, "status": status}

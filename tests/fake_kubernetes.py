@@ -239,6 +239,7 @@ class FakeKubernetes:
         self._orphans_to_look_at: deque[tuple[Kind, Key]] = deque()
         self._settling = False
         self._logs: dict[tuple[str, str, str], list[tuple[str, bytes]]] = {}  # time stamp, line
+        self._said: dict[tuple[str, str], str] = {}  # the last words of a pod's sidecar: its uid, its name
         self._log_written = threading.Condition(self._lock)
         self._faults: list[Fault] = []
         self._watch_generation = 0
@@ -469,8 +470,14 @@ class FakeKubernetes:
             self.schedule(job, namespace)
         text = message if isinstance(message, str) else json.dumps(message)
         with self._pod(job, namespace) as pod:
+            assert container not in _sidecars(pod), "the kubelet starts it again: see say"
             _end(pod, container, exit_code, text, reason or ("Completed" if exit_code == 0 else "Error"))
-            _go_on(pod)
+            _go_on(pod, self._said)
+
+    def say(self, job: str, sidecar: str, message: str | Mapping[str, Any], namespace: str = "default") -> None:
+        """With what a sidecar ends, once the pod does: exit code 0 and this message."""
+        text = message if isinstance(message, str) else json.dumps(message)
+        self._said[self.pod_of(job, namespace)["metadata"]["uid"], sidecar] = text
 
     def evict(self, job: str, namespace: str = "default", *, reason: str = "EvictionByEvictionAPI") -> None:
         """Its pod is evicted: DisruptionTarget, the containers end by SIGTERM, the pod goes."""
@@ -495,11 +502,21 @@ class FakeKubernetes:
         results: Mapping[str, tuple[int, str | Mapping[str, Any]]] | None = None,
         namespace: str = "default",
     ) -> None:
-        """Its pod runs through all containers in order; `results`: container → exit code and message, 0 and "" else."""
+        """Its pod runs through all containers in order; `results`: container → exit code and message, 0 and "" else.
+
+        What a sidecar fails with is what the main container ends with, too.
+        """
         pod = self.pod_of(job, namespace)
         uid = pod["metadata"]["uid"]
+        results = dict(results or {})
+        for name in _sidecars(pod):
+            self.say(job, name, results.get(name, (0, ""))[1], namespace)
+            if name in results and results[name][0]:
+                results.setdefault(pod["spec"]["containers"][0]["name"], results[name])
         for container in (*pod["spec"].get("initContainers", ()), *pod["spec"]["containers"]):
-            code, message = (results or {}).get(container["name"], (0, ""))
+            if container["name"] in _sidecars(pod):
+                continue
+            code, message = results.get(container["name"], (0, ""))
             self.finish(job, container["name"], code, message, namespace)
             if code and container in pod["spec"].get("initContainers", ()):
                 return
@@ -1871,16 +1888,21 @@ def _end(pod: Object, container: str, exit_code: int, message: str, reason: str)
     status["state"], status["ready"] = {"terminated": ended}, False
 
 
-def _go_on(pod: Object) -> None:
+def _sidecars(pod: Object) -> list[str]:
+    return [one["name"] for one in pod["spec"].get("initContainers") or () if one.get("restartPolicy") == "Always"]
+
+
+def _go_on(pod: Object, said: Mapping[tuple[str, str], str]) -> None:
     """What a kubelet does when a container of a restartPolicy: Never pod has ended."""
-    status = pod["status"]
+    status, sidecars = pod["status"], _sidecars(pod)
     for one in status["initContainerStatuses"]:
         ended = one["state"].get("terminated")
         if ended is None:
             if "waiting" in one["state"]:
                 _run(pod, one["name"])
-            return
-        if ended["exitCode"]:
+            if one["name"] not in sidecars:
+                return
+        elif ended["exitCode"]:
             status["phase"] = "Failed"
             return
     mains = status["containerStatuses"]
@@ -1889,6 +1911,9 @@ def _go_on(pod: Object) -> None:
             _run(pod, one["name"])
     ends = [one["state"].get("terminated") for one in mains]
     if all(ends):
+        for name in sidecars:
+            message = said.get((pod["metadata"]["uid"], name))
+            _end(pod, name, 143 if message is None else 0, message or "", "Error" if message is None else "Completed")
         status["phase"] = "Failed" if any(end["exitCode"] for end in ends if end) else "Succeeded"
         _set_condition(status, "Ready", "False", "PodCompleted", "")
 

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -90,10 +91,12 @@ class PodOutcome:
     containers: dict[str, Terminated]
     was_disrupted: bool
     was_complete: bool  # whether every container was started
+    sidecars: frozenset[str] = frozenset()  # whose ends count for nothing
 
     @property
     def succeeded(self) -> bool:
-        return self.was_complete and all(each.exit_code == 0 for each in self.containers.values())
+        ends = [each.exit_code for name, each in self.containers.items() if name not in self.sidecars]
+        return self.was_complete and not any(ends)
 
     @property
     def exit_codes(self) -> dict[str, int]:
@@ -194,7 +197,11 @@ class Node:
 
 
 class Pod:
-    """A pod that runs. Its init containers come one after the other, then the others side by side."""
+    """A pod that runs. Its init containers come one after the other, then the others side by side.
+
+    An init container with restartPolicy: Always is a sidecar: it is not waited for, started again when it ends, and
+    ended after all others. https://kubernetes.io/docs/concepts/workloads/pods/sidecar-containers/
+    """
 
     def __init__(self, node: Node, job: Manifest, directory: Path, killed_at_birth: frozenset[str]) -> None:
         self.spec: Manifest = copy.deepcopy(job["spec"]["template"]["spec"])
@@ -204,6 +211,10 @@ class Pod:
         self._killed_at_birth = killed_at_birth
         self._annotated = job["spec"]["template"].get("metadata") or {}
         self._group = self.spec.get("securityContext", {}).get("fsGroup", 0)
+        self._sidecars = [each for each in self.spec.get("initContainers", ()) if each.get("restartPolicy") == "Always"]
+        self._sidecar_threads: list[threading.Thread] = []
+        self._sidecars_stop = False
+        self.starts: Counter[str] = Counter()
         self._running: dict[str, _Process] = {}
         self._ended: dict[str, Terminated] = {}
         self._lock = threading.Lock()
@@ -246,12 +257,14 @@ class Pod:
             self._running[container].send(number)
 
     def terminate(self, *, grace_s: float | None = None, disruption: bool = False) -> None:
-        """Delete (or, with `disruption`, evict) the pod: SIGTERM to all containers, later SIGKILL."""
+        """Delete (or, with `disruption`, evict) the pod: SIGTERM to all containers, sidecars last; later SIGKILL."""
         grace_s = self.spec.get("terminationGracePeriodSeconds", 30) if grace_s is None else grace_s
+        sidecars = {each["name"] for each in self._sidecars}
         with self._lock:
             self._stopping, self._disrupted = True, disruption
-            for process in self._running.values():
-                process.send(signal.SIGTERM)
+            for name, process in self._running.items():
+                if name not in sidecars:
+                    process.send(signal.SIGTERM)
 
         def end() -> None:
             self._thread.join(grace_s)
@@ -274,7 +287,8 @@ class Pod:
             pytest.fail(f"the pod did not end within {timeout_s:.0f} s:\n{self._all_logs()}")
         wanted = [each["name"] for each in (*self.spec.get("initContainers", ()), *self.spec["containers"])]
         ended = {name: self._ended[name] for name in wanted if name in self._ended}
-        return PodOutcome(ended, self._disrupted, was_complete=len(ended) == len(wanted))
+        sidecars = frozenset(each["name"] for each in self._sidecars)
+        return PodOutcome(ended, self._disrupted, was_complete=len(ended) == len(wanted), sidecars=sidecars)
 
     def _all_logs(self) -> str:
         return "\n".join(
@@ -284,22 +298,58 @@ class Pod:
     # how it runs
 
     def _run(self) -> None:
+        try:
+            self._run_all()
+        finally:
+            self._end_sidecars()
+
+    def _run_all(self) -> None:
         for container in self.spec.get("initContainers", ()):
             self._start(container)
-            if self._finish(container) or self._stopping:
+            if container in self._sidecars:
+                thread = threading.Thread(target=self._keep, args=(container,), daemon=True)
+                self._sidecar_threads.append(thread)
+                thread.start()
+            elif self._finish(container) or self._stopping:
                 return
         for container in self.spec["containers"]:
             self._start(container)
         for container in self.spec["containers"]:
             self._finish(container)
 
+    def _keep(self, sidecar: Manifest) -> None:
+        """Start it again whenever it ends, later each time, until the pod ends."""
+        pause_s = 0.1
+        while True:
+            self._finish(sidecar)
+            time.sleep(pause_s)
+            with self._lock:
+                if self._stopping or self._sidecars_stop:
+                    return
+            self._start(sidecar)
+            pause_s *= 2
+
+    def _end_sidecars(self) -> None:
+        with self._lock:
+            self._sidecars_stop = True
+            processes = [self._running[each["name"]] for each in self._sidecars if each["name"] in self._running]
+            for process in processes:
+                process.send(signal.SIGTERM)
+        for thread in self._sidecar_threads:
+            thread.join(self.spec.get("terminationGracePeriodSeconds", 30))
+            if thread.is_alive():
+                for process in processes:
+                    process.send(signal.SIGKILL)
+                thread.join(10)
+
     def _start(self, container: Manifest) -> None:
         name = container["name"]
         with self._lock:
             if self._stopping:
                 return
+            self.starts[name] += 1
             message = self.directory / f"{name}.termination-message"
-            message.touch()
+            message.write_bytes(b"")
             message.chmod(0o666)
             script = self._script(container, message)
             self._running[name] = process = _Process(script, self.directory / f"{name}.log")
@@ -375,7 +425,7 @@ class Pod:
     def _script(self, container: Manifest, message: Path) -> str:
         """What process 1 does until it becomes the container's program."""
         root = self.directory / f"{container['name']}.root"
-        root.mkdir()
+        root.mkdir(exist_ok=True)
         lines = ["set -e", f"R={shlex.quote(str(root))}", 'mount -t tmpfs -o mode=0755 tmpfs "$R"']
 
         def bind(source: Path, target: str, *, read_only: bool) -> None:
@@ -426,7 +476,7 @@ class _Process:
     """Process 1 of new namespaces; `send` reaches it, and nobody else."""
 
     def __init__(self, script: str, log: Path) -> None:
-        with log.open("wb") as file:
+        with log.open("ab") as file:
             self._process = subprocess.Popen(
                 [*_UNSHARE, "bash", "-c", _FIRST_CHILD, "-", script],
                 stdin=subprocess.DEVNULL,

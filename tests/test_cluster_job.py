@@ -84,10 +84,17 @@ def names_with(job: Mapping[str, Any], path: str) -> list[str]:
 
 def test_the_containers_are_named_and_ordered_as_kaito_has_them() -> None:
     spec = pod_spec(render(workspace()).job)
-    assert [each["name"] for each in spec["initContainers"]] == ["preflight", "data-downloader"]
-    assert [each["name"] for each in spec["containers"]] == [NAME, "pusher"]
+    assert [each["name"] for each in spec["initContainers"]] == ["preflight", "data-downloader", "pusher"]
+    assert [each["name"] for each in spec["containers"]] == [NAME]
     from_image = render(workspace(tuning={"input": {"image": "contoso.azurecr.io/data:1"}})).job
-    assert [each["name"] for each in pod_spec(from_image)["initContainers"]] == ["preflight", "puller"]
+    assert [each["name"] for each in pod_spec(from_image)["initContainers"]] == ["preflight", "puller", "pusher"]
+
+
+def test_the_pusher_is_a_sidecar_until_it_is_a_job_of_its_own() -> None:
+    job = render(workspace(), results_volume="results").job
+    sidecars = [each["name"] for each in containers(job) if each.get("restartPolicy") == "Always"]
+    assert sidecars == ["pusher"]
+    assert "restartPolicy" not in container(render_retry_push(job), "pusher")
 
 
 def test_a_volume_output_has_no_pusher_and_the_trainer_writes_it() -> None:
@@ -335,7 +342,7 @@ def test_results_are_mounted_at_output_dir() -> None:
         "data": {"training_config.yaml": "training_config: {TrainingArguments: {output_dir: /mnt/out/run}}"},
     }
     job = render(workspace(tuning={"config": "mine"}), config).job
-    assert names_with(job, "/mnt/out/run") == ["preflight", "data-downloader", NAME, "pusher"]
+    assert names_with(job, "/mnt/out/run") == ["preflight", "data-downloader", "pusher", NAME]
     config["data"]["training_config.yaml"] = "training_config: {TrainingArguments: {output_dir: /mnt/data/out}}"
     with pytest.raises(ConfigError, match="in a pod /mnt/data holds the data"):
         render(workspace(tuning={"config": "mine"}), config)
@@ -354,7 +361,7 @@ def test_an_image_volume_is_pulled_by_the_kubelet_with_the_inputs_secrets() -> N
     spec = pod_spec(objects.job)
     assert spec["imagePullSecrets"] == [{"name": "pull"}]
     assert volume(objects.job, "data-volume")["image"] == {"reference": "contoso.azurecr.io/data:1"}
-    assert [each["name"] for each in spec["initContainers"]] == ["preflight", "data-downloader"]
+    assert [each["name"] for each in spec["initContainers"]] == ["preflight", "data-downloader", "pusher"]
     assert "an image volume needs Kubernetes 1.35" in " ".join(objects.notes)
 
 

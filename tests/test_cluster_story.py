@@ -62,9 +62,12 @@ def kubelet(cluster: FakeKubernetes, node: Node) -> Iterator[None]:
         node.objects[:] = [*cluster.objects("configmaps"), *cluster.objects("secrets")]
         template = {"metadata": pod["metadata"], "spec": pod["spec"]}
         outcome = node.start_pod({"spec": {"template": template}}).wait()
+        for container in outcome.sidecars & outcome.containers.keys():
+            cluster.say(name, container, outcome.containers[container].message)
         for container, ended in outcome.containers.items():
             cluster.log(name, container, *ended.log.splitlines())
-            cluster.finish(name, container, ended.exit_code, ended.message)
+            if container not in outcome.sidecars:
+                cluster.finish(name, container, ended.exit_code, ended.message)
 
     def go() -> None:
         seen: set[str] = set()

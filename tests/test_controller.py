@@ -242,9 +242,12 @@ def test_the_quick_start_is_applied_and_succeeds(
         "Standard_NC24ads_A100_v4", "True", "", "True", "False", "1", "Running", "33", "1.5",
     ]  # fmt: skip
     image = f"contoso.azurecr.io/adapters/phi-3@{DIGEST}"
-    cluster.finish(NAME, NAME, 0, result("train", steps=9, loss=1.25))
+    cluster.log(NAME, NAME, '{"stage": "push", "task": "pushing", "done": 0, "total": 1, "unit": "steps"}')
+    cluster.patch("pods", cluster.pod_of(NAME)["metadata"]["name"], {"metadata": {"labels": {"touched": "again"}}})
     until(lambda: status(cluster)["tuning"]["stage"] == "push")
-    cluster.finish(NAME, "pusher", 0, result("push", image=image))
+    assert status(cluster)["tuning"]["progressPercentage"] == 33
+    cluster.say(NAME, "pusher", result("push", image=image))
+    cluster.finish(NAME, NAME, 0, result("train", steps=9, loss=1.25))
     until(lambda: status(cluster)["state"] == "Succeeded")
     assert condition(cluster, "WorkspaceSucceeded") == ("True", f"workspace succeeds; pushed {image}")
     assert status(cluster)["tuning"]["artifact"] == {"image": image, "digest": DIGEST}

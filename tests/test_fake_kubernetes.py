@@ -487,6 +487,26 @@ def test_a_job_gets_a_pod_and_succeeds_with_it(api: Api, cluster: FakeKubernetes
     )
 
 
+def test_a_sidecar_is_not_waited_for_and_ends_with_its_pod(api: Api, cluster: FakeKubernetes) -> None:
+    with_sidecar = job()
+    spec = with_sidecar["spec"]["template"]["spec"]
+    spec["initContainers"].append({**spec["initContainers"][0], "name": "side", "restartPolicy": "Always"})
+    spec["containers"] = spec["containers"][:1]
+    api.create(with_sidecar)
+    cluster.finish("tune", "preflight")
+    pod = cluster.pod_of("tune")["status"]
+    states = [each["state"] for each in (*pod["initContainerStatuses"], *pod["containerStatuses"])]
+    assert [next(iter(state)) for state in states] == ["terminated", "running", "running"]
+    with pytest.raises(AssertionError, match="starts it again"):
+        cluster.finish("tune", "side")
+    cluster.say("tune", "side", {"stage": "push"})
+    cluster.finish("tune", "tune")
+    assert condition_of(api.get(JOB, "tune"), "Complete")["status"] == "True"
+    assert cluster.pod_of("tune")["status"]["initContainerStatuses"][1]["state"]["terminated"]["message"] == (
+        '{"stage": "push"}'
+    )
+
+
 def test_a_fatal_exit_code_fails_the_job_at_once(api: Api, cluster: FakeKubernetes) -> None:
     api.create(job(backoffLimit=3))
     cluster.run_job("tune", {"tune": (78, "bad")})

@@ -136,6 +136,18 @@ def test_a_job_makes_pods_until_its_limit_and_keeps_only_its_claims(node: Node) 
     assert [pod.containers["one"].log.split() for pod in outcome.pods] == [["1", "1"], ["2", "1"]]
 
 
+def test_a_sidecar_is_started_again_and_ended_after_the_others(node: Node) -> None:
+    talks = "echo x >> /mnt/scratch/starts; trap 'echo bye; exit 0' TERM; while true; do sleep 0.05; done"
+    main = "until [ $(wc -l < /mnt/scratch/starts) = 2 ]; do sleep 0.05; done; exit 3"
+    job = job_of(container("main", main), init=(container("side", talks, restartPolicy="Always"),))
+    pod = node.start_pod(job)
+    pod.wait_for(lambda: (pod.volume("scratch") / "starts").exists())
+    pod.kill("side")
+    outcome = pod.wait()
+    assert (outcome.exit_codes, outcome.containers["side"].log) == ({"main": 3, "side": 0}, "bye\n")
+    assert not outcome.succeeded
+
+
 RULES = [
     {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
     {"action": "FailJob", "onExitCodes": {"containerName": "a", "operator": "In", "values": [65, 77]}},

@@ -28,7 +28,15 @@ def fault(stage: str, code: int, message: str) -> str:
         ({"preflight": ended(0), "data-downloader": running(), "phi-3": waiting("PodInitializing")}, "fetch"),
         ({"preflight": ended(0), "puller": running(), "phi-3": waiting("PodInitializing")}, "fetch"),
         ({"preflight": ended(0), "data-downloader": ended(0), "phi-3": running(), "pusher": running()}, "train"),
-        ({"preflight": ended(0), "data-downloader": ended(0), "phi-3": ended(0), "pusher": running()}, "push"),
+        (
+            {
+                "preflight": ended(0),
+                "data-downloader": ended(0),
+                "phi-3": waiting("PodInitializing"),
+                "pusher": running(),
+            },
+            "fetch",
+        ),
         ({"preflight": ended(0), "check": running()}, "prepare"),
     ],
 )
@@ -49,7 +57,12 @@ def test_the_stage_is_that_of_the_first_container_that_runs(states, stage):
         (
             {"preflight": ended(0), "data-downloader": ended(0), "phi-3": running(), "pusher": ended(137)},
             "train",
-            "push: killed (SIGKILL) (exit 137)",
+            "push: killed (SIGKILL) (exit 137); it is started again",
+        ),
+        (
+            {"preflight": ended(0), "phi-3": running(), "pusher": waiting("CrashLoopBackOff")},
+            "train",
+            "push: its container has died, and is started again in a moment",
         ),
     ],
 )
@@ -78,7 +91,7 @@ def test_a_complete_job_whose_pods_are_gone_has_succeeded_all_the_same():
 @pytest.mark.parametrize("condition", [COMPLETE, ("Failed", "PodFailurePolicy", "")])
 def test_a_job_has_not_ended_while_the_picture_of_its_pod_is_older(condition):
     view = view_job(make_job(active=0, condition=condition), [make_pod({"phi-3": ended(0), "pusher": running()})])
-    assert (view.phase, view.stage) == ("running", "push")
+    assert (view.phase, view.stage) == ("running", "train")
 
 
 @pytest.mark.parametrize("condition", [COMPLETE, ("Failed", "PodFailurePolicy", "")])
@@ -134,13 +147,18 @@ def test_a_signal_is_named(code, sentence):
     assert view.last.sentence == sentence
 
 
-def test_the_first_container_to_end_is_the_cause():
-    pod = make_pod(
-        {"phi-3": ended(143, at="2026-01-01T00:00:09Z"), "pusher": ended(77, at="2026-01-01T00:00:01Z")}, phase="Failed"
-    )
-    view = view_job(make_job(failed=1, active=0), [pod])
+def test_how_a_sidecar_was_ended_is_no_cause():
+    """It is told to stop when the trainer has ended, and times are whole seconds."""
+    at = "2026-01-01T00:00:09Z"
+    states = {"phi-3": ended(74, fault("push", 74, "denied"), at=at), "pusher": ended(137, at=at)}
+    view = view_job(make_job(failed=1, active=0), [make_pod(states, phase="Failed")])
     assert view.last is not None
-    assert (view.last.container, view.last.exit_code) == ("pusher", 77)
+    assert (view.last.sentence, view.last.container) == ("push: denied (exit 74)", "phi-3")
+    view = view_job(
+        make_job(active=0, succeeded=1, condition=COMPLETE),
+        [make_pod({"phi-3": ended(0, done("train", image="r/a@sha256:1")), "pusher": ended(143)}, phase="Succeeded")],
+    )
+    assert (view.phase, view.last, view.values["image"]) == ("succeeded", None, "r/a@sha256:1")
 
 
 # ── failed ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -160,12 +178,12 @@ def test_a_failed_job_without_pods_says_what_its_condition_says():
     condition = (
         "Failed",
         "PodFailurePolicy",
-        "Container pusher for pod team/p failed with exit code 77 matching FailJob rule at index 4",
+        "Container phi-3 for pod team/p failed with exit code 77 matching FailJob rule at index 3",
     )
     view = view_job(make_job(failed=1, active=0, condition=condition), [])
     assert view.failure is not None
     assert view.failure.sentence == condition[2]
-    assert (view.failure.container, view.failure.exit_code) == ("pusher", 77)
+    assert (view.failure.container, view.failure.exit_code) == ("phi-3", 77)
 
 
 def test_the_last_attempt_is_told_as_such():

@@ -1,87 +1,99 @@
-"""The lock between trainer and pusher, with real processes: the kernel's part is what matters."""
+"""Trainer and pusher, who meet in a volume; with real processes where the kernel's part is what matters."""
 
-import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tuner.errors import InterruptedRunError
-from tuner.pipeline.turns import Finished, Turns
+from tuner import pod
+from tuner.errors import NotPushedError
+from tuner.pipeline.turns import MOST_STARTS, Finished, Turns
+from tuner.runspec import StageResult
 
 ONE = Finished(run_digest="sha256:one", inputs_digest="a")
+PUSHED = StageResult(stage="push", values={"image": "reg.example/a@sha256:1"})
 
-TRAINER = """
+PUSHER = """
 import sys, time
 from pathlib import Path
-from tuner.pipeline.turns import Finished, Turns
-turns = Turns(Path(sys.argv[1]))
-with turns.trainers():
-    if "finishes" in sys.argv:
-        turns.finish(Finished(run_digest="sha256:one", inputs_digest="a"))
-    print("ready", flush=True)
-    time.sleep(60)
+from tuner.pipeline.turns import Turns
+Turns(Path(sys.argv[1])).be_the_pusher()
+print("ready", flush=True)
+time.sleep(60)
 """
 
 
-@contextmanager
-def trainer(directory: Path, *words: str) -> Iterator["subprocess.Popen[str]"]:
-    """A process that holds the lock, and has maybe finished."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", TRAINER, str(directory), *words], stdout=subprocess.PIPE, text=True
-    )
+def pusher(directory: Path) -> "subprocess.Popen[str]":
+    """A process that is the pusher, and does nothing."""
+    process = subprocess.Popen([sys.executable, "-c", PUSHER, str(directory)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
+    return process
 
 
-def kill_after(process: "subprocess.Popen[str]", delay_s: float) -> None:
-    threading.Timer(delay_s, process.send_signal, [signal.SIGKILL]).start()
+def test_each_gets_what_the_other_has_said(tmp_path: Path) -> None:
+    trainers, pushers = Turns(tmp_path), Turns(tmp_path)
+    pushers.be_the_pusher()
+
+    def push() -> None:
+        assert pushers.wait_for_adapter() == ONE
+        assert pushers.pushed() is None
+        pushers.tell(PUSHED)
+
+    thread = threading.Thread(target=push)
+    thread.start()
+    time.sleep(0.2)
+    assert thread.is_alive()
+    trainers.finish(ONE)
+    assert trainers.wait_for_push() == PUSHED
+    thread.join(10)
+    assert Turns(tmp_path).pushed() == PUSHED  # as one sees it that is started again after all was done
 
 
-def test_the_pusher_waits_until_the_trainer_is_gone_and_gets_what_it_finished(tmp_path: Path) -> None:
-    with trainer(tmp_path, "finishes") as process:
-        began = time.monotonic()
-        kill_after(process, 0.5)
-        with Turns(tmp_path).pushers(within_s=10) as finished:
-            assert finished == ONE
-        assert time.monotonic() - began >= 0.5
+def test_a_pusher_that_dies_and_is_started_again_is_waited_for(tmp_path: Path) -> None:
+    process = pusher(tmp_path)
+    result: list[StageResult] = []
+    waiting = threading.Thread(target=lambda: result.append(Turns(tmp_path).wait_for_push(away_s=4)))
+    waiting.start()
+    time.sleep(1.5)
+    process.kill()
+    process.communicate()
+    time.sleep(1.5)
+    again = pusher(tmp_path)
+    time.sleep(4.5)  # longer than anybody may be away
+    assert waiting.is_alive()
+    Turns(tmp_path).tell(PUSHED)
+    waiting.join(10)
+    again.kill()
+    again.communicate()
+    assert result == [PUSHED]
 
 
-def test_a_trainer_that_is_killed_at_work_leaves_nothing_to_push(tmp_path: Path) -> None:
-    with trainer(tmp_path) as process:
-        kill_after(process, 0.2)
-        with Turns(tmp_path).pushers(within_s=10) as finished:
-            assert finished is None
-            assert process.wait() == -signal.SIGKILL
+def test_a_pusher_that_stays_away_is_waited_for_only_so_long(tmp_path: Path) -> None:
+    process = pusher(tmp_path)
+    process.kill()
+    process.communicate()
+    with pytest.raises(NotPushedError, match="is not started again"):
+        Turns(tmp_path).wait_for_push(away_s=0.1)
 
 
-def test_a_trainer_that_never_comes_is_waited_for_only_so_long(tmp_path: Path) -> None:
-    with Turns(tmp_path).pushers(within_s=0.3) as finished:
-        assert finished is None
+def test_kubelets_pause_before_they_start_a_container_again_is_no_staying_away() -> None:
+    assert pod.PUSHER_AWAY_S > 300  # CrashLoopBackOff's longest
 
 
-def test_a_trainer_that_comes_when_the_pusher_is_gone_does_not_train_for_nobody(tmp_path: Path) -> None:
-    with Turns(tmp_path).pushers(within_s=0):
-        pass
-    with pytest.raises(InterruptedRunError, match="pusher waited"), Turns(tmp_path).trainers():
-        raise AssertionError("never here")
+def test_a_push_that_is_killed_again_and_again_is_given_up(tmp_path: Path) -> None:
+    for _ in range(MOST_STARTS):
+        Turns(tmp_path).begin_push()
+    with pytest.raises(NotPushedError, match=f"{MOST_STARTS} pushes were begun"):
+        Turns(tmp_path).begin_push()
 
 
 def test_a_marker_that_is_cut_short_is_none(tmp_path: Path) -> None:
-    with Turns(tmp_path).trainers():
-        (tmp_path / "trained").write_text('{"run_digest": "sha256:o')
-    with Turns(tmp_path).pushers(within_s=1) as finished:
-        assert finished is None
+    (tmp_path / "pushed").write_text('{"stage": "pu')
+    assert Turns(tmp_path).pushed() is None
 
 
 def test_without_a_volume_nobody_meets(tmp_path: Path) -> None:
@@ -89,7 +101,7 @@ def test_without_a_volume_nobody_meets(tmp_path: Path) -> None:
     assert not Turns(tmp_path / "none").is_shared
 
 
-def test_the_lock_is_taken_before_anything_heavy_is_imported() -> None:
+def test_the_pusher_waits_without_anything_heavy_in_memory() -> None:
     code = "import sys; import tuner.cli, tuner.pipeline.turns; print(' '.join(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = {name.partition(".")[0] for name in done.stdout.split()}

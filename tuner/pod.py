@@ -3,7 +3,7 @@
 Whoever renders a Job and whoever runs in it both look here, so neither can mean another place.
 
     preflight ──► data-downloader | puller ──► trainer (named as the Workspace)
-                                               pusher   beside it, waiting for the trainer's lock in /run/tuner
+                                 pusher   a sidecar beside it, waiting for the adapter; they meet in /run/tuner
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 PREFLIGHT, DATA_DOWNLOADER, PULLER, PUSHER, CHECK = "preflight", "data-downloader", "puller", "pusher", "check"
 CONTAINERS = frozenset({PREFLIGHT, DATA_DOWNLOADER, PULLER, PUSHER, CHECK})  # no Workspace can be called so
 PUSH_HOLD_S = 3600  # how long the pusher keeps trying where the adapter would not survive the pod
-STARTED_WITHIN_S = 600  # how long the pusher waits for the trainer to begin
+PUSHER_AWAY_S = 900  # how long the trainer waits for a pusher to be started again; kubelets wait up to five minutes
 
 # ── volumes, by KAITO's names where it has one ───────────────────────────────────────────────────────────────────────
 
@@ -42,7 +42,7 @@ RUN_JSON, TRAINING_CONFIG, CA_CRT = "run.json", "training_config.yaml", "ca.crt"
 SPEC_FILE, CA_FILE = CONFIG_DIR / RUN_JSON, CONFIG_DIR / CA_CRT
 QUERIES_JSON, SOURCES_JSON = "queries.json", "sources.json"  # keys of our Secret; the user's has the second one
 DOCKER_CONFIG_KEYS = (".dockerconfigjson", "config.json", ".dockercfg")  # of a Secret to push or pull with
-LOCK, STARTED, TRAINED, GIVEN_UP = "lock", "started", "trained", "given-up"  # in RUN_DIR: pipeline/turns.py
+PUSHER_LOCK, PUSH_STARTS, TRAINED, PUSHED = "pusher", "starts", "trained", "pushed"  # in RUN_DIR: pipeline/turns.py
 TERMINATION_LOG = Path("/dev/termination-log")
 SENTINEL = "fine_tuning_completed.txt"  # KAITO's, beside the adapter on an output volume
 

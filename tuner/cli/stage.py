@@ -3,7 +3,8 @@
 import os
 import signal
 import sys
-from contextlib import ExitStack, suppress
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +13,7 @@ import typer
 from tuner.cli.common import Stopped, environment_error, open_talk
 from tuner.cli.options import app
 from tuner.errors import ConfigError, InterruptedRunError, TunerError, UsageError
-from tuner.pod import CHECK, PUSH_HOLD_S, SPEC_FILE, STARTED_WITHIN_S, TERMINATION_LOG
+from tuner.pod import CHECK, PUSH_HOLD_S, SPEC_FILE, TERMINATION_LOG
 
 if TYPE_CHECKING:
     from tuner.runspec import Scalar, StageName, StageResult
@@ -30,13 +31,12 @@ def stage(
     in_pod: Annotated[
         bool, typer.Option("--pod", help="as a container of a pod: paths, secrets and volumes as tuner/pod.py has them")
     ] = False,
-    waits: Annotated[bool, typer.Option("--wait", help="push: only once the trainer beside has ended")] = False,
+    waits: Annotated[
+        bool, typer.Option("--wait", help="push: as a sidecar, what the trainer beside has finished; then stay")
+    ] = False,
     hold_s: Annotated[
         float, typer.Option("--hold", metavar="S", min=0, help=f"push: try for so long, as {PUSH_HOLD_S}")
     ] = 0,
-    started_within_s: Annotated[
-        float, typer.Option("--started-within", metavar="S", min=0, help="push: how long to wait for the trainer")
-    ] = STARTED_WITHIN_S,
     max_data_bytes: Annotated[
         int | None, typer.Option("--max-data", metavar="BYTES", min=0, help="check: larger data are left to the run")
     ] = None,
@@ -58,15 +58,27 @@ def stage(
     stages = ("fetch", "prepare") if CHECK in names else tuple(map(_known, names))
     result = StageResult(stage=stages[0])
 
+    turns = None
+    if waits:
+        from tuner.pipeline.turns import Turns
+
+        turns = Turns()
+        turns.be_the_pusher()
+        if told := turns.pushed():  # killed after all was done
+            _leave(told, in_pod)
+            _stay()
+            return
+
+    def leave(last: "StageResult") -> None:
+        """The last words; a sidecar's are the trainer's to end with, and it stays for as long as the pod does."""
+        _leave(last, in_pod)
+        if turns is not None:
+            turns.tell(last)
+            _stay()
+
     values: dict[str, Scalar] = {}
     try:
-        with ExitStack() as stack:
-            if in_pod and "train" in stages:
-                from tuner.pipeline.turns import Turns
-
-                if Turns().is_shared:  # before anything heavy is imported
-                    stack.enter_context(Turns().trainers())
-            talk = stack.enter_context(open_talk())
+        with open_talk() as talk:
 
             def on_stage(name: "StageName") -> None:
                 nonlocal result
@@ -82,7 +94,7 @@ def stage(
                     values, said = container.check(max_data_bytes)
                     result = result.model_copy(update={"message": said})
                 else:
-                    values = container.run(stages, Push(waits, hold_s, started_within_s))
+                    values = container.run(stages, Push(waits, hold_s))
             else:
                 from tuner.pipeline.run import run_stage
 
@@ -104,14 +116,14 @@ def stage(
         raise
     except OSError as error:
         known = environment_error(error)
-        _leave(_failed(result, known or error), in_pod)
+        leave(_failed(result, known or error))
         if known is None:
             raise
         raise known from error
     except Exception as error:
-        _leave(_failed(result, error), in_pod)
+        leave(_failed(result, error))
         raise
-    _leave(result.model_copy(update={"values": values}), in_pod)
+    leave(result.model_copy(update={"values": values}))
 
 
 def _known(name: str) -> "StageName":
@@ -149,3 +161,10 @@ def _leave(result: "StageResult", in_pod: bool) -> None:
     if in_pod and TERMINATION_LOG.is_file():
         with suppress(OSError):
             TERMINATION_LOG.write_text(message, encoding="utf-8")
+
+
+def _stay() -> None:
+    """Until the kubelet ends this container, which it starts again when it ends by itself."""
+    with suppress(Stopped):
+        while True:
+            time.sleep(3600)

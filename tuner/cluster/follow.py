@@ -19,6 +19,7 @@ from tuner.cluster.observe import (
     QUEUE_LABEL,
     JobView,
     ProgressLine,
+    container_statuses,
     main_container,
     parse_progress,
     stage_of,
@@ -168,7 +169,7 @@ def _about(event: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _running_container(snapshot: Snapshot) -> str | None:
     newest = _newest(snapshot)
-    for status in _container_statuses(newest) if newest else ():
+    for status in container_statuses(newest) if newest else ():
         if "running" in (status.get("state") or {}):
             return str(status["name"])
     return None
@@ -179,11 +180,6 @@ def _newest(snapshot: Snapshot) -> Object | None:
     return next((each for each in snapshot.pods if each["metadata"]["name"] == named), None)
 
 
-def _container_statuses(thing: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    status = thing.get("status", {})
-    return [*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ())]
-
-
 # ── what to say of it ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -191,8 +187,8 @@ def describe(snapshot: Snapshot, now: datetime) -> Status:
     """The Status of a Snapshot."""
     view, job, line = snapshot.view, snapshot.job, snapshot.progress
     results = view.results
-    pushed, trained = results.get("push"), results.get("train")
-    image = pushed.values.get("image") if pushed and pushed.exit_code == 0 else None
+    trained = results.get("train")
+    image = view.values.get("image")
     eval_loss = trained.values.get("eval_loss") if trained else None
     created = _time(job["metadata"].get("creationTimestamp"))
     values = line.values if line else {}
@@ -200,7 +196,7 @@ def describe(snapshot: Snapshot, now: datetime) -> Status:
         name=snapshot.name,
         namespace=str(job["metadata"].get("namespace", "")),
         phase="queued" if view.phase == "suspended" and _queue(job) else view.phase,
-        stage=view.stage,
+        stage=line.stage if line and view.stage == "train" else view.stage,
         done=line.done if line else None,
         total=line.total if line else None,
         unit=line.unit if line else None,
@@ -301,7 +297,7 @@ def _failure_hint(snapshot: Snapshot) -> str | None:
         return None
     if failure.exit_code == 74 and keeps_results(snapshot.job):
         return f"the adapter is kept: tuner retry-push {snapshot.name}"
-    stage = stage_of(failure.container) if failure.container else None
+    stage = failure.result.stage if failure.result else stage_of(failure.container) if failure.container else None
     return f"tuner logs {snapshot.name}" + (f" --stage {stage}" if stage else "") if snapshot.pods else None
 
 
@@ -481,17 +477,27 @@ def _log_container(newest: Object, stage: StageName | None, seen: set[tuple[str,
     name = str(newest["metadata"]["name"])
     begun = [
         each
-        for each in _container_statuses(newest)
+        for each in container_statuses(newest)
         if {"running", "terminated"} & set(each.get("state") or {}) and (name, each["name"]) not in seen
     ]
     if stage:
         return next((str(each["name"]) for each in begun if stage_of(each["name"]) == stage or
                      (stage == "prepare" and stage_of(each["name"]) == "train")), None)  # fmt: skip
+    if not _has_trained(newest):  # a pusher beside it only waits
+        begun = [each for each in begun if each["name"] != pod.PUSHER]
     failed = [each for each in begun if (each["state"].get("terminated") or {}).get("exitCode")]
     running = [each for each in begun if "running" in each["state"]]
     main = [each for each in begun if each["name"] == main_container(newest)]
     chosen = failed or running or main or begun[-1:]
     return str(chosen[0]["name"]) if chosen else None
+
+
+def _has_trained(newest: Object) -> bool:
+    """Whether its main container has ended, or is the pusher itself."""
+    main = main_container(newest)
+    return main == pod.PUSHER or any(
+        each["name"] == main and "terminated" in (each.get("state") or {}) for each in container_statuses(newest)
+    )
 
 
 @dataclass(frozen=True)

@@ -689,6 +689,7 @@ def render_retry_push(job: Mapping[str, Any]) -> Manifest:
     retry = templates.load_template("job-retry-push.yaml")
     pusher = deepcopy(templates.container(job, pod.PUSHER))
     pusher["args"] = ["stage", "push", "--pod"]
+    pusher.pop("restartPolicy", None)  # a sidecar no more: here its end is the Job's
     templates.unmount(pusher, pod.RUN_VOLUME)
     templates.pod_spec(retry)["containers"] = [pusher]
     used = {mount["name"] for mount in pusher["volumeMounts"]}

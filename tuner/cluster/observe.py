@@ -122,10 +122,9 @@ def view_job(job: Object, pods: Sequence[Object], events: Sequence[Object] = ())
         reason = f"its volumes are not there: {missing}" if missing else BEING_MADE
         return replace(view, phase="waiting", waiting_for=reason, is_silent=True)
     stage = _stage(newest)
-    if ending := _ending(newest):  # one of two containers has failed, and the pod ends with the other
-        # Beside a dead trainer the pusher pushes nothing: it ends at once, or when it has waited in vain.
+    if ending := _ending(newest):  # a container has failed, and its pod is about to end
         return replace(view, stage=stage_of(ending.container) if stage == "push" else stage, last=ending)
-    return replace(view, stage=stage)
+    return replace(view, stage=stage, last=_sidecars_ending(newest) or view.last)
 
 
 # ── pods ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -166,10 +165,29 @@ def _is_going(thing: Object) -> bool:
     return "deletionTimestamp" in thing["metadata"]
 
 
-def _containers(pod: Object) -> list[Object]:
-    """The status of each container, in the order in which they run."""
+def container_statuses(pod: Object) -> list[Object]:
+    """The status of each container, in the order in which they have something to do: a pusher comes last."""
     status = pod.get("status", {})
-    return [*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ())]
+    found = [*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ())]
+    return sorted(found, key=lambda each: bool(each["name"] == PUSHER))
+
+
+def _sidecar(pod: Object) -> Object | None:
+    """The status of a pusher beside a trainer, whose own end counts for nothing: it is started again."""
+    return next(
+        (each for each in pod.get("status", {}).get("initContainerStatuses") or () if each["name"] == PUSHER), None
+    )
+
+
+def _sidecars_ending(pod: Object) -> Ending | None:
+    """How a pusher died that is about to be started again."""
+    sidecar = _sidecar(pod) or {}
+    if ended := _state(sidecar, "terminated"):
+        ending = _container_ending(PUSHER, ended)
+        return replace(ending, sentence=f"{ending.sentence}; it is started again")
+    if (_state(sidecar, "waiting") or {}).get("reason") == "CrashLoopBackOff":
+        return Ending("push: its container has died, and is started again in a moment", container=PUSHER)
+    return None
 
 
 def _state(container: Object, kind: Literal["waiting", "running", "terminated"]) -> Object | None:
@@ -177,16 +195,17 @@ def _state(container: Object, kind: Literal["waiting", "running", "terminated"])
 
 
 def _has_run(pod: Object) -> bool:
-    return any(_state(each, "running") or _state(each, "terminated") for each in _containers(pod))
+    return any(_state(each, "running") or _state(each, "terminated") for each in container_statuses(pod))
 
 
 def _stage(pod: Object) -> StageName | None:
-    """The first container that runs, in order: beside a trainer the pusher waits, and is not what is going on.
+    """The first container that runs, in order; between two it is still the stage of the one that has ended.
 
-    Between two containers it is still the stage of the one that has ended.
+    A pusher beside a trainer waits, and is not what is going on: the trainer's log tells when it pushes.
     """
-    running = [each["name"] for each in _containers(pod) if _state(each, "running") is not None]
-    ended = [each["name"] for each in _containers(pod) if _state(each, "terminated") is not None]
+    own = [each for each in container_statuses(pod) if each is not _sidecar(pod)]
+    running = [each["name"] for each in own if _state(each, "running") is not None]
+    ended = [each["name"] for each in own if _state(each, "terminated") is not None]
     return stage_of(running[0]) if running else stage_of(ended[-1]) if ended else None
 
 
@@ -194,7 +213,7 @@ def _results(pods: Sequence[Object]) -> dict[StageName, StageResult]:
     """What the stages said at their end, the newest pod's word last."""
     results: dict[StageName, StageResult] = {}
     for pod in pods:
-        for container in _containers(pod):
+        for container in container_statuses(pod):
             ended = _state(container, "terminated")
             if ended and (result := parse_result(ended.get("message"))):
                 results[result.stage] = result
@@ -233,8 +252,8 @@ def _ending(pod: Object) -> Ending | None:
         return Ending(f"{reason}: {_one_line(source['message'])}" if source.get("message") else reason)
     bad = [
         (str(ended.get("finishedAt", "")), each["name"], ended)
-        for each in _containers(pod)
-        if (ended := _state(each, "terminated")) and ended.get("exitCode")
+        for each in container_statuses(pod)
+        if (ended := _state(each, "terminated")) and ended.get("exitCode") and each is not _sidecar(pod)
     ]
     if bad:
         # The first to end is the cause: what is beside it is told to stop.
@@ -303,7 +322,7 @@ def _why_pod_waits(pod: Object) -> str | None:
             return f"no node takes its pod: {message}" if message else "no node takes its pod yet"
     if not pod["spec"].get("nodeName"):
         return NO_NODE_YET
-    for container in _containers(pod):
+    for container in container_statuses(pod):
         waiting = _state(container, "waiting") or {}
         reason, message = waiting.get("reason"), _one_line(waiting.get("message", ""))
         if reason in _PULL_ERRORS:

@@ -222,7 +222,7 @@ _POD_FIELDS = {
 _CONTAINER_FIELDS = {
     "command": "the image's entry point is tuner",
     "args": "they are the run's stages",
-    "restartPolicy": "a run's containers end",
+    "restartPolicy": "the trainer ends, and the pusher beside it is started again",
     "terminationMessagePath": "the stage's result is read there",
     "terminationMessagePolicy": "the stage's result is read there",
 }
@@ -260,13 +260,15 @@ def _misspelt(job: Manifest, patched: Manifest) -> Iterator[Problem]:
         ("spec.template", _at(patched, "spec.template"), ("metadata", "spec")),
         ("spec.template.spec", _at(patched, "spec.template.spec"), _POD_SPEC),
     ]
-    known = [each["name"] for kind in ("initContainers", "containers") for each in templates.pod_spec(job)[kind]]
+    known = {each["name"]: kind for kind in ("initContainers", "containers") for each in templates.pod_spec(job)[kind]}
     for kind in ("initContainers", "containers"):
         for each in _at(patched, "spec.template.spec").get(kind) or ():
             name, path = str(each.get("name")), f"spec.template.spec.{kind}[name={each.get('name')}]"
             places.append((path, each, _CONTAINER))
             if name not in known and (hint := did_you_mean(name, [*known, TRAINER])):
                 yield Problem("is no container of the run", path=f"patch, {path}", hint=hint)
+            if known.get(name, kind) != kind:
+                yield Problem(f"it is one of {known[name]}", path=f"patch, {path}")
     for path, value, fields in places:
         for key in value:
             if key not in fields and (hint := did_you_mean(key, fields)):

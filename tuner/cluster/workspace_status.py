@@ -159,9 +159,9 @@ def _doing(view: JobView, progress: ProgressLine | None) -> tuple[str | None, ..
 
 
 def _stage(view: JobView, progress: ProgressLine | None) -> StageName | None:
-    """The trainer's container prepares the rows first: only its progress tells."""
-    if view.stage == "train" and progress and progress.stage == "prepare":
-        return "prepare"
+    """The trainer's container prepares the rows first, and at the end waits for the push: only its progress tells."""
+    if view.stage == "train" and progress and progress.stage in ("prepare", "push"):
+        return progress.stage
     return view.stage if view.phase == "running" else None
 
 
@@ -329,7 +329,7 @@ def _put_results(figures: dict[str, Any], values: Mapping[str, Scalar]) -> None:
 
 def _of_progress(progress: ProgressLine) -> dict[str, Any]:
     """A training's steps; what other stages count is told by the stage alone."""
-    if progress.unit != "steps":
+    if progress.unit != "steps" or progress.stage != "train":
         return {}
     figures: dict[str, Any] = {"step": progress.done}
     if progress.total:

@@ -2,8 +2,8 @@
 
 preflight        what can be found out before anything is downloaded, in words that speak of Secrets and volumes
 data-downloader  fetch
-trainer          prepare, train; says in /run/tuner what it has finished (turns.py)
-pusher           waits for the trainer, then pushes until it is through or its time is up; never retrains
+trainer          prepare, train; says in /run/tuner what it has finished, and ends as the push has (turns.py)
+pusher           waits for the adapter, then pushes until it is through or its time is up
 check            without a GPU: the data and their rows, where they are not too large for that
 """
 
@@ -11,7 +11,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,9 +20,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from tuner import pod
 from tuner.errors import (
+    EXIT_INTERNAL,
+    KINDS,
     ConfigError,
     DeniedError,
     InputMissingError,
+    InterruptedRunError,
     NotPushedError,
     ServiceError,
     TunerError,
@@ -57,6 +60,7 @@ from tuner.runspec import (
     Fetched,
     HubModel,
     ImageDestination,
+    Progress,
     Reporter,
     RunSpec,
     Scalar,
@@ -66,6 +70,7 @@ from tuner.runspec import (
 from tuner.source_headers import parse_source_headers
 
 Values = dict[str, Scalar]
+_WOULD_TRAIN_AGAIN = (EXIT_INTERNAL, ServiceError.exit_code, InterruptedRunError.exit_code)  # as a trainer's end
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 5.0, 60.0  # between pushes: a Secret that is renewed shows within a minute or two
 
 
@@ -190,7 +195,6 @@ class Push:
 
     waits: bool = False
     hold_s: float = 0
-    started_within_s: float = pod.STARTED_WITHIN_S
 
 
 @dataclass(frozen=True)
@@ -362,25 +366,45 @@ class Container:
         return run_stage("prepare", self.spec, Secrets(), self.work_dir, self.reporter, startup=self.startup)
 
     def train(self) -> Values:
+        """Until the adapter is pushed, where a pusher beside does that: this container's end is the run's."""
         values = run_stage("train", self.spec, Secrets(), self.work_dir, self.reporter, startup=self.startup)
         if self.turns.is_shared:
             trained = left_to_push(self.spec, self.work_dir)
             self.turns.finish(Finished(run_digest=trained.run_digest, inputs_digest=trained.inputs_digest))
+            values |= self._wait_for_push()
         return values
 
-    def push(self, how: Push) -> Values:
-        """Nothing is pushed where the trainer beside has finished nothing: its own exit code tells of that."""
-        with ExitStack() as stack:
-            if how.waits:
-                finished = stack.enter_context(self.turns.pushers(how.started_within_s))
-                if finished is None:
-                    self.reporter.note("the trainer has finished nothing, so there is nothing to push")
-                    return {"pushed": False}
-                trained = left_to_push(self.spec, self.work_dir)
-                if finished != Finished(run_digest=trained.run_digest, inputs_digest=trained.inputs_digest):
-                    raise TunerError(f"{self.work_dir}: not the adapter that the trainer of this pod has finished")
+    def _wait_for_push(self) -> Values:
+        """The pushed image. Raises what the pusher has ended with."""
+        self.reporter.note("trained; the container pusher pushes it")
+        self.reporter.progress(Progress("push", "pushing", 0, 1, "steps"))  # for whoever reads the last line alone
+        try:
+            pushed = self.turns.wait_for_push()
+        except NotPushedError as error:
             self.on_stage("push")
-            values = self._push_patiently(how.hold_s)
+            raise self._not_pushed(error) from error
+        if pushed.exit_code:
+            self.on_stage("push")
+            kind = NotPushedError if pushed.exit_code in _WOULD_TRAIN_AGAIN else KINDS[pushed.exit_code]
+            raise kind(pushed.message, hint=pushed.hint)
+        return {key: value for key, value in pushed.values.items() if key == "image"}
+
+    def push(self, how: Push) -> Values:
+        hold_s = how.hold_s
+        if how.waits:
+            finished = self.turns.wait_for_adapter()
+            trained = left_to_push(self.spec, self.work_dir)
+            if finished != Finished(run_digest=trained.run_digest, inputs_digest=trained.inputs_digest):
+                raise TunerError(f"{self.work_dir}: not the adapter that the trainer of this pod has finished")
+            self.on_stage("push")
+            try:
+                self.turns.begin_push()
+            except NotPushedError as error:
+                raise self._not_pushed(error) from error
+            hold_s = max(1.0, hold_s - self.turns.seconds_since_adapter()) if hold_s else 0
+        else:
+            self.on_stage("push")
+        values = self._push_patiently(hold_s)
         if isinstance(self.spec.destination, DirectoryDestination):
             self._sentinel.touch()
         return values
@@ -418,7 +442,7 @@ class Container:
             raise NotPushedError(f"trained, but not pushed: {error.message}", hint=error.hint) from error
 
     def _not_pushed(self, error: NotPushedError) -> NotPushedError:
-        cause = error.__cause__
+        cause = error.__cause__ or error
         advice = f"; {cause.hint}" if isinstance(cause, TunerError) and cause.hint else ""
         return NotPushedError(
             error.message,

@@ -1,23 +1,25 @@
-"""Trainer and pusher, two containers of one pod that meet at a lock in a volume of their own.
+"""Trainer and pusher, two containers of one pod that meet in a volume of their own.
 
-    trainer   takes the lock ── writes `started` ── … trains … ── writes `trained` ── ends, and with it the lock
-    pusher    waits for `started` ─────────────── waits for the lock ───────────────► reads `trained`
+    trainer   … trains … ── writes `trained` ── waits for `pushed`, as long as there is a pusher ─► ends as it says
+    pusher    waits for `trained` ── pushes ── writes `pushed` ── waits until it is told to stop
 
-The kernel frees the lock however the trainer dies, so the pusher never waits for a dead one, and what it finds then is
-the whole truth: a marker of this very run, or none. Nothing here imports anything heavy: the lock is taken first.
+The pusher is a sidecar: the kubelet starts it again when it dies, and ends it after the trainer. So whatever kills it
+alone costs no training, and what the trainer ends with is the whole truth: trained and pushed, or not.
+Nothing here imports anything heavy: the pusher waits for hours.
 """
 
 import fcntl
+import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from tuner import pod
-from tuner.errors import ConfigError, InputMissingError, InterruptedRunError
-from tuner.runspec import Contract
+from tuner.errors import ConfigError, InputMissingError, NotPushedError
+from tuner.runspec import Contract, StageResult
 
-_POLL_S = 0.2
+_POLL_S = 0.5
+MOST_STARTS = 5  # of a pusher that something kills while it pushes
 
 
 class Finished(Contract):
@@ -28,59 +30,90 @@ class Finished(Contract):
 
 
 class Turns:
-    """First the trainer's, then the pusher's."""
+    """First the trainer's, then the pusher's, then the trainer's again."""
 
     def __init__(self, directory: Path = pod.RUN_DIR) -> None:
         self._directory = directory
-        self._lock = directory / pod.LOCK
-        self._started = directory / pod.STARTED
+        self._lock = directory / pod.PUSHER_LOCK
+        self._starts = directory / pod.PUSH_STARTS
         self._trained = directory / pod.TRAINED
-        self._given_up = directory / pod.GIVEN_UP
+        self._pushed = directory / pod.PUSHED
 
     @property
     def is_shared(self) -> bool:
         """Whether there is a volume to meet in: where the trainer pushes by itself there is none."""
         return self._directory.is_dir()
 
-    @contextmanager
-    def trainers(self) -> Iterator[None]:
-        """Holds the lock. Raises InterruptedRunError when the pusher has given up: nobody would push."""
-        with self._lock.open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            self._started.touch()
-            # After `started`, as the pusher looks for that after giving up: at least one of them sees the other.
-            if self._given_up.exists():
-                raise InterruptedRunError(
-                    "the pusher waited for this container and has ended",
-                    hint="a new pod begins anew; why did this one take so long to start?",
-                )
-            yield
+    # the trainer's
 
     def finish(self, finished: Finished) -> None:
-        """Say that the adapter is there. Only the trainer may, before its turn ends."""
+        """Say that the adapter is there."""
         finished.save(self._trained)
 
-    @contextmanager
-    def pushers(self, within_s: float) -> Iterator[Finished | None]:
-        """What the trainer has finished, once it has ended; None when that is nothing, or it never began."""
-        if not self._has_started(within_s):
-            yield None
-            return
-        with self._lock.open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # a signal's handler that raises ends the waiting
-            yield self._finished()
-
-    def _has_started(self, within_s: float) -> bool:
-        deadline = time.monotonic() + within_s
-        while not self._started.exists():
-            if time.monotonic() >= deadline:
-                self._given_up.touch()
-                return self._started.exists()
+    def wait_for_push(self, away_s: float = pod.PUSHER_AWAY_S) -> StageResult:
+        """How the push ended. Raises NotPushedError when for `away_s` in a row nobody is there who would push."""
+        seen = time.monotonic()
+        while (result := _load(StageResult, self._pushed)) is None:
+            if self._has_pusher():
+                seen = time.monotonic()
+            elif time.monotonic() - seen > away_s:
+                raise NotPushedError(
+                    f"trained, but not pushed: the container {pod.PUSHER!r} has ended and is not started again"
+                )
             time.sleep(_POLL_S)
-        return True
+        return result
 
-    def _finished(self) -> Finished | None:
-        try:
-            return Finished.load(self._trained)
-        except (InputMissingError, ConfigError):
-            return None
+    def _has_pusher(self) -> bool:
+        """Whether one lives: it holds the lock, which the kernel frees however it dies."""
+        with self._lock.open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    # the pusher's
+
+    def be_the_pusher(self) -> None:
+        """Let the trainer know, for as long as this process lives, that there is a pusher."""
+        fcntl.flock(os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o660), fcntl.LOCK_EX)  # and never closed
+
+    def wait_for_adapter(self) -> Finished:
+        """What the trainer has finished, once it has. A signal's handler that raises ends the waiting."""
+        while (finished := _load(Finished, self._trained)) is None:
+            time.sleep(_POLL_S)
+        return finished
+
+    def seconds_since_adapter(self) -> float:
+        """For how long the adapter has waited, over all starts of the pusher."""
+        return max(0.0, time.time() - self._trained.stat().st_mtime)
+
+    def begin_push(self) -> None:
+        """Raises NotPushedError when so many pushes have been begun that something must be wrong with them."""
+        with self._starts.open("a+") as starts:
+            starts.seek(0)
+            if len(starts.read()) >= MOST_STARTS:
+                raise NotPushedError(
+                    f"trained, but not pushed: {MOST_STARTS} pushes were begun, and each was killed",
+                    hint="out of memory? --patch gives the container pusher more",
+                )
+            starts.write(".")
+
+    def pushed(self) -> StageResult | None:
+        """How the push ended of which an earlier start of this container has told; None when it is still to be done."""
+        return _load(StageResult, self._pushed)
+
+    def tell(self, result: StageResult) -> None:
+        """Say how the push ended: the trainer takes it from here."""
+        result.save(self._pushed)
+
+
+ContractT = TypeVar("ContractT", bound=Contract)
+
+
+def _load(kind: type[ContractT], path: Path) -> ContractT | None:
+    """None while it is not there, or not whole."""
+    try:
+        return kind.load(path)
+    except (InputMissingError, ConfigError):
+        return None
