@@ -406,6 +406,46 @@ def test_what_the_runs_length_does_not_decide_is_a_gate(build: Build) -> None:
     assert build(require=("steps >= 100",), smoke=True).spec.require == ("steps >= 100",)
 
 
+def test_a_misspelt_annotation_of_ours_is_refused(build: Build) -> None:
+    with pytest.raises(ConfigError, match=r"metadata\.annotations\[tuner/requre\]: unknown annotation") as caught:
+        build(annotations={"tuner/requre": "eval_loss < 3", "other.io/x": "y"})
+    assert caught.value.hint == 'did you mean "tuner/require"?'
+    known = {"tuner/require": "eval_loss < 3", "tuner/retry": "2", "tuner/job-patch": "a/b"}
+    assert build(annotations=known).spec.require == ("eval_loss < 3",)
+
+
+@pytest.mark.parametrize("smoke", [False, True])
+def test_an_image_without_a_registry_is_refused_as_docker_hubs_own(build: Build, smoke: bool) -> None:
+    with pytest.raises(
+        ConfigError, match=r"'support-answers:1' names no registry, which means docker\.io/library"
+    ) as it:
+        build(tuning={"output": {"image": "support-answers:1"}}, smoke=smoke)
+    assert it.value.hint == "write yours in front: myregistry.azurecr.io/support-answers:1"
+    build(tuning={"output": {"image": "me/support-answers:1"}}, smoke=smoke)  # an account of Docker Hub
+
+
+def test_an_image_without_a_tag_is_said_to_be_latest(build: Build) -> None:
+    said = "tuning.output.image localhost:5000/x: has no tag, so it is pushed as latest"
+    assert said in build(tuning={"output": {"image": "localhost:5000/x"}}).notes
+    assert not any("latest" in note for note in build(tuning={"output": {"image": "localhost:5000/x:1"}}).notes)
+
+
+@pytest.mark.parametrize(
+    ("written", "hint"),
+    [
+        ("www.contoso.com/train.parquet", "for a URL write https://www.contoso.com/train.parquet"),
+        ("www.contoso.com/a?sig=hunter2", "for a URL write https://www.contoso.com/a"),
+        ("tatsu-lab/alpaca", "for a data set of the Hugging Face Hub write hf://datasets/tatsu-lab/alpaca"),
+        ("data/train.parquet", "a path begins where the command is run"),
+    ],
+)
+def test_a_path_that_is_not_there_is_told_what_else_it_may_mean(build: Build, written: str, hint: str) -> None:
+    with pytest.raises(InputMissingError, match="there is no such file") as caught:
+        build(tuning={"input": {"urls": [written]}})
+    assert caught.value.hint == hint
+    assert "hunter2" not in str(caught.value)
+
+
 def test_a_gate_on_held_out_rows_needs_some(build: Build) -> None:
     none_held_out = {"overrides": ("DatasetConfig.train_test_split=1",)}
     with pytest.raises(ConfigError, match=r"--require: 'eval_loss < base' needs held-out rows"):

@@ -476,9 +476,18 @@ def test_an_unknown_key_is_refused_with_what_was_meant(path: str, key: str, hint
         ("tuning.output", IMAGE, "output: {image: REFERENCE, imagePushSecret: NAME} or {volumeSource: VOLUME}"),
         ("resource", "Standard_NC6s_v3", "resource: {instanceType: TYPE}"),
         ("tuning.preset", 4, None),
+        ("tuning.method", "full", "qlora: 4-bit base model, lora: 16 bit; a model is not trained whole here"),
+        (
+            "tuning.config",
+            {"LoraConfig": {"r": 8}},
+            "write a ConfigMap's name; the settings stand in it, under the key training_config.yaml",
+        ),
+        ("tuning.input.urls", [{"url": URL}], "write the address alone"),
+        ("tuning.output.imagePushSecret", ["a"], "write one alone, without [ ] or -"),
+        ("resource.labelSelector", {"app": "x"}, "labels stand below matchLabels: {KEY: VALUE}"),
     ],
 )
-def test_a_text_where_a_mapping_belongs_is_told_which(path: str, value: Any, hint: str | None) -> None:
+def test_a_value_of_the_wrong_kind_is_told_the_right_one(path: str, value: Any, hint: str | None) -> None:
     assert the_problem(changed(path, value)).hint == hint
 
 

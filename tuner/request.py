@@ -18,7 +18,7 @@ from tuner.content import hash_file, model_digest
 from tuner.errors import ConfigError, DataError, InputMissingError, Problem, TunerError, did_you_mean
 from tuner.gates import Gate, parse_gates, split_gates
 from tuner.levers import parse_disabled
-from tuner.presets import Preset, find_preset, preset_from_directory
+from tuner.presets import HUB_ID, Preset, find_preset, preset_from_directory
 from tuner.reference import LayoutReference, names_registry, parse_destination, parse_reference
 from tuner.runspec import (
     BaseModelSource,
@@ -63,6 +63,9 @@ T = TypeVar("T")
 SOURCES_ANNOTATION = "tuner/sources-secret"  # names a Secret with the key sources.json
 REQUIRE_ANNOTATION = "tuner/require"  # gates, as --require has them
 DISABLE_ANNOTATION = "tuner/disable"  # levers that are turned off
+JOB_PATCH_ANNOTATION = "tuner/job-patch"  # <ConfigMap>/<key>
+RETRY_ANNOTATION = "tuner/retry"  # says nothing: with another value of it the same is run once more
+_ANNOTATIONS = (SOURCES_ANNOTATION, REQUIRE_ANNOTATION, DISABLE_ANNOTATION, JOB_PATCH_ANNOTATION, RETRY_ANNOTATION)
 SMOKE_STEPS = 4
 SMOKE_OVERRIDES = (f"TrainingArguments.max_steps={SMOKE_STEPS}", "DatasetConfig.over_length=truncate")
 HF_TOKEN = "HF_TOKEN"  # the name of the variable, and KAITO's key in the Secret
@@ -141,6 +144,7 @@ def build_run(file: WorkspaceFile, request: Request, work_dir: Path, env: Mappin
     errors: list[TunerError] = []
     if request.in_pod:
         _attempt(errors, _check_pod, file, request)
+    _attempt(errors, _check_annotations, file)
     preset = _attempt(errors, _preset, tuning, request)
     config = _attempt(errors, _config_source, file, tuning, request)
     training = _attempt(errors, _training, tuning, preset or _ANY_PRESET, config, request, work_dir)
@@ -227,6 +231,21 @@ def _attempt(errors: list[TunerError], step: Callable[P, T], *args: P.args, **kw
     except TunerError as error:
         errors.append(error)
         return None
+
+
+def _check_annotations(file: WorkspaceFile) -> None:
+    """A misspelt gate would let every adapter pass."""
+    problems = [
+        Problem(
+            "unknown annotation",
+            path=f"metadata.annotations[{name}]",
+            hint=did_you_mean(name, _ANNOTATIONS) or f"known here: {', '.join(_ANNOTATIONS)}",
+        )
+        for name in file.workspace.metadata.annotations
+        if name.startswith("tuner/") and name not in _ANNOTATIONS
+    ]
+    if problems:
+        raise ConfigError.of(problems)
 
 
 # ── preset and config ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -431,12 +450,11 @@ def _local_source(index: int, url: str) -> FileSource | VolumeSource:
     if path.is_dir():
         return VolumeSource(path=str(path))
     if not path.is_file():
-        where = "" if str(path) == url else f" at {path}"
-        hint = (
-            did_you_mean(path.name, [each.name for each in path.parent.glob("*")])
-            or "a path begins where the command is run"
-        )
-        raise InputMissingError(f"{redacted(url)}: there is no such file{where}", hint=hint)
+        shown = redacted(url)
+        where = "" if str(path) == url or shown != url else f" at {path}"  # which has the query of a URL, too
+        near = did_you_mean(path.name, [each.name for each in path.parent.glob("*")])
+        hint = _meant_elsewhere(shown) or near or "a path begins where the command is run"
+        raise InputMissingError(f"{shown}: there is no such file{where}", hint=hint)
     try:
         sha256 = hash_file(path)
     except OSError as error:
@@ -444,6 +462,16 @@ def _local_source(index: int, url: str) -> FileSource | VolumeSource:
     if pinned and pinned != sha256:
         raise DataError(f"{path}: its sha256 is {sha256}, not {pinned} as pinned")
     return FileSource(name=source_name(index, f"file://{path}"), path=str(path), sha256=sha256)
+
+
+def _meant_elsewhere(text: str) -> str | None:
+    """For what is no path here and looks like an address without its scheme or like a data set of the Hub."""
+    host, slash, rest = text.partition("/")
+    if slash and rest and re.fullmatch(r"([a-z0-9-]+\.)+[a-z]{2,}", host, re.IGNORECASE):
+        return f"for a URL write https://{text}"
+    if HUB_ID.fullmatch(text) and "." not in text and not Path(text).parent.is_dir():
+        return f"for a data set of the Hugging Face Hub write hf://datasets/{text}"
+    return None
 
 
 def _host_path(volume: Mapping[str, Any], field_path: str, hint: str) -> str:
@@ -517,9 +545,12 @@ def _destination(
             )
         return destination
     if request.smoke:
+        if isinstance(tuning.output, ImageOutput):
+            _check_names_registry(tuning.output.image)
         return LayoutDestination(path=str(images / "image"), tag="smoke")
     match tuning.output:
         case ImageOutput(image=image):
+            _check_names_registry(image)
             return ImageDestination(reference=str(parse_reference(image)), overwrite=request.overwrite)
         case VolumeOutput() if results:
             return DirectoryDestination(path=str(results))
@@ -528,6 +559,16 @@ def _destination(
             return DirectoryDestination(path=_host_path(volume, "tuning.output", hint))
         case None:
             raise ConfigError("tuning.output: is missing", hint="say where the adapter goes: --output DIR or IMAGE")
+
+
+def _check_names_registry(image: str) -> None:
+    """`adapter:1` means Docker Hub's own images, as for docker pull: nobody means to push there."""
+    reference = parse_reference(image)
+    if reference.registry == "docker.io" and reference.repository.startswith("library/"):
+        raise ConfigError(
+            f"tuning.output.image: {image!r} names no registry, which means {reference}, where only Docker may push",
+            hint=f"write yours in front: myregistry.azurecr.io/{image}",
+        )
 
 
 def parse_output(text: str, *, overwrite: bool = True) -> Destination:
@@ -910,12 +951,18 @@ def _label_problems(file: WorkspaceFile) -> Iterator[Problem]:
 # ── what is worth a line ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def _has_tag(image: str) -> bool:
+    return ":" in image.rpartition("/")[2]
+
+
 def _notes(tuning: Tuning, training: TrainingConfig, request: Request, work_dir: Path) -> Iterator[str]:
     if request.smoke and request.output:
         yield f"--smoke with --output: an adapter of a tiny random model goes to {request.output}"
     if training.is_written("TrainingArguments", "output_dir") and not request.in_pod:
         directory = training.value("TrainingArguments", "output_dir")
         yield f"TrainingArguments.output_dir {directory}: on this machine checkpoints and adapter are in {work_dir}"
+    if isinstance(tuning.output, ImageOutput) and not request.output and not _has_tag(tuning.output.image):
+        yield f"tuning.output.image {tuning.output.image}: has no tag, so it is pushed as latest"
     name = tuning.preset.name
     if request.in_pod:
         return

@@ -888,13 +888,21 @@ def _faults_of(detail: ErrorDetails, model: type[_FromYaml]) -> Iterator[_Fault]
             choices = re.findall(r"'([^']*)'", context["expected"])
             hint = did_you_mean(value, choices) if isinstance(value, str) else None
             shown = repr(value) if isinstance(value, str) else _what_is(value)
+            if location == ("tuning", "method") and model is Workspace:
+                hint = hint or "qlora: 4-bit base model, lora: 16 bit; a model is not trained whole here"
             yield _Fault(location, NOT_A_CHOICE.format(" or ".join(choices), shown), hint)
         case "string_type":
             hint = None
             if isinstance(value, bool | int | float):
                 hint = "put it in quotes"
+            elif location == ("tuning", "config") and model is Workspace:
+                hint = f"write a ConfigMap's name; the settings stand in it, under the key {TRAINING_CONFIG_KEY}"
             elif isinstance(value, dict) and "name" in value:
                 hint = "write the name alone, without name:"
+            elif isinstance(value, dict) and location[:3] == ("tuning", "input", "urls"):
+                hint = "write the address alone"
+            elif isinstance(value, list):
+                hint = "write one alone, without [ ] or -"
             elif isinstance(value, dict) and location[:1] == ("data",):
                 hint = "write a | after the key: a ConfigMap holds text"
             yield _Fault(location, f"must be text, not {_what_is(value)}", hint)
@@ -929,6 +937,8 @@ def _unknown_key(location: Location, model: type[_FromYaml]) -> _Fault:
         at = Metadata if parent == ("metadata",) else at
         known = {field.alias or "" for field in at.model_fields.values()} if at else set()
     near = did_you_mean(name, known)
+    if model is Workspace and parent == ("resource", "labelSelector") and not near:
+        near = "labels stand below matchLabels: {KEY: VALUE}"
     hint = _MISPLACED.get(name, near) if model is Workspace else near
     return _Fault(location, "unknown key", hint or (f"known here: {_listed(known)}" if known else None))
 
@@ -1158,6 +1168,8 @@ def _syntax_problem(error: yaml.YAMLError, text: str, file: str) -> Problem:
         hint = "there is a tab; YAML is indented with spaces"
     elif "{{" in here or "{%" in here:
         hint = "this looks like a template; render it first (helm template, …)"
+    else:
+        hint = "look at indentation, brackets and quotes in this line and the one before"
     return Problem(f"not YAML: {error.problem or error.context or 'syntax error'}", file=file, line=line, hint=hint)
 
 

@@ -16,14 +16,14 @@ from typing import Any
 from tuner import __version__, pod
 from tuner.cluster import templates
 from tuner.cluster.checks import job_problems, restricted_problems
-from tuner.cluster.patch import JOB_PATCH_ANNOTATION, apply_patches, parse_patches
+from tuner.cluster.patch import apply_patches, parse_patches
 from tuner.cluster.sizes import UNKNOWN_WEIGHTS_GIB, Sizes, read_sizes
 from tuner.cluster.templates import EXAMPLE_NAME, Manifest
 from tuner.errors import ConfigError, InputMissingError, Problem
 from tuner.instance_types import GIB, Machine, find_instance_type
 from tuner.plan import make_plan
 from tuner.reference import parse_reference
-from tuner.request import HF_TOKEN, SOURCES_ANNOTATION, Run
+from tuner.request import HF_TOKEN, JOB_PATCH_ANNOTATION, SOURCES_ANNOTATION, Run
 from tuner.runspec import (
     DirectoryDestination,
     HubModel,

@@ -18,7 +18,6 @@ from tuner.cluster.checks import shape_problems
 from tuner.cluster.templates import Manifest
 from tuner.errors import ConfigError, InputMissingError, Problem, did_you_mean
 
-JOB_PATCH_ANNOTATION = "tuner/job-patch"  # <ConfigMap>/<key>
 TRAINER = "trainer"  # in a patch: the container named as the Workspace, whose name a patch for many cannot know
 
 # The patchMergeKeys of a Job in Kubernetes' API; a list that is not here is replaced whole.

@@ -22,6 +22,7 @@ from typing import Any, Literal, Protocol
 from tuner.cluster.observe import ROUTINE, Object, ProgressLine, view_job
 from tuner.cluster.workspace_status import Standing, build_status, recorded_revision, settled, status_differs
 from tuner.errors import ConfigError, TunerError
+from tuner.request import RETRY_ANNOTATION
 from tuner.workspace import TRAINING_CONFIG_KEY
 
 REVISION_ANNOTATION = "workspace.kaito.io/revision"
@@ -30,7 +31,6 @@ NAME_LABEL = "workspace.kaito.io/name"
 WORKSPACE_LABEL = "kaito.sh/workspace"
 RUN_DIGEST_ANNOTATION = "tuner/run-digest"
 OWN_ANNOTATIONS = "tuner/"  # gates, levers, a Secret: they say what a run is, as the sections do
-RETRY_ANNOTATION = "tuner/retry"  # says nothing: with another value of it the same is run once more
 REPORTER = "tuner"
 REVISIONS_KEPT = 10
 
