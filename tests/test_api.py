@@ -78,6 +78,16 @@ def test_no_cluster_at_all_is_said(tmp_path: Path) -> None:
         Api.from_config(env={"KUBECONFIG": "/nowhere"})
 
 
+@pytest.mark.parametrize("content", [b"prompt,completion\na,b\n", b"\xff\xfe", b"- a", b"current-context: [x]"])
+def test_what_is_no_kubeconfig_is_said_without_a_word_of_python(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config").write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        Api.from_config(env={"KUBECONFIG": str(tmp_path / "config")})
+    assert "Error" not in str(caught.value)
+    with pytest.raises(ConfigError, match="Is a directory"):
+        Api.from_config(env={"KUBECONFIG": str(tmp_path)})
+
+
 @pytest.mark.parametrize("text", ["", "{", "clusters: []", "a: b", "current-context: x\ncontexts: []\nclusters: []\n"])
 def test_a_bad_kubeconfig_is_a_config_error_that_names_it(tmp_path: Path, text: str) -> None:
     path = tmp_path / "config"

@@ -175,6 +175,8 @@ def write_workspace(
         ("push nodir oci:x:y --digest-file nodir/d", 78, "--digest-file nodir/d: cannot be written"),
         ("pull oci:nodir:x out", 66, "not an OCI image layout"),
         ("pull UPPER/x:1 out", 78, "lower case"),
+        ("pull adapter out", 78, "names no registry, which means docker.io/library/adapter:latest"),
+        ("verify adapter:1", 78, "myregistry.azurecr.io/adapter:1; a layout on disk is oci:DIR:TAG"),
         ("stage nope --spec x", 64, "'nope' is no stage"),
         ("stage fetch --spec nope.json", 66, "nope.json: not there"),
     ],

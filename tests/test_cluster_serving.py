@@ -157,9 +157,10 @@ def test_a_tag_may_move_and_that_is_said() -> None:
     [
         ("kaito", {"strength": 1.5}, "--strength: must be 0 to 1, not 1.5"),
         ("vllm", {"strength": 0.5}, "--strength: is KAITO's"),
+        ("kaito", {"adapter": "mine"}, "--adapter: 'mine' names no registry"),
     ],
 )
-def test_a_strength_that_means_nothing_is_refused(server: Server, options: dict[str, Any], sentence: str) -> None:
+def test_an_option_that_means_nothing_is_refused(server: Server, options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         serve(server, **options)
 

@@ -804,7 +804,7 @@ def test_the_installed_deployment_gives_flags_that_there_are(capsys: pytest.Capt
     deployment = yaml.safe_load((INSTALL / "deployment.yaml").read_text())
     command, *flags = deployment["spec"]["template"]["spec"]["containers"][0]["args"]
     assert main([command, *flags, "--namespace=team", "--allow-cidr=10.0.0.0/8", "--check-job=perhaps"]) == 64
-    assert "--check-job perhaps: there is auto, always and never" in capsys.readouterr().err
+    assert "--check-job perhaps: must be auto, always or never" in capsys.readouterr().err
 
 
 def test_the_controller_needs_no_data_or_training_library() -> None:

@@ -67,6 +67,7 @@ def test_stages_notes_and_warnings_are_a_line_each() -> None:
         ("https://user:pass@h/a#token", "https://h/a"),
         ("HTTP://h/a?b 'https://h/c?d'", "HTTP://h/a?… 'https://h/c?…'"),
         ("https:/h/a?sig=x", "https://h/a?…"),
+        ("write an https:// URL", "write an https:// URL"),
         ("is it right? see https://h/a", "is it right? see https://h/a"),
         ("oci:/a/b:1", "oci:/a/b:1"),
     ],

@@ -546,11 +546,11 @@ def _destination(
         return destination
     if request.smoke:
         if isinstance(tuning.output, ImageOutput):
-            _check_names_registry(tuning.output.image)
+            check_names_registry(tuning.output.image, "tuning.output.image")
         return LayoutDestination(path=str(images / "image"), tag="smoke")
     match tuning.output:
         case ImageOutput(image=image):
-            _check_names_registry(image)
+            check_names_registry(image, "tuning.output.image")
             return ImageDestination(reference=str(parse_reference(image)), overwrite=request.overwrite)
         case VolumeOutput() if results:
             return DirectoryDestination(path=str(results))
@@ -561,13 +561,15 @@ def _destination(
             raise ConfigError("tuning.output: is missing", hint="say where the adapter goes: --output DIR or IMAGE")
 
 
-def _check_names_registry(image: str) -> None:
-    """`adapter:1` means Docker Hub's own images, as for docker pull: nobody means to push there."""
-    reference = parse_reference(image)
+def check_names_registry(image: str, field_path: str) -> None:
+    """`adapter:1` means Docker Hub's own images, as for docker pull: no adapter is among them."""
+    reference = parse_destination(image)
+    if isinstance(reference, LayoutReference):
+        return
     if reference.registry == "docker.io" and reference.repository.startswith("library/"):
         raise ConfigError(
-            f"tuning.output.image: {image!r} names no registry, which means {reference}, where only Docker may push",
-            hint=f"write yours in front: myregistry.azurecr.io/{image}",
+            f"{field_path}: {image!r} names no registry, which means {reference}, one of Docker Hub's own images",
+            hint=f"write yours in front: myregistry.azurecr.io/{image}; a layout on disk is oci:DIR:TAG",
         )
 
 

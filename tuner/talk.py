@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 _FIRST_INTERVAL_S, _LAST_INTERVAL_S = 5.0, 60.0  # between JSON lines: seldomer the longer a task takes
 _IDLE_AFTER_S = 1.0  # a stage without a bar shows its time, once it takes any
-_URL = re.compile(r"(https?):/{1,2}([^\s'\"<>`)\]]+)", re.IGNORECASE)  # one slash: a URL that somebody took for a path
+_URL = re.compile(
+    r"(https?):/{1,2}(?!/)([^\s'\"<>`)\]]+)", re.IGNORECASE
+)  # one slash: a URL that somebody took for a path
 
 
 def without_queries(text: str) -> str:

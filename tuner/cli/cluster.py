@@ -150,7 +150,7 @@ def _serve(server: str, typed: Mapping[str, Any]) -> None:
 
     known = next((known for known in SERVERS if known == server), None)
     if known is None:
-        raise UsageError(f"--serving {server}: there is {' and '.join(SERVERS)}")
+        raise UsageError(f"--serving {server}: must be {' or '.join(SERVERS)}")
     file, run, options = read_cluster_run(typed, needs_image=known == "vllm")
     serving = render_serving(
         known, file, run, options, ServingOptions(typed["adapter"], typed["strength"], typed["vllm_image"])

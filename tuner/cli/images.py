@@ -101,9 +101,10 @@ def verify(
     from tuner.reference import LayoutReference, parse_destination
     from tuner.registry import client_for
     from tuner.registry.verify import verify_image
-    from tuner.request import docker_configs_for
+    from tuner.request import check_names_registry, docker_configs_for
 
     reference = parse_destination(image)
+    check_names_registry(image, "IMAGE")
     if load:
         load = load.expanduser()
         check_model_directory(load, f"--load {load}", trust_remote_code=False)
@@ -144,9 +145,10 @@ def pull(
     from tuner.reference import LayoutReference, parse_destination
     from tuner.registry import client_for
     from tuner.registry.pull import pull_image
-    from tuner.request import docker_configs_for
+    from tuner.request import check_names_registry, docker_configs_for
 
     reference = parse_destination(image)
+    check_names_registry(image, "IMAGE")
     with open_talk() as talk:
         if isinstance(reference, LayoutReference):
             pulled = pull_image(reference, directory, reporter=talk)

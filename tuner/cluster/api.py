@@ -722,6 +722,8 @@ def _from_kubeconfig(paths: list[Path], context: str | None) -> Found:
         )
     except ConfigError:
         raise
+    except (TypeError, AttributeError, LookupError, UnicodeDecodeError) as error:  # the client trusts in its form
+        raise error_of_config(ValueError("no kubeconfig, or one of another form"), files) from error
     except Exception as error:  # ConfigException, YAML errors, missing files and keys: all mean a bad kubeconfig
         raise error_of_config(error, files) from error
     active = next((entry for entry in contexts if entry["name"] == context), None) if context else current

@@ -323,5 +323,9 @@ def _chain(error: BaseException | None) -> "list[BaseException]":
 
 def error_of_config(error: Exception, source: str) -> ConfigError:
     """For what the client raises about a kubeconfig: never its content."""
-    said = _one_line(str(error)) if type(error).__name__ == "ConfigException" else f"{type(error).__name__}: {error}"
+    said = f"{type(error).__name__}: {error}"
+    if type(error).__name__ in ("ConfigException", "ValueError"):
+        said = str(error)
+    elif isinstance(error, OSError) and error.strerror:
+        said = error.strerror
     return ConfigError(f"{source}: {_one_line(said)}", hint="kubectl config view shows what is in a kubeconfig")

@@ -15,7 +15,7 @@ from tuner.cluster.sizes import read_sizes
 from tuner.cluster.templates import Manifest
 from tuner.errors import ConfigError, Problem
 from tuner.reference import parse_reference
-from tuner.request import HF_TOKEN, Run
+from tuner.request import HF_TOKEN, Run, check_names_registry
 from tuner.runspec import HubModel, ImageModel, RunSpec
 from tuner.workspace import ImageOutput, Tuning, VolumeOutput, WorkspaceFile, require_tuning
 
@@ -86,6 +86,11 @@ class _Ask:
 
 
 def _problems(server: Server, tuning: Tuning, spec: RunSpec, options: ServingOptions) -> Iterator[Problem]:
+    if options.adapter:
+        try:
+            check_names_registry(options.adapter, "--adapter")
+        except ConfigError as error:
+            yield Problem(error.message, hint=error.hint)
     if options.strength is not None and server != "kaito":
         yield Problem("is KAITO's: vLLM adds an adapter as it is", path="--strength")
     elif options.strength is not None and not 0 <= options.strength <= 1:
