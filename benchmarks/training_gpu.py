@@ -388,7 +388,7 @@ def variants(capped: bool) -> list[Variant]:
         found.append(Variant("Unsloth", unsloth, alone=True))
     if capped:
         return found
-    found.append(Variant("Tuner, 16,384 tokens at once", partial(tuner.changed, tokens=16_384)))
+    found.append(Variant("Tuner, 104 documents a step: 16,000 tokens at once", partial(tuner.changed, per_step=104)))
     for lever in (RESIDENT_WEIGHTS, LIGER, FUSED_PROJECTIONS, FUSED_LORA, VARLEN_ATTENTION, LEARNT_HEAD, PACKING):
         found.append(Variant(f"Tuner less {lever}", partial(tuner.changed, without=lever)))
     found.append(Variant("Tuner, activations recomputed", partial(tuner.changed, recomputes=True)))
@@ -489,6 +489,7 @@ def _throughput_table(measured: dict[str, Measured], documents: Documents, floor
 
 def end_to_end(bed: Bed) -> list[str]:
     """Start of a process to pushed image, with weights cold and warm, beside KAITO's chain of the same documents."""
+    import tuner.registry.push  # noqa: F401  what is missing here is to be said before anything is trained
     from tests.fake_registry import fake_registry
 
     make_model(bed)
@@ -497,14 +498,15 @@ def end_to_end(bed: Bed) -> list[str]:
     lines = [
         f"{documents} documents, {DOCUMENTS_PER_STEP} a step; from the start of the process, seconds.",
         "",
-        "| | start to first step | in parts | to the end of training | pushed | all |",
-        "|---|---|---|---|---|---|",
+        "| | first step done after | its parts | trained after | then packaged and pushed in |",
+        "|---|---|---|---|---|",
     ]
     with fake_registry() as registry:
         for name in ("cold", "warm"):
             if name == "cold":
                 _forget_pages(bed.model_dir)
             lines.append(_tuner_run(bed, data, registry.host, name))
+            print(lines[-1], file=sys.stderr, flush=True)
         lines.append(_kaito_chain(bed, data, documents, registry.host))
     return lines
 
@@ -543,7 +545,7 @@ def _tuner_run(bed: Bed, data: Path, host: str, name: str) -> str:
     ]
     command = [sys.executable, "-m", "tuner", "run", "--model", PRESET, "--base-model", str(bed.model_dir)]
     command += ["--data", str(data), "--output", f"{host}/bench/tuner:{name}", "--plain-http", "--work-dir", str(work)]
-    began = time.monotonic()
+    began = time.time()
     done = subprocess.run(
         [*command, *(part for one in settings for part in ("--set", one))],
         capture_output=True,
@@ -551,17 +553,17 @@ def _tuner_run(bed: Bed, data: Path, host: str, name: str) -> str:
         check=False,
         timeout=PART_S,
     )
-    took = time.monotonic() - began
+    ended = time.time()
     if done.returncode:
         return (
-            f"| Tuner, weights {name} | failed with {done.returncode}: {' '.join(done.stderr.split())[-300:]} | | | | |"
+            f"| Tuner, weights {name} | failed with {done.returncode}: {' '.join(done.stderr.split())[-300:]} | | | |"
         )
-    trained = json.loads((work / "trained.json").read_text())
-    startup = trained.get("startup", {})
+    startup = json.loads((work / "trained.json").read_text()).get("startup", {})
     parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in startup.items() if part != "total")
+    trained = (work / "trained.json").stat().st_mtime
     return (
-        f"| Tuner, weights {name} | {startup.get('total', float('nan')):.1f} | {parts} "
-        f"| {trained['train_seconds']:.1f} in the stage | | {took:.1f} |"
+        f"| Tuner, weights {name} | {startup.get('total', float('nan')):.1f} | {parts} | {trained - began:.1f} "
+        f"| {ended - trained:.1f} |"
     )
 
 
@@ -570,7 +572,7 @@ def _kaito_chain(bed: Bed, data: Path, documents: int, host: str) -> str:
     out = bed.work / "kaito-adapter"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    began = time.monotonic()
+    began = time.time()
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
     command += ["--mixed_precision=no", "--dynamo_backend=no", *(["--cpu"] if bed.tiny else [])]
     command += [__file__, "kaito-script", "--work", str(bed.work), "--data", str(data), "--documents", str(documents)]
@@ -582,18 +584,11 @@ def _kaito_chain(bed: Bed, data: Path, documents: int, host: str) -> str:
         timeout=PART_S,
     )
     if done.returncode:
-        return f"| KAITO's chain | failed with {done.returncode}: {' '.join(done.stderr.split())[-300:]} | | | | |"
-    trained = time.monotonic() - began
-    first_step = (
-        json.loads((out / "times.json").read_text())["first_step"]
-        - json.loads((out / "times.json").read_text())["started"]
-    )
+        return f"| KAITO's chain | failed with {done.returncode}: {' '.join(done.stderr.split())[-300:]} | | | |"
+    trained = time.time()
+    first_step = json.loads((out / "times.json").read_text())["first_step"]
     _pusher(out, bed.work / "kaito-image", host)
-    took = time.monotonic() - began
-    return (
-        f"| KAITO's chain, weights warm | {first_step:.1f} after the launcher | | {trained:.1f} | {took - trained:.1f} "
-        f"| {took:.1f} |"
-    )
+    return f"| KAITO's chain, weights warm | {first_step - began:.1f} | | {trained - began:.1f} | {time.time() - trained:.1f} |"
 
 
 def _pusher(adapter: Path, image: Path, host: str) -> None:
@@ -618,7 +613,6 @@ def _pusher(adapter: Path, image: Path, host: str) -> None:
 
 def kaito_script(bed: Bed, data: Path, documents: int, out: Path) -> None:
     """The process that KAITO's container is: load, map the rows, train one document a step, save."""
-    started = time.time()
     from datasets import load_dataset
     from peft import get_peft_model, prepare_model_for_kbit_training
     from training_peers import EmptyCache, sft_config
@@ -646,7 +640,7 @@ def kaito_script(bed: Bed, data: Path, documents: int, out: Path) -> None:
     )
     trainer.train()
     model.save_pretrained(out)
-    (out / "times.json").write_text(json.dumps({"started": started, "first_step": first[0]}))
+    (out / "times.json").write_text(json.dumps({"first_step": first[0]}))
 
 
 # ── the command ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -349,7 +349,9 @@ def unsloth(bed: Bed, documents: Documents) -> Measured:
     return watch(trainer, bed, padded_work)
 
 
-def packed_trainer(bed: Bed, documents: Documents, disabled: tuple[str, ...] = ()) -> tuple[PackedTrainer, Exact]:
+def packed_trainer(
+    bed: Bed, documents: Documents, disabled: tuple[str, ...] = (), per_step: int = DOCUMENTS_PER_STEP
+) -> tuple[PackedTrainer, Exact]:
     """Tuner's trainer as pipeline/train.py makes it, and what of it is exact; no lever is taken yet."""
     base = four_bit_model(bed, DOCUMENT_ATTENTION)
     base.requires_grad_(False)
@@ -367,7 +369,7 @@ def packed_trainer(bed: Bed, documents: Documents, disabled: tuple[str, ...] = (
         model=model,
         args=sft_config(
             bed,
-            per_device_train_batch_size=DOCUMENTS_PER_STEP,
+            per_device_train_batch_size=per_step,
             gradient_checkpointing=False,
             logging_nan_inf_filter=False,
             max_length=None,
@@ -398,17 +400,18 @@ class Tuner:
         *,
         without: str | None = None,
         recomputes: bool | None = None,
-        tokens: int | None = None,
+        per_step: int = DOCUMENTS_PER_STEP,
     ) -> Measured:
-        """`without` a lever, and what stands on it; activations recomputed; so many tokens at once."""
+        """`without` a lever, and what stands on it; activations recomputed; other steps, each in as few pieces as the
+        most tokens allow."""
         gone = {without} | ({FUSED_PROJECTIONS} if without == FUSED_LORA else set())
-        trainer, exact = packed_trainer(bed, documents, tuple(name for name in gone if name))
+        trainer, exact = packed_trainer(bed, documents, tuple(name for name in gone if name), per_step)
         choice = self._chosen(trainer, exact, bed)
         choice = choice.model_copy(
             update={
                 "on": {name: gain for name, gain in choice.on.items() if name not in gone},
                 "recomputes": choice.recomputes if recomputes is None else recomputes,
-                "tokens": tokens or choice.tokens,
+                "tokens": choice.tokens if per_step == DOCUMENTS_PER_STEP else MICRO_BATCH_TOKENS,
             }
         )
         return self._watch(choice, trainer, exact, bed)
