@@ -588,7 +588,8 @@ def _kaito_chain(bed: Bed, data: Path, documents: int, host: str) -> str:
     trained = time.time()
     first_step = json.loads((out / "times.json").read_text())["first_step"]
     _pusher(out, bed.work / "kaito-image", host)
-    return f"| KAITO's chain, weights warm | {first_step - began:.1f} | | {trained - began:.1f} | {time.time() - trained:.1f} |"
+    parts = (first_step - began, trained - began, time.time() - trained)
+    return "| KAITO's chain, weights warm | {:.1f} | | {:.1f} | {:.1f} |".format(*parts)
 
 
 def _pusher(adapter: Path, image: Path, host: str) -> None:
