@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,50 @@ def test_what_is_faster_is_on_and_what_loses_is_off(trainer: Any) -> None:
     assert choice.on[RESIDENT_WEIGHTS] == pytest.approx(1.25)
     assert not choice.recomputes
     assert not is_on(RESIDENT_WEIGHTS, trainer.base_model)  # decided, not yet applied
+
+
+@pytest.mark.usefixtures("_no_kernel")
+@pytest.mark.train
+@pytest.mark.parametrize(("factor", "told"), [(0.5, "on, ×2.00"), (2.0, "off: not faster: 0.50 times")])
+def test_what_does_not_fit_at_once_is_timed_on_fewer_tokens(factor: float, told: str, trainer: Any) -> None:
+    """The estimate asked for more than there is room for, and no lever is taken unmeasured."""
+    bench, device = pretended(trainer, 300_000, {FUSED_LORA: factor})  # 300 tokens of 512
+    assert bench.sample(512) is None
+    choice = chosen(trainer, device, bench)
+    assert choice.told[FUSED_LORA].startswith(told)
+
+
+@pytest.mark.usefixtures("_no_kernel")
+@pytest.mark.train
+@pytest.mark.parametrize(("saves", "told"), [(False, "off: not timed"), (True, "on")])
+def test_where_not_even_the_longest_row_fits_a_lever_is_on_that_makes_it_fit(
+    saves: bool, told: str, trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, device = pretended(trainer, 300_000, {FUSED_LORA: 2.0})
+    sample = bench.sample
+    monkeypatch.setattr(
+        bench, "sample", lambda tokens: sample(tokens) if saves and is_on(FUSED_LORA, trainer.base_model) else None
+    )
+    choice = chosen(trainer, device, bench, disabled=("memory-probe",))
+    assert choice.told[FUSED_LORA].startswith(told)
+
+
+@pytest.mark.usefixtures("_no_kernel")
+@pytest.mark.train
+def test_a_lever_is_timed_beside_what_recomputes_as_it_does(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The estimate recomputes, the probe finds room not to: what was timed before is no longer what there is."""
+    from tuner.pipeline import levers
+
+    bench, device = pretended(trainer, 10**12, {RESIDENT_WEIGHTS: 1.25})
+    sample = bench.sample
+    monkeypatch.setattr(
+        bench,
+        "sample",
+        lambda tokens: replace(made := sample(tokens), seconds=made.seconds * (2 if trainer.recomputes else 1)),
+    )
+    monkeypatch.setattr(levers, "TIMED_TOKENS", 64)
+    choice = chosen(trainer, device, bench, estimated=Pieces(512, recomputes=True))
+    assert choice.off[RESIDENT_WEIGHTS] == "not faster: 0.80 times the speed without"
 
 
 @pytest.mark.usefixtures("_no_kernel")

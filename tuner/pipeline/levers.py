@@ -290,6 +290,11 @@ class Bench:
         self._lengths, self._longest = _longest_first(trainer.train_dataset)
 
     @property
+    def recomputes(self) -> bool:
+        """Whether activations are computed again backward, which takes longer."""
+        return self._trainer.recomputes
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest document."""
         return int(self._lengths[0])
@@ -499,6 +504,8 @@ def choose(
     return Choice(machine=machine, on=trial.on, off=trial.off, tokens=pieces.tokens, recomputes=pieces.recomputes)
 
 
+_TOO_LARGE = "does not fit the memory"
+_NOTHING_FITS = "not timed: without it the longest row does not fit the memory either"
 _NOT_EXACT = {
     PACKING: "the model's layers do not keep documents apart",
     LEARNT_HEAD: "the model changes its logits in its own way",
@@ -520,7 +527,8 @@ class Trial:
         self.off: dict[str, str] = {}
         self._taken: list[Lever] = []
         self._plain: Gradients | None = None
-        self._timed: tuple[int, Sample | None] | None = None  # tokens asked for, and how long the levers on so far take
+        # (tokens asked for, whether activations are recomputed), and how long the levers that are on take
+        self._timed: tuple[tuple[int, bool], Sample | None] | None = None
 
     def note(self, name: str, is_on: bool) -> None:
         """What was proved before there were adapters."""
@@ -540,39 +548,48 @@ class Trial:
             self.off[lever.name] = obstacle
             return
         self._plain = self._plain or self.bench.gradients()
-        timed = min(TIMED_TOKENS, tokens) if self._device.is_cuda else 0
+        timed = self._size_that_fits(min(TIMED_TOKENS, tokens)) if self._device.is_cuda else 0
         before = self._time(timed) if timed else None
         lever.turn_on()
         problem = self._fault(self._plain)
         gain, after = None, None
-        if problem is None and before:
+        if problem is None and timed:
             after = self.bench.sample(timed)
-            if after and before.seconds < CLEARLY_FASTER * after.seconds:  # or the machine was busy for a moment
-                after = min(after, self.bench.sample(timed) or after, key=lambda sample: sample.seconds)
-            gain = before.seconds / after.seconds if after else None
             if after is None:
-                problem = "does not fit the memory"
-            elif before.seconds <= after.seconds:
-                problem = f"not faster: {gain:.2f} times the speed without"
+                problem = _TOO_LARGE if before else _NOTHING_FITS
+            elif before:  # else the longest row fits with it alone, which is worth more than any speed
+                if before.seconds < CLEARLY_FASTER * after.seconds:  # or the machine was busy for a moment
+                    after = min(after, self.bench.sample(timed) or after, key=lambda sample: sample.seconds)
+                gain = before.seconds / after.seconds
+                if gain <= 1:
+                    problem = f"not faster: {gain:.2f} times the speed without"
         if problem:
             lever.turn_off()
             self.off[lever.name] = problem
         else:
             self.on[lever.name] = gain
             self._taken.append(lever)
-            self._timed = (timed, after)
+            self._timed = ((timed, self.bench.recomputes), after)
+
+    def _size_that_fits(self, tokens: int) -> int:
+        """As many tokens or, where the levers that are on have no memory for them, half as many, as often as it takes;
+        the longest row where not even that fits. `tokens` is an estimate, and no lever is taken unmeasured for that."""
+        while self._time(tokens) is None and tokens > self.bench.longest:
+            tokens //= 2
+        return tokens
 
     def _time(self, tokens: int) -> Sample | None:
         """What the levers that are on take: known already if the last one was timed on as many tokens."""
-        if self._timed is None or self._timed[0] != tokens or self._timed[1] is None:
-            self._timed = (tokens, self.bench.sample(tokens))
+        asked = (tokens, self.bench.recomputes)
+        if self._timed is None or self._timed[0] != asked:
+            self._timed = (asked, self.bench.sample(tokens))
         return self._timed[1]
 
     def _fault(self, plain: Gradients) -> str | None:
         try:
             return difference(plain, self.bench.gradients(), self._device.dtype)
         except torch.OutOfMemoryError:
-            return "does not fit the memory"
+            return _TOO_LARGE
         except Exception as error:  # a kernel that does not compile here costs the kernel, not the run
             return f"fails: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
