@@ -1,5 +1,7 @@
 """What serves an adapter: KAITO's inference Workspace, vLLM's Deployment."""
 
+import base64
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ from tuner.cluster.job import JobOptions
 from tuner.cluster.serving import LORA_RANKS, Server, Serving, ServingOptions, render_serving, service_name
 from tuner.cluster.templates import container, containers, has_volume, pod_spec, volume
 from tuner.errors import ConfigError
-from tuner.request import Request, build_run
+from tuner.reference import parse_reference
+from tuner.registry.credentials import parse_credentials
+from tuner.request import Request, build_run, docker_configs_for
 from tuner.workspace import parse_objects
 
 BY_DIGEST = "contoso.azurecr.io/adapters/tickets@sha256:" + "0" * 64
@@ -84,10 +88,19 @@ def test_tuner_unpacks_the_adapter_with_the_push_secret_that_only_it_has() -> No
     puller = container(deployment, "adapter")
     assert puller["image"] == "reg.example/tuner:1"
     assert puller["args"] == ["pull", BY_DIGEST, "/adapter/files", "--docker-config", "/run/secrets/registry"]
-    assert volume(deployment, "docker-config")["secret"]["secretName"] == "push"
+    # Whole: which key it has depends on its type, and an item that is not there keeps the pod from starting.
+    assert volume(deployment, "docker-config")["secret"] == {"secretName": "push", "defaultMode": 0o440}
     paths = {each["name"]: {mount["mountPath"] for mount in each["volumeMounts"]} for each in containers(deployment)}
     assert "/run/secrets/registry" in paths["adapter"]
     assert "/run/secrets/registry" not in paths["vllm"]
+
+
+@pytest.mark.parametrize("key", [".dockerconfigjson", ".dockercfg", "config.json"])
+def test_the_secret_that_is_mounted_is_read_whatever_its_type(key: str, tmp_path: Path) -> None:
+    auths = {"contoso.azurecr.io": {"auth": base64.b64encode(b"tuner:secret").decode()}}
+    (tmp_path / key).write_text(json.dumps(auths if key == ".dockercfg" else {"auths": auths}))
+    store = parse_credentials(docker_configs_for(tmp_path, {}))
+    assert store.find(parse_reference(BY_DIGEST))
 
 
 def test_an_adapter_on_a_volume_is_mounted_and_nothing_is_pulled() -> None:

@@ -789,9 +789,11 @@ def _users_docker_config(env: Mapping[str, str]) -> Path | None:
 
 
 def _config_file(path: Path) -> Path:
-    """The docker config that a flag means: the file itself, or the one in a directory."""
+    """The docker config that a flag means: the file itself, or the one in a directory, such as a mounted Secret."""
     path = path.expanduser()
-    return path / "config.json" if path.is_dir() else path
+    if not path.is_dir():
+        return path
+    return next((path / key for key in pod.DOCKER_CONFIG_KEYS if (path / key).is_file()), path / "config.json")
 
 
 def _read_docker_config(given: Path) -> str:
