@@ -23,6 +23,7 @@ from tuner.cluster.job import (
     render_job,
     render_retry_push,
 )
+from tuner.cluster.sizes import read_sizes
 from tuner.cluster.templates import container, containers, dump_manifests, load_template, pod_spec, volume
 from tuner.errors import ConfigError
 from tuner.pod import CONTAINERS
@@ -313,9 +314,32 @@ def test_a_larger_model_asks_for_more_memory_and_disk() -> None:
 def test_the_smallest_gpu_machine_of_a_cloud_has_room_for_the_quick_start() -> None:
     """g5.xlarge: 4 CPUs, 16 GiB, of which a kubelet leaves 3.9 and about 14.5."""
     spec = pod_spec(render(workspace(resource={"instanceType": "g5.xlarge"})).job)
-    requests = [each["resources"]["requests"] for each in spec["containers"]]
+    sidecars = [each for each in spec["initContainers"] if each.get("restartPolicy") == "Always"]
+    requests = [each["resources"]["requests"] for each in (*spec["containers"], *sidecars)]
     assert sum(gib(each["memory"]) if each["memory"].endswith("Gi") else 0.25 for each in requests) <= 14
-    assert requests[0]["cpu"] == "2"
+    assert [each["cpu"] for each in requests] == ["2", "100m"]
+
+
+@pytest.mark.parametrize("claims", [{}, {"results_volume": "results", "weights_volume": "weights"}])
+@pytest.mark.parametrize("model", ["phi-3-mini-4k-instruct", "qwen2.5-coder-32b-instruct"])
+def test_what_a_pod_is_expected_to_write_is_asked_for_and_no_volume_is_smaller(
+    model: str, claims: dict[str, Any]
+) -> None:
+    file = parse_objects(workspace(tuning={"preset": {"name": model}}))
+    run = build_run(file, Request(place="pod"), Path("nowhere"), {})
+    job = render_job(file, run, JobOptions("reg.example/tuner:1", **claims)).job
+    sizes = read_sizes(run.spec, 1)
+    expected = {"data-volume": sizes.data_gib, "tmp": sizes.tmp_gib}
+    if not claims:
+        expected |= {"model-weights-volume": sizes.weights_gib, "results-volume": sizes.results_gib}
+    for name, expected_gib in expected.items():
+        assert gib(volume(job, name)["emptyDir"]["sizeLimit"]) >= expected_gib, name
+    disks = {name: gib(container(job, name)["resources"]["requests"]["ephemeral-storage"]) for name in (NAME, "pusher")}
+    assert disks[NAME] == sum(expected.values())
+    assert disks["pusher"] == gib(volume(job, "pusher-tmp")["emptyDir"]["sizeLimit"])
+    # Whoever writes is expected to: each writable volume of the pod is one of these, or of a few megabytes.
+    written = {each["name"] for each in pod_spec(job)["volumes"] if "emptyDir" in each} - expected.keys()
+    assert written == {"run", "dshm", "pusher-tmp"}
 
 
 def test_a_claim_is_not_counted_as_the_nodes_disk() -> None:

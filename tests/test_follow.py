@@ -99,6 +99,18 @@ def test_a_failed_run_shows_the_stages_words_and_where_to_look(
     assert f"tuner logs {NAME} --stage preflight" in out
 
 
+def test_a_volume_that_was_too_small_is_named_with_the_patch_that_helps(
+    cluster: FakeKubernetes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = 'Usage of EmptyDir volume "data-volume" exceeds the limit "64Gi". '
+    name = cluster.pod_of(NAME)["metadata"]["name"]
+    cluster.patch("pods", name, {"status": {"phase": "Failed", "reason": "Evicted", "message": message}})
+    out = shown(capsys, NAME)
+    assert "attempt 2 of 4" in out
+    assert 'evicted: Usage of EmptyDir volume "data-volume" exceeds the limit "64Gi".' in out
+    assert "volumes: [{name: data-volume, emptyDir: {sizeLimit: …}}]" in out
+
+
 def test_a_finished_run_shows_what_it_pushed(cluster: FakeKubernetes, capsys: pytest.CaptureFixture[str]) -> None:
     image = f"contoso.azurecr.io/adapters/phi-3@sha256:{'0' * 64}"
     cluster.run_job(NAME, {NAME: result("train", eval_loss=1.25), "pusher": result("push", image=image)})

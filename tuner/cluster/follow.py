@@ -17,6 +17,7 @@ from tuner.cluster.api_errors import ApiError, BadRequestError, ForbiddenError, 
 from tuner.cluster.job import GPU, INSTANCE_TYPE_LABEL, WORKSPACE_LABEL, helper_name
 from tuner.cluster.observe import (
     QUEUE_LABEL,
+    Ending,
     JobView,
     ProgressLine,
     container_statuses,
@@ -207,7 +208,8 @@ def describe(snapshot: Snapshot, now: datetime) -> Status:
         attempts=view.attempts,
         last=view.last.sentence if view.last else None,
         waiting_for=view.waiting_for,
-        hint=_failure_hint(snapshot) if view.failure else pending_hint(job, view.waiting_for),
+        hint=_full_volume_hint(view.failure or view.last)
+        or (_failure_hint(snapshot) if view.failure else pending_hint(job, view.waiting_for)),
         error=view.failure.sentence if view.failure else None,
         exit_code=view.failure.exit_code if view.failure else None,
         image=str(image) if image else None,
@@ -289,6 +291,14 @@ def _gpus(job: Mapping[str, Any]) -> str:
     ]
     count = next((limit for limit in limits if limit), "0")
     return f"{count} GPU{'' if str(count) == '1' else 's'}"
+
+
+def _full_volume_hint(ending: Ending | None) -> str | None:
+    full = re.search(r'EmptyDir volume "([^"]+)" exceeds the limit "([^"]+)"', ending.sentence) if ending else None
+    if full is None:
+        return None
+    patch = f"spec: {{template: {{spec: {{volumes: [{{name: {full[1]}, emptyDir: {{sizeLimit: …}}}}]}}}}}}"
+    return f"{full[2]} are its allowance; tuner cancel, then --patch with more: {patch}"
 
 
 def _failure_hint(snapshot: Snapshot) -> str | None:

@@ -622,7 +622,10 @@ def _secret_volume(name: str) -> Manifest:
 
 
 def _set_resources(job: Manifest, ask: _Ask, sizes: Sizes) -> None:
-    """Requests: what the scheduler, Kueue and the order of eviction go by."""
+    """Requests: what the scheduler, Kueue and the order of eviction go by. The pusher's own are in the template.
+
+    No limit on a container's disk: each volume has its own, and one that is passed evicts the pod as well.
+    """
     weights = 0 if ask.options.weights_volume else sizes.weights_gib
     data = 0 if ask.input_volume else sizes.data_gib
     results = sizes.results_gib if not ask.output_volume and not ask.options.results_volume else 0
@@ -633,7 +636,7 @@ def _set_resources(job: Manifest, ask: _Ask, sizes: Sizes) -> None:
         "requests": {
             "cpu": str(sizes.cpus),
             "memory": f"{sizes.memory_gib}Gi",
-            "ephemeral-storage": f"{max(1, weights + data + results)}Gi",
+            "ephemeral-storage": f"{weights + data + results + sizes.tmp_gib}Gi",
         },
         "limits": {"memory": f"{sizes.memory_limit_gib}Gi"},
     }
@@ -641,6 +644,7 @@ def _set_resources(job: Manifest, ask: _Ask, sizes: Sizes) -> None:
         for kind in trainer["resources"].values():
             kind[GPU] = str(sizes.gpus)
     templates.set_volume(job, pod.SHM_VOLUME, {"emptyDir": {"medium": "Memory", "sizeLimit": f"{sizes.shm_gib}Gi"}})
+    templates.set_volume(job, pod.TMP_VOLUME, {"emptyDir": {"sizeLimit": f"{sizes.tmp_limit_gib}Gi"}})
 
 
 # ── Jobs that are made of a Job ──────────────────────────────────────────────────────────────────────────────────────

@@ -15,7 +15,7 @@ from tuner.runspec import ImageModel, RunSpec
 CHECKPOINTS = 2  # kept at a time: the last and, until it is whole, the one before
 DATA_GIB, DATA_LIMIT_GIB = 8, 64  # allowances: nobody knows before the fetch
 UNKNOWN_WEIGHTS_GIB = 30  # of a model that is no preset: 14 billion parameters in 16 bit
-TMP_GIB = 8
+TMP_GIB, TMP_LIMIT_GIB = 2, 8  # kernels as they are compiled, caches of libraries; a compressed file that is unpacked
 # Of one process on one GPU: Python, torch and CUDA's own memory on the host.
 _PROCESS_GIB, _PROCESS_LIMIT_GIB = 6, 14
 _CPUS_FOR_A_GPU = 2  # what is left of the smallest instance types with one GPU
@@ -37,12 +37,14 @@ class Sizes:
     data_limit_gib: int
     results_gib: int
     results_limit_gib: int
+    tmp_gib: int = TMP_GIB
+    tmp_limit_gib: int = TMP_LIMIT_GIB
 
 
 def read_sizes(spec: RunSpec, gpus: int) -> Sizes:
     """What this run asks for on `gpus` GPUs; none is a smoke run's."""
     if spec.smoke:
-        return Sizes(0, 1, 2, 8, 1, 0, 1, 1, DATA_LIMIT_GIB, 1, 4)
+        return Sizes(0, 1, 2, 8, 1, 0, 1, 1, DATA_LIMIT_GIB, 1, 4 + DATA_LIMIT_GIB, tmp_gib=1)
     known = spec.preset.weights_gib
     weights = known or UNKNOWN_WEIGHTS_GIB
     copies = 2 if isinstance(spec.base_model, ImageModel) else 1  # the image's layers, and what is in them
@@ -60,7 +62,7 @@ def read_sizes(spec: RunSpec, gpus: int) -> Sizes:
         data_gib=DATA_GIB,
         data_limit_gib=DATA_LIMIT_GIB,
         results_gib=results,
-        results_limit_gib=4 * results + 16,
+        results_limit_gib=4 * results + DATA_LIMIT_GIB,  # token ids take about as much as the data
     )
 
 
