@@ -1,6 +1,9 @@
 """The whole story: a Workspace's run in one process and in five, and what a second run does not do again."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -210,3 +213,46 @@ def test_an_output_directory_with_somebodys_files_is_left_alone(tmp_path: Path) 
     (tmp_path / "thesis.tex").write_text("mine", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"thesis\.tex"):
         _check_only_ours(tmp_path, Heard())
+
+
+_TOLD = """
+import sys, threading
+from tuner.__main__ import main
+
+sys.argv = ["tuner", *sys.argv[1:]]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+from huggingface_hub import constants
+from trl.trainer import base_trainer
+
+print(constants.HF_HUB_DISABLE_TELEMETRY, [one.name for one in threading.enumerate() if "telemetry" in one.name])
+"""
+
+
+@pytest.mark.train
+def test_a_run_tells_nobody_of_itself(tmp_path: Path) -> None:
+    """TRL sends a line about each trainer, unless it is told not to or runs in CI."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"a{n}", "completion": f"b{n}"}) + "\n" for n in range(8)))
+    words = [
+        "run",
+        "--smoke",
+        "--model",
+        "phi-3-mini-4k-instruct",
+        "--data",
+        str(rows),
+        "--output",
+        str(tmp_path / "o"),
+    ]
+    environment = {name: value for name, value in os.environ.items() if name not in ("CI", "DO_NOT_TRACK")}
+    done = subprocess.run(
+        [sys.executable, "-c", _TOLD, *words, "--work-dir", str(tmp_path / "w")],
+        env=environment | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.stdout.splitlines()[-1] == "True []", done.stderr[-2000:]
