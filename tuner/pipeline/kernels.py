@@ -380,7 +380,8 @@ def _add_low_rank(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, 
 
     All of it is reading and writing `total`, in which cuBLAS takes one and a half times as long as our kernel (H200).
     """
-    if total.is_cuda and left.shape[1] <= _LARGEST_RANK and _has_triton():
+    worth_it = total.shape[0] >= _LEAST_ROWS and left.shape[1] <= _LARGEST_RANK
+    if total.is_cuda and worth_it and _has_triton():
         from tuner.pipeline.triton_kernels import add_low_rank
 
         add_low_rank(total, left, right, scale)
@@ -389,6 +390,7 @@ def _add_low_rank(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, 
 
 
 _LARGEST_RANK = 64  # of what was measured
+_LEAST_ROWS = 4096  # with fewer the CPU, which takes longer to launch it, is what a step waits for
 
 
 @cache
