@@ -11,6 +11,7 @@ import pytest
 from tiny import Heard, Job, make_job, rows_of
 
 from tuner.errors import ConfigError, DataError, GateError, InputMissingError
+from tuner.levers import LEVERS
 from tuner.pipeline.run import run, run_stage
 from tuner.presets import load_presets
 from tuner.runspec import STAGES, Fetched, Prepared, RunResult, Trained
@@ -115,6 +116,22 @@ def test_a_directory_as_the_destination_gets_the_files(tmp_path: Path) -> None:
     assert run_whole(job).image == str(tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["task_type"] == "CAUSAL_LM"
+
+
+@pytest.mark.gpu
+def test_a_whole_run_on_this_gpu(tmp_path: Path) -> None:
+    """Levers measured, memory probed, trained, packaged; and once more, with the same losses but for rounding."""
+    losses = []
+    for place in (tmp_path / "one", tmp_path / "two"):
+        job = job_with_image(place)
+        result = run_whole(job)
+        assert result.image.endswith(layout_digest_of(place))
+        trained = Trained.load(job.work_dir / "trained.json")
+        assert trained.levers["memory-probe"] == "on"
+        assert set(trained.levers) == set(LEVERS)
+        assert trained.startup["levers"] > 0
+        losses.append([result.train_loss, result.eval_loss_before, result.eval_loss])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 # ── gates ────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -28,7 +28,8 @@ def versions() -> dict[str, str]:
 
 def quiet_logs() -> None:
     """What of quiet() needs no import."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in ("bitsandbytes", "liger_kernel"):  # kernels for other hardware that are not there
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(accelerate|transformers|trl|peft)\.")
 
 
