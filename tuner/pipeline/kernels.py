@@ -380,7 +380,8 @@ def _add_low_rank(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, 
 
     All of it is reading and writing `total`, in which cuBLAS takes one and a half times as long as our kernel (H200).
     """
-    if total.is_cuda and total.shape[0] >= _LEAST_ROWS and left.shape[1] <= _LARGEST_RANK:
+    halves = total.is_cuda and total.dtype.itemsize == 2  # fp32 is for who wants it exact: Triton would take TF32
+    if halves and total.shape[0] >= _LEAST_ROWS and left.shape[1] <= _LARGEST_RANK:
         kernel = _low_rank_kernel(total.device.index, total.dtype)
         if kernel:
             kernel(total, left, right, scale)
