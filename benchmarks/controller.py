@@ -243,7 +243,7 @@ def _calls_of_one(cluster: FakeKubernetes, *, checked: bool) -> dict[str, float]
             wanted["resource"]["instanceType"] = "gpu-box-to-boot"
         cluster.put(wanted)
         if checked:
-            _run_slowly(cluster, f"{name}-check", (STEPS[0], ("check", "prepare", {"rows": 9})))
+            _run_slowly(cluster, f"{name}--check", (STEPS[0], ("check", "prepare", {"rows": 9})))
             until(lambda it=name: _pods(cluster, it))
             time.sleep(_PAUSE_S)
             cluster.unschedulable(name)

@@ -66,7 +66,7 @@ def render(workspace: Object, config_map: Object | None, revision: int, *, label
         "metadata": {**copy.deepcopy(metadata), "name": f"{name}-config-{revision}"},
         "data": {"run.json": text},
     }
-    return Rendered((config,), job(name), job(f"{name}-check"))
+    return Rendered((config,), job(name), job(f"{name}--check"))
 
 
 @dataclass
@@ -205,7 +205,7 @@ class Cluster:
         recorded = (workspace.get("status") or {}).get("tuning", {}).get("revision")
         if str(recorded) == job["metadata"]["annotations"]["workspace.kaito.io/revision"]:
             state = workspace["status"]["state"]
-            if state in ("Succeeded", "Failed") or (name.endswith("-check") and ("Job", "phi-3") in self.store):
+            if state in ("Succeeded", "Failed") or (name.endswith("--check") and ("Job", "phi-3") in self.store):
                 self.remove(("Job", name))
 
     def edit_workspace(self, change: Callable[[Object], None]) -> None:
@@ -252,8 +252,8 @@ class Controller:
             workspace=workspace,
             config_map=self.picture.get(("ConfigMap", config)),
             job=self.picture.get(("Job", "phi-3")),
-            check_job=self.picture.get(("Job", "phi-3-check")),
-            push_job=self.picture.get(("Job", "phi-3-push")),
+            check_job=self.picture.get(("Job", "phi-3--check")),
+            push_job=self.picture.get(("Job", "phi-3--push")),
             pods=[thing for (kind, _), thing in self.picture.items() if kind == "Pod"],
             revisions=[thing for (kind, _), thing in self.picture.items() if kind == "ControllerRevision"],
             nodes=[thing for (kind, _), thing in self.picture.items() if kind == "Node"],

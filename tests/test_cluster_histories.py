@@ -14,7 +14,7 @@ from tuner.cluster.reconcile import Settings
 HISTORIES = 1000
 
 leaders = st.integers(0, 1)
-jobs = st.sampled_from(["phi-3", "phi-3-check"])
+jobs = st.sampled_from(["phi-3", "phi-3--check"])
 outcomes = st.sampled_from(["starts", "starts", "fails", "succeeds", "succeeds", "gives-up", "is-gone", "is-gone"])
 moment = st.none() | st.integers(0, 6)  # after how many actions a process ends
 
@@ -103,7 +103,7 @@ class History:
                 for _ in range(rounds):
                     self.controllers[leader].look()
                     self.controllers[leader].reconcile()
-                    for name in ("phi-3-check", "phi-3"):
+                    for name in ("phi-3--check", "phi-3"):
                         cluster.step_job(name, "starts")
                         cluster.step_job(name, "succeeds")
             case ("expires", name):
@@ -135,7 +135,7 @@ class History:
             cluster.edit_workspace(lambda it: it["tuning"]["preset"].update(name="phi-3-mini-4k-instruct"))
         for _ in range(12):
             controller.settle()
-            for name in ("phi-3-check", "phi-3"):
+            for name in ("phi-3--check", "phi-3"):
                 for outcome in ("is-gone", "starts", "succeeds"):
                     if outcome != "is-gone" or _is_going(cluster, name):
                         cluster.step_job(name, outcome)
@@ -174,7 +174,7 @@ def test_every_history_ends_with_one_job_for_each_revision_and_the_wanted_run_fi
     assert newest["metadata"]["annotations"]["workspace.kaito.io/hash"] == annotations["workspace.kaito.io/hash"]
     text = cluster.store["ConfigMap", "config"]["data"]["training_config.yaml"]
     assert status["tuning"]["runDigest"] == f"{text} {workspace['tuning']['output']['image']}"
-    for name in ("phi-3", "phi-3-check"):
+    for name in ("phi-3", "phi-3--check"):
         job = cluster.store.get(("Job", name))
         assert job is None or job["metadata"]["annotations"]["workspace.kaito.io/revision"] == str(newest["revision"])
 

@@ -26,10 +26,10 @@ from tuner.cluster.job import (
 from tuner.cluster.sizes import read_sizes
 from tuner.cluster.templates import container, containers, dump_manifests, load_template, pod_spec, volume
 from tuner.errors import ConfigError
-from tuner.pod import CONTAINERS
+from tuner.pod import CHECK_JOB, CONTAINERS, PUSH_JOB
 from tuner.request import Request, build_run
 from tuner.runspec import RunSpec
-from tuner.workspace import WorkspaceFile, parse_objects
+from tuner.workspace import LABEL, WorkspaceFile, parse_objects
 
 NAME = "tickets"
 IMAGE = "reg.example/tuner@sha256:" + "0" * 64
@@ -176,7 +176,7 @@ def test_what_the_run_reads_is_in_an_immutable_config_map_named_by_its_content()
 def test_the_check_asks_for_no_gpu_and_has_no_results_volume() -> None:
     objects = render(workspace(), results_volume="results", weights_volume="weights")
     check = render_check_job(objects.job, max_data_bytes=1000)
-    assert check["metadata"]["name"] == "tickets-check"
+    assert check["metadata"]["name"] == "tickets--check"
     assert [each["name"] for each in containers(check)] == ["preflight", "check"]
     assert container(check, "check")["args"][-1] == "1000"
     assert "nvidia.com/gpu" not in json.dumps(check)
@@ -188,7 +188,7 @@ def test_the_check_asks_for_no_gpu_and_has_no_results_volume() -> None:
 def test_a_second_push_mounts_the_claim_and_the_secret_and_does_not_wait() -> None:
     objects = render(workspace(), results_volume="results")
     retry = render_retry_push(objects.job)
-    assert retry["metadata"]["name"] == "tickets-push"
+    assert retry["metadata"]["name"] == "tickets--push"
     (pusher,) = containers(retry)
     assert pusher["args"] == ["stage", "push", "--pod"]
     assert {each["mountPath"] for each in pusher["volumeMounts"]} == {
@@ -206,11 +206,23 @@ def test_without_a_claim_there_is_nothing_to_push_a_second_time() -> None:
         render_retry_push(render(workspace(tuning={"output": {"volumeSource": CLAIM}})).job)
 
 
-def test_names_of_helpers_are_never_too_long_and_differ_where_names_do() -> None:
-    assert helper_name("a" * 57, "check") == "a" * 57 + "-check"
-    long = [helper_name("a" * 62 + end, "check") for end in "bc"]
+def test_names_of_jobs_beside_are_never_too_long_and_differ_where_names_do() -> None:
+    assert helper_name("a" * 56, CHECK_JOB) == "a" * 56 + "--check"
+    long = [helper_name("a" * 62 + end, CHECK_JOB) for end in "bc"]
     assert [len(name) for name in long] == [63, 63]
     assert long[0] != long[1]
+
+
+@pytest.mark.parametrize("name", ["a", "a-check", "a" * 63, "a" * 57])
+def test_no_workspace_can_be_called_as_a_job_beside_another(name: str) -> None:
+    for end in (CHECK_JOB, PUSH_JOB):
+        beside = helper_name(name, end)
+        assert len(beside) <= 63
+        document = workspace() | {"metadata": {"name": beside}}
+        with pytest.raises(ConfigError, match="is how a Job beside"):
+            render(document)
+        # Nor is the Job beside one Workspace that of another: a shortened name ends as no name may.
+        assert not LABEL.fullmatch(beside.removesuffix(end)) or beside == name + end
 
 
 # ── nodes ────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -132,9 +132,9 @@ def test_nothing_is_written_to_a_workspace_that_has_changed_meanwhile():
     [
         ("auto", None, False, "phi-3"),
         ("auto", "gpu-box", True, "phi-3"),
-        ("auto", "gpu-box", False, "phi-3-check"),
+        ("auto", "gpu-box", False, "phi-3--check"),
         ("never", "gpu-box", False, "phi-3"),
-        ("always", None, True, "phi-3-check"),
+        ("always", None, True, "phi-3--check"),
     ],
 )
 def test_a_check_job_comes_first_where_a_node_would_boot(check_job, instance_type, node, first):
@@ -146,26 +146,26 @@ def test_a_check_job_comes_first_where_a_node_would_boot(check_job, instance_typ
 def test_nodes_that_may_not_be_listed_are_taken_for_not_there():
     planned = planned_for(make_cluster(instance_type="gpu-box"), nodes=None)
     assert [each.manifest["metadata"]["name"] for each in planned.actions if isinstance(each, Create)][-1] == (
-        "phi-3-check"
+        "phi-3--check"
     )
 
 
 def test_after_a_good_check_the_job_is_made_of_the_same_objects():
     cluster, controller = begun(instance_type="gpu-box", node=False)
     assert status_of(cluster)["tuning"]["stage"] == "check"
-    cluster.step_job("phi-3-check", "starts")
-    cluster.step_job("phi-3-check", "succeeds")
+    cluster.step_job("phi-3--check", "starts")
+    cluster.step_job("phi-3--check", "succeeds")
     controller.look()
     planned = controller.reconcile()
     assert planned is not None
     assert [type(each) for each in planned.actions[:3]] == [Confirm, Create, Create]
-    assert kinds(cluster) == ["ConfigMap/phi-3-config-1", "Job/phi-3", "Job/phi-3-check"]
+    assert kinds(cluster) == ["ConfigMap/phi-3-config-1", "Job/phi-3", "Job/phi-3--check"]
 
 
 def test_a_job_finds_its_config_map_when_a_default_was_edited_while_the_check_ran():
     cluster, _ = begun(instance_type="gpu-box", node=False)
-    cluster.step_job("phi-3-check", "starts")
-    cluster.step_job("phi-3-check", "succeeds")
+    cluster.step_job("phi-3--check", "starts")
+    cluster.step_job("phi-3--check", "succeeds")
 
     def render_anew(*args: Any, **how: Any) -> Rendered:
         made = render(*args, **how)
@@ -177,14 +177,14 @@ def test_a_job_finds_its_config_map_when_a_default_was_edited_while_the_check_ra
     controller = Controller(cluster, Settings(render_anew))
     controller.settle()
     assert kinds(cluster) == [
-        "ConfigMap/phi-3-config-1", "ConfigMap/phi-3-config-new", "Job/phi-3", "Job/phi-3-check",
+        "ConfigMap/phi-3-config-1", "ConfigMap/phi-3-config-new", "Job/phi-3", "Job/phi-3--check",
     ]  # fmt: skip
 
 
 def test_a_check_that_fails_is_the_end_and_says_why():
     cluster, controller = begun(instance_type="gpu-box", node=False)
-    cluster.step_job("phi-3-check", "starts")
-    cluster.step_job("phi-3-check", "gives-up")
+    cluster.step_job("phi-3--check", "starts")
+    cluster.step_job("phi-3--check", "gives-up")
     controller.settle()
     status = status_of(cluster)
     sentence = (
@@ -193,7 +193,7 @@ def test_a_check_that_fails_is_the_end_and_says_why():
     assert status["state"] == "Failed"
     assert condition(status, "JobStarted") == ("False", "WorkspaceTuningJobStatusFailed", sentence)
     assert condition(status, "WorkspaceSucceeded") == ("False", "workspaceFailed", sentence)
-    cluster.delete_job_by_hand("phi-3-check")
+    cluster.delete_job_by_hand("phi-3--check")
     controller.settle()
     assert ("Job", "phi-3") not in cluster.store
 
@@ -572,7 +572,7 @@ def test_a_second_push_that_gets_through_makes_a_failed_workspace_succeed():
     cluster.step_job("phi-3", "gives-up")
     controller.settle()
     push = copy.deepcopy(cluster.store["Job", "phi-3"])
-    push["metadata"] |= {"name": "phi-3-push", "uid": "uid-push"}
+    push["metadata"] |= {"name": "phi-3--push", "uid": "uid-push"}
     push["status"] = {"conditions": [{"type": "Complete", "status": "True"}]}
     cluster.put(push)
     result = StageResult(stage="push", values={"image": "example.com/a@sha256:2"}).to_message()
@@ -854,8 +854,8 @@ def test_where_kaitos_crd_drops_the_field_the_figures_go_to_its_metrics():
 def test_events_tell_the_story_once():
     cluster, controller = begun(instance_type="gpu-box", node=False)
     for name, outcome in (
-        ("phi-3-check", "starts"),
-        ("phi-3-check", "succeeds"),
+        ("phi-3--check", "starts"),
+        ("phi-3--check", "succeeds"),
         ("phi-3", "starts"),
         ("phi-3", "fails"),
         ("phi-3", "starts"),
@@ -883,8 +883,8 @@ def test_what_to_know_before_a_run_is_an_event_once():
     cluster = make_cluster(instance_type="gpu-box", node=False)
     controller = Controller(cluster, Settings(render_with_notes))
     controller.settle()
-    cluster.step_job("phi-3-check", "starts")
-    cluster.step_job("phi-3-check", "succeeds")
+    cluster.step_job("phi-3--check", "starts")
+    cluster.step_job("phi-3--check", "succeeds")
     controller.settle()
     assert ("Job", "phi-3") in cluster.store
     notes = [event["note"] for event in cluster.events if event["reason"] == "Note"]

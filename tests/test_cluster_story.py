@@ -139,4 +139,4 @@ def test_bad_rows_end_in_the_check_job(
         server.serve("/bad.jsonl", b'{"prompt": "a"}\n' * 20)
         assert submit(workspace(tmp_path, server, registry, "bad.jsonl"), registry) == 65
     assert "no GPU was asked for" in capsys.readouterr().err
-    assert [each["metadata"]["name"] for each in cluster.objects("jobs")] == [f"{NAME}-check"]
+    assert [each["metadata"]["name"] for each in cluster.objects("jobs")] == [f"{NAME}--check"]

@@ -169,9 +169,9 @@ def result(stage: str, **values: Any) -> dict[str, Any]:
 
 def run_to_the_end(cluster: FakeKubernetes, namespace: str = "default") -> None:
     """The check Job, then the Job, as a kubelet would run them."""
-    until(lambda: cluster.object("jobs", f"{NAME}-check", namespace))
-    until(lambda: pods_of(cluster, f"{NAME}-check", namespace))
-    cluster.run_job(f"{NAME}-check", namespace=namespace)
+    until(lambda: cluster.object("jobs", f"{NAME}--check", namespace))
+    until(lambda: pods_of(cluster, f"{NAME}--check", namespace))
+    cluster.run_job(f"{NAME}--check", namespace=namespace)
     until(lambda: cluster.object("jobs", NAME, namespace))
     until(lambda: pods_of(cluster, NAME, namespace))
     image = f"contoso.azurecr.io/adapters/phi-3@{DIGEST}"
@@ -209,12 +209,12 @@ def test_the_quick_start_is_applied_and_succeeds(
     monkeypatch.setattr("tuner.cluster.reconcile.PROGRESS_EVERY_S", 0.0)
     start(progress_every_s=0.0)
     apply_quick_start(api)
-    until(lambda: pods_of(cluster, f"{NAME}-check"))
+    until(lambda: pods_of(cluster, f"{NAME}--check"))
     assert cluster.object("jobs", NAME) is None  # no GPU is asked for yet
     workspace = cluster.object("workspaces", NAME)
     assert workspace is not None
     assert workspace["metadata"]["annotations"]["workspace.kaito.io/revision"] == "1"
-    cluster.run_job(f"{NAME}-check")
+    cluster.run_job(f"{NAME}--check")
 
     job = until(lambda: cluster.object("jobs", NAME))
     config = next(it for it in cluster.objects("configmaps") if it["metadata"]["name"].startswith(f"{NAME}-config-"))
@@ -280,7 +280,7 @@ def test_a_restarted_controller_has_nothing_to_add(cluster: FakeKubernetes, api:
 def test_a_deleted_workspace_takes_everything_with_it(cluster: FakeKubernetes, api: Api, start: Start) -> None:
     start()
     apply_quick_start(api)
-    until(lambda: cluster.object("jobs", f"{NAME}-check"))
+    until(lambda: cluster.object("jobs", f"{NAME}--check"))
     api.delete(WORKSPACE, NAME)
     until(lambda: not cluster.objects("jobs") and not cluster.objects("controllerrevisions"))
     assert [it for it in cluster.objects("configmaps") if it["metadata"]["name"].startswith(f"{NAME}-config")] == []
@@ -289,14 +289,16 @@ def test_a_deleted_workspace_takes_everything_with_it(cluster: FakeKubernetes, a
 def test_an_edited_config_map_begins_the_next_revision(cluster: FakeKubernetes, api: Api, start: Start) -> None:
     start()
     apply_quick_start(api)
-    first = until(lambda: cluster.object("jobs", f"{NAME}-check"))
+    first = until(lambda: cluster.object("jobs", f"{NAME}--check"))
     config = cluster.object("configmaps", "optimized-phi3-tuning")
     assert config is not None
     text = config["data"]["training_config.yaml"].replace("r: 8", "r: 4")
     cluster.patch("configmaps", "optimized-phi3-tuning", {"data": {"training_config.yaml": text}})
     second = until(
         lambda: (
-            (it := cluster.object("jobs", f"{NAME}-check")) and it["metadata"]["uid"] != first["metadata"]["uid"] and it
+            (it := cluster.object("jobs", f"{NAME}--check"))
+            and it["metadata"]["uid"] != first["metadata"]["uid"]
+            and it
         )
     )
     assert second["metadata"]["annotations"]["workspace.kaito.io/revision"] == "2"
@@ -307,11 +309,11 @@ def test_a_url_that_a_guard_refuses_is_refused_in_an_update_too(
 ) -> None:
     start()
     apply_quick_start(api)
-    until(lambda: cluster.object("jobs", f"{NAME}-check"))
+    until(lambda: cluster.object("jobs", f"{NAME}--check"))
     cluster.patch("workspaces", NAME, {"tuning": {"input": {"urls": ["http://169.254.169.254/latest"]}}})
     until(lambda: "the change is not valid" in condition(cluster, "JobStarted")[1])
     assert "tuning.input.urls[0]" in condition(cluster, "JobStarted")[1]
-    assert cluster.object("jobs", f"{NAME}-check") is not None
+    assert cluster.object("jobs", f"{NAME}--check") is not None
 
 
 @pytest.mark.parametrize("method", ["QLoRA", "qlora"])
@@ -327,7 +329,7 @@ def test_the_method_is_read_in_any_case_with_the_administrators_default(
     workspace["tuning"]["method"] = method
     del workspace["tuning"]["config"]
     api.create(workspace)
-    until(lambda: cluster.object("jobs", f"{NAME}-check"))
+    until(lambda: cluster.object("jobs", f"{NAME}--check"))
     made = next(it for it in cluster.objects("configmaps") if it["metadata"]["name"].startswith(f"{NAME}-config-"))
     assert json.loads(made["data"]["run.json"])["training"]["settings"]["LoraConfig"]["r"]["value"] == 5
 
@@ -389,7 +391,7 @@ def test_trouble_on_the_wire_delays_and_changes_nothing(
     trouble(cluster)
     run_to_the_end(cluster)
     assert len(cluster.objects("controllerrevisions")) == 1
-    assert [job["metadata"]["name"] for job in cluster.objects("jobs")] == [NAME, f"{NAME}-check"]
+    assert [job["metadata"]["name"] for job in cluster.objects("jobs")] == [NAME, f"{NAME}--check"]
     assert {len(pods_of(cluster, job["metadata"]["name"])) for job in cluster.objects("jobs")} == {1}
 
 
@@ -413,7 +415,7 @@ def test_what_may_not_be_done_is_said_and_done_once_it_may(cluster: FakeKubernet
     apply_quick_start(api)
     until(lambda: "last reconcile error" in condition(cluster, "JobStarted")[1])
     assert "exceeded quota" in condition(cluster, "JobStarted")[1]
-    until(lambda: cluster.object("jobs", f"{NAME}-check"))
+    until(lambda: cluster.object("jobs", f"{NAME}--check"))
     until(lambda: "last reconcile error" not in condition(cluster, "JobStarted")[1])
 
 
@@ -481,7 +483,7 @@ def test_a_bug_in_one_workspace_is_no_trouble_to_another(cluster: FakeKubernetes
     apply_quick_start(api, "other")
     until(lambda: running.controller.metrics.total("tuner_reconciles_total", result="bug") >= 3)
     apply_quick_start(api)
-    until(lambda: cluster.object("jobs", f"{NAME}-check"))
+    until(lambda: cluster.object("jobs", f"{NAME}--check"))
     line = running.said("reconcile")[0]
     assert (line["workspace"], line["error"]) == (f"other/{NAME}", "ZeroDivisionError()")
 
@@ -489,9 +491,9 @@ def test_a_bug_in_one_workspace_is_no_trouble_to_another(cluster: FakeKubernetes
 def test_a_missing_secret_is_found_in_events(cluster: FakeKubernetes, api: Api, start: Start) -> None:
     running = start()
     apply_quick_start(api)
-    until(lambda: pods_of(cluster, f"{NAME}-check"))
-    cluster.schedule(f"{NAME}-check")
-    pod = cluster.pod_of(f"{NAME}-check")
+    until(lambda: pods_of(cluster, f"{NAME}--check"))
+    cluster.schedule(f"{NAME}--check")
+    pod = cluster.pod_of(f"{NAME}--check")
     note = 'MountVolume.SetUp failed for volume "docker-config" : secret "contoso-registry" not found'
     cluster.add_event(pod, "FailedMount", note)
     until(lambda: "checks run first" in condition(cluster, "JobStarted")[1])
@@ -624,7 +626,7 @@ def test_the_second_takes_over_when_the_first_ends(cluster: FakeKubernetes, api:
     until(lambda: hasattr(second.controller, "health_port"))
     assert second.page("/readyz") == (200, "waiting for the lease\n")
     apply_quick_start(api)
-    until(lambda: cluster.object("jobs", f"{NAME}-check"))
+    until(lambda: cluster.object("jobs", f"{NAME}--check"))
     assert not second.said("created")
     first.stop()
     lease = cluster.object("leases", LEASE_NAME, "tuner-system")
@@ -785,7 +787,7 @@ def test_sigterm_gives_the_lease_back_and_ends_with_0(cluster: FakeKubernetes, a
     )
     try:
         apply_quick_start(api)
-        until(lambda: cluster.object("jobs", f"{NAME}-check"), 30)
+        until(lambda: cluster.object("jobs", f"{NAME}--check"), 30)
         lease = cluster.object("leases", LEASE_NAME, "tuner-system")
         assert lease is not None
         assert lease["spec"]["holderIdentity"].startswith("pod-1_")

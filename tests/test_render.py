@@ -55,7 +55,7 @@ def test_the_check_job_stands_in_the_jobs_place(capsys: pytest.CaptureFixture[st
     assert main(["render", QUICK_START, *IMAGE, "--check-job"]) == 0
     config_map, _, check = documents(capsys.readouterr().out)
     assert config_map["kind"] == "ConfigMap"
-    assert check["metadata"]["name"] == "workspace-tuning-phi-3-check"
+    assert check["metadata"]["name"] == "workspace-tuning-phi-3--check"
 
 
 def test_the_instance_type_of_the_old_quick_start_is_refused_with_another(capsys: pytest.CaptureFixture[str]) -> None:

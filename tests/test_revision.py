@@ -37,7 +37,7 @@ def test_every_object_is_of_this_revision_and_goes_with_its_workspace():
     for job in (made.job, made.check_job):
         assert job["metadata"]["annotations"]["workspace.kaito.io/revision"] == "7"
         assert job["metadata"]["annotations"]["tuner/run-digest"].startswith("sha256:")
-    assert (made.job["metadata"]["name"], made.check_job["metadata"]["name"]) == ("phi-3", "phi-3-check")
+    assert (made.job["metadata"]["name"], made.check_job["metadata"]["name"]) == ("phi-3", "phi-3--check")
 
 
 @pytest.mark.parametrize("config", [None, "config"])

@@ -266,7 +266,7 @@ def test_without_a_fitting_node_a_check_job_runs_first(
 ) -> None:
     cluster.remove("nodes", "gpu-0")
     jobs: list[list[str]] = []
-    with meanwhile(lambda: jobs.append(names(cluster, "jobs")), lambda: cluster.run_job(f"{NAME}-check")):
+    with meanwhile(lambda: jobs.append(names(cluster, "jobs")), lambda: cluster.run_job(f"{NAME}--check")):
         assert submitted() == 0
     assert NAME not in jobs[0]
     assert "checking first, without a GPU" in capsys.readouterr().err
@@ -278,16 +278,16 @@ def test_without_a_fitting_node_a_check_job_runs_first(
 
 def test_what_the_check_job_finds_costs_no_gpu(cluster: FakeKubernetes, capsys: pytest.CaptureFixture[str]) -> None:
     found = {"check": result("prepare", 65, "train.parquet row 3: no response")}
-    with meanwhile(lambda: cluster.run_job(f"{NAME}-check", found)):
+    with meanwhile(lambda: cluster.run_job(f"{NAME}--check", found)):
         assert submitted("--check-job") == 65
     err = capsys.readouterr().err
     assert "the check found: prepare: train.parquet row 3: no response (exit 65); no GPU was asked for" in err
-    assert names(cluster, "jobs") == [f"{NAME}-check"]
+    assert names(cluster, "jobs") == [f"{NAME}--check"]
     assert main(["status", NAME]) == 0
     assert "no response (exit 65)" in capsys.readouterr().out
     # again, once it is mended: the old check goes, a new one comes
     pending = lambda: any(each["status"]["phase"] == "Pending" for each in cluster.objects("pods"))  # noqa: E731
-    with meanwhile(pending, lambda: cluster.run_job(f"{NAME}-check")):
+    with meanwhile(pending, lambda: cluster.run_job(f"{NAME}--check")):
         assert submitted("--check-job") == 0
     assert names(cluster, "jobs") == [NAME]
 
@@ -342,7 +342,7 @@ def test_the_documented_role_is_enough(cluster: FakeKubernetes, capsys: pytest.C
     assert len(roles) == 1
     claim(cluster)
     cluster.allow_only(roles[0]["rules"], "default")
-    with meanwhile(lambda: cluster.run_job(f"{NAME}-check")):
+    with meanwhile(lambda: cluster.run_job(f"{NAME}--check")):
         assert submitted("--check-job", "--results-volume", "results") == 0
     cluster.start(NAME, "preflight")
     for command in (["status"], ["status", NAME], ["logs", NAME], ["events", NAME], ["cancel", NAME], ["delete", NAME]):
@@ -420,7 +420,7 @@ def test_retry_push_pushes_what_the_volume_keeps(cluster: FakeKubernetes, capsys
     assert main(["status", NAME]) == 0
     assert f"the adapter is kept: tuner retry-push {NAME}" in capsys.readouterr().out
     pushed = {"pusher": result("push", image="r/a@sha256:3")}
-    with meanwhile(lambda: cluster.run_job(f"{NAME}-push", pushed)):
+    with meanwhile(lambda: cluster.run_job(f"{NAME}--push", pushed)):
         assert main(["retry-push", NAME, "--wait"]) == 0
     assert capsys.readouterr().out.endswith("r/a@sha256:3\n")
     assert main(["retry-push", NAME]) == 78

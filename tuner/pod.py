@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 PREFLIGHT, DATA_DOWNLOADER, PULLER, PUSHER, CHECK = "preflight", "data-downloader", "puller", "pusher", "check"
 CONTAINERS = frozenset({PREFLIGHT, DATA_DOWNLOADER, PULLER, PUSHER, CHECK})  # no Workspace can be called so
+CHECK_JOB, PUSH_JOB = "--check", "--push"  # how the Jobs beside a run's end; no Workspace's name can
 PUSH_HOLD_S = 3600  # how long the pusher keeps trying where the adapter would not survive the pod
 PUSHER_AWAY_S = 900  # how long the trainer waits for a pusher to be started again; kubelets wait up to five minutes
 

@@ -892,6 +892,16 @@ def _check_pod(file: WorkspaceFile, request: Request) -> None:
                 hint=f"for example {name}-run",
             )
         )
+    for end in (pod.CHECK_JOB, pod.PUSH_JOB):
+        if name.endswith(end):
+            other = name.removesuffix(end).rstrip("-")
+            problems.append(
+                Problem(
+                    f"{name!r} is how a Job beside {other!r} is called",
+                    path="metadata.name",
+                    hint=f"for example {other}-{end.strip('-')}",
+                )
+            )
     needs_secret = not request.pushes_without_secret and (request.output or not request.smoke)
     problems += [
         problem

@@ -66,6 +66,7 @@ from tuner.cluster.reconcile import (
 )
 from tuner.cluster.watched import Watched, WatchedNamespaces
 from tuner.cluster.work_queue import WorkQueue
+from tuner.pod import CHECK_JOB, PUSH_JOB
 from tuner.workspace import TRAINING_CONFIG_KEY
 
 FIELD_MANAGER = "tuner-controller"
@@ -390,8 +391,8 @@ class Controller:
             workspace=workspace,
             config_map=config_map,
             job=self._jobs.get(namespace, name),
-            check_job=self._jobs.get(namespace, helper_name(name, "check")),
-            push_job=self._jobs.get(namespace, helper_name(name, "push")),
+            check_job=self._jobs.get(namespace, helper_name(name, CHECK_JOB)),
+            push_job=self._jobs.get(namespace, helper_name(name, PUSH_JOB)),
             pods=self._pods.of(namespace, name),
             revisions=self._revisions.of(namespace, name),
             nodes=self._nodes.all() if self._nodes else None,

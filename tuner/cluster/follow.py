@@ -107,7 +107,7 @@ def load_run(api: Api, name: str, *, progress: bool = True, or_check: bool = Fal
     Raises InputMissingError when there is none.
     """
     job = api.find(JOB, name)
-    if job is None and or_check and (job := api.find(JOB, helper_name(name, pod.CHECK))):
+    if job is None and or_check and (job := api.find(JOB, helper_name(name, pod.CHECK_JOB))):
         name = str(job["metadata"]["name"])
     if job is None:
         with suppress(ApiError):  # whoever may not look, or has no such kind, is told of the Job
@@ -524,7 +524,7 @@ class EventLine:
 
 def read_events(api: Api, name: str) -> tuple[EventLine, ...]:
     """All that is said of a run: of its Workspace, its Jobs and their pods, in the order of time."""
-    jobs = {name, helper_name(name, pod.CHECK), helper_name(name, "push")}
+    jobs = {name, helper_name(name, pod.CHECK_JOB), helper_name(name, pod.PUSH_JOB)}
     pods = {
         each["metadata"]["name"]
         for each in api.list(POD, label_selector=f"{WORKSPACE_LABEL}={name}").items

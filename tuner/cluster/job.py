@@ -673,7 +673,7 @@ def render_check_job(job: Mapping[str, Any], *, max_data_bytes: int = CHECK_DATA
         for volume in templates.pod_spec(job)["volumes"]
         if volume["name"] in used
     ]
-    return _made_of(job, check, pod.CHECK)
+    return _made_of(job, check, pod.CHECK_JOB)
 
 
 def render_retry_push(job: Mapping[str, Any]) -> Manifest:
@@ -700,7 +700,7 @@ def render_retry_push(job: Mapping[str, Any]) -> Manifest:
     templates.pod_spec(retry)["volumes"] = [
         deepcopy(volume) for volume in templates.pod_spec(job)["volumes"] if volume["name"] in used
     ]
-    return _made_of(job, retry, "push")
+    return _made_of(job, retry, pod.PUSH_JOB)
 
 
 # Of a pod's fields those that decide whether it may run, with whose rights and what it can reach, not where.
@@ -715,14 +715,14 @@ def _data_container_of(job: Mapping[str, Any]) -> Manifest:
     return templates.container(job, name)
 
 
-def _made_of(job: Mapping[str, Any], made: Manifest, suffix: str) -> Manifest:
+def _made_of(job: Mapping[str, Any], made: Manifest, end: str) -> Manifest:
     """`made` with the names, labels, owner and identity of `job`."""
     metadata, template = job["metadata"], job["spec"]["template"]
-    made["metadata"]["name"] = helper_name(metadata["name"], suffix)
+    made["metadata"]["name"] = helper_name(metadata["name"], end)
     for key in ("namespace", "ownerReferences"):
         if key in metadata:
             made["metadata"][key] = deepcopy(metadata[key])
-    component = {"app.kubernetes.io/component": suffix}
+    component = {"app.kubernetes.io/component": end.strip("-")}
     made["metadata"]["labels"] = {**_ours(metadata["labels"]), **component}
     made["metadata"]["annotations"] = _ours(metadata.get("annotations", {}))
     templates.pod_template(made)["metadata"]["labels"] = {**_ours(template["metadata"]["labels"]), **component}
@@ -746,12 +746,16 @@ def _ours(labels: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def helper_name(name: str, suffix: str) -> str:
-    """`<name>-check`, `<name>-push`. A Job's name has at most 63 characters: a long one's end becomes a hash."""
-    if len(name) + 1 + len(suffix) <= LABEL_CHARACTERS:
-        return f"{name}-{suffix}"
-    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-    return f"{name[: LABEL_CHARACTERS - len(suffix) - 10]}-{digest}-{suffix}"
+def helper_name(name: str, end: str) -> str:
+    """Of a Job beside that of Workspace `name`; `end` is pod.CHECK_JOB or pod.PUSH_JOB.
+
+    A Job's name has at most 63 characters: a long one's end becomes a hash, and a third dash, before which no name can
+    end, keeps these apart from the others.
+    """
+    if len(name) + len(end) <= LABEL_CHARACTERS:
+        return name + end
+    digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+    return f"{name[: LABEL_CHARACTERS - len(end) - 14]}-{digest}-{end}"
 
 
 # ── what is worth a line ─────────────────────────────────────────────────────────────────────────────────────────────

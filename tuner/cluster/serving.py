@@ -5,19 +5,20 @@
 vLLM's flags: https://docs.vllm.ai/en/stable/features/lora.html
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from tuner.cluster import templates
-from tuner.cluster.job import GPU, JobOptions, count_gpus, helper_name, node_affinity, written_instance_type
+from tuner.cluster.job import GPU, JobOptions, count_gpus, node_affinity, written_instance_type
 from tuner.cluster.sizes import read_sizes
 from tuner.cluster.templates import Manifest
 from tuner.errors import ConfigError, Problem
 from tuner.reference import parse_reference
 from tuner.request import HF_TOKEN, Run, check_names_registry
 from tuner.runspec import HubModel, ImageModel, RunSpec
-from tuner.workspace import ImageOutput, Tuning, VolumeOutput, WorkspaceFile, require_tuning
+from tuner.workspace import LABEL_CHARACTERS, ImageOutput, Tuning, VolumeOutput, WorkspaceFile, require_tuning
 
 Server = Literal["kaito", "vllm"]
 SERVERS: tuple[Server, ...] = ("kaito", "vllm")
@@ -130,7 +131,7 @@ def _kaito(ask: _Ask) -> Manifest:
     resource = ask.file.workspace.resource
     name = ask.spec.name
     workspace["metadata"] = {
-        "name": helper_name(name, "serving"),
+        "name": _called(name, "serving"),
         **ask.namespace,
         "labels": {**workspace["metadata"]["labels"], "app.kubernetes.io/instance": name},
     }
@@ -181,7 +182,15 @@ def _vllm(ask: _Ask) -> Iterator[Manifest]:
 
 def service_name(name: str) -> str:
     """`<name>-vllm`; a Service's name begins with a letter."""
-    return helper_name(name if name[0].isalpha() else f"tuner-{name}", "vllm")
+    return _called(name if name[0].isalpha() else f"tuner-{name}", "vllm")
+
+
+def _called(name: str, suffix: str) -> str:
+    """`<name>-<suffix>`, of at most 63 characters: a long name's end becomes a hash."""
+    if len(name) + 1 + len(suffix) <= LABEL_CHARACTERS:
+        return f"{name}-{suffix}"
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{name[: LABEL_CHARACTERS - len(suffix) - 10]}-{digest}-{suffix}"
 
 
 def _set_adapter(deployment: Manifest, ask: _Ask) -> None:

@@ -588,8 +588,8 @@ def delete_run(api: Api, name: str) -> tuple[str, ...]:
         _refuse_owned(job)
         api.delete(JOB, name, propagation="Background", uid=job["metadata"]["uid"])
         gone.append(f"Job {name}")
-    for suffix in (pod.CHECK, "push"):
-        helper = helper_name(name, suffix)
+    for end in (pod.CHECK_JOB, pod.PUSH_JOB):
+        helper = helper_name(name, end)
         if _delete_quietly(api, helper):
             gone.append(f"Job {helper}")
     # Those that kubectl applied have no owner that would take them along.
