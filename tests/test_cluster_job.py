@@ -29,7 +29,7 @@ from tuner.errors import ConfigError
 from tuner.pod import CHECK_JOB, CONTAINERS, PUSH_JOB
 from tuner.request import Request, build_run
 from tuner.runspec import RunSpec
-from tuner.workspace import LABEL, WorkspaceFile, parse_objects
+from tuner.workspace import LABEL, SUBDOMAIN, WorkspaceFile, parse_objects
 
 NAME = "tickets"
 IMAGE = "reg.example/tuner@sha256:" + "0" * 64
@@ -611,7 +611,7 @@ LABEL_NAME = st.from_regex(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", fullmatch=True
     query=YAML_IN,
     label=st.from_regex(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?", fullmatch=True),
     comment=YAML_IN,
-    secret=st.from_regex(r"[a-z0-9]([-a-z0-9.]{0,20}[a-z0-9])?", fullmatch=True).filter(lambda text: ".." not in text),
+    secret=st.from_regex(r"[a-z0-9]([-a-z0-9.]{0,20}[a-z0-9])?", fullmatch=True).filter(SUBDOMAIN.fullmatch),
 )
 def test_no_value_of_a_workspace_changes_what_it_is_written_into(
     name: str, path: str, query: str, label: str, comment: str, secret: str

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from registries import make_certificate
 
 from tuner.cli import main
 
@@ -81,8 +82,7 @@ def test_a_url_on_the_command_line_may_be_signed_and_a_file_is_refused(
 def test_files_that_are_named_go_into_the_config_map(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("training_config: {LoraConfig: {r: 4}}\n")
-    ca = tmp_path / "ca.pem"
-    ca.write_text("-----BEGIN CERTIFICATE-----\n")
+    ca = make_certificate(tmp_path).certificate
     assert main(["render", QUICK_START, *IMAGE, "--config", str(config), "--ca", str(ca)]) == 0
     data = documents(capsys.readouterr().out)[0]["data"]
     assert data["training_config.yaml"] == config.read_text()
