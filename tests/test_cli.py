@@ -466,6 +466,28 @@ def test_a_missing_or_malformed_secret_is_said_at_once(
 
 
 @pytest.mark.registry
+def test_a_credential_that_docker_keeps_in_a_helper_may_push(
+    tuner: Tuner, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cli").mkdir()
+    config = tmp_path / "cli/config.json"
+    config.write_text('{"auths": {}, "credsStore": "fake"}')
+    with running_registry(htpasswd=True) as registry:
+        path = write_workspace(tmp_path / "w.yaml", [str(data)], output={"image": f"{registry.host}/a:1"})
+        ended = tuner("check", "--smoke", "--plain-http", "--docker-config", config, path)
+        assert ended.code == 77
+        assert "keeps its credentials in docker-credential-fake, which is not installed here" in ended.err
+        program = tmp_path / "cli/docker-credential-fake"
+        answer = json.dumps({"Username": "tuner", "Secret": PASSWORD})
+        program.write_text(f"#!/bin/sh\nread server\necho '{answer}'\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}/cli:{os.environ['PATH']}")
+        ended = tuner("check", "--smoke", "--plain-http", "--docker-config", config, path)
+    assert ended.code == 0, ended.err
+    assert f"may push to {registry.host}/a:1 with user 'tuner'" in ended.err
+
+
+@pytest.mark.registry
 def test_a_token_that_may_only_pull_is_denied_before_any_download(
     tuner: Tuner, tmp_path: Path, server: HttpServer
 ) -> None:

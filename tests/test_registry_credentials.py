@@ -3,7 +3,9 @@
 import base64
 import contextlib
 import json
+import sys
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -24,6 +26,68 @@ def config(**auths: object) -> str:
 
 def users(texts: list[str], reference: str) -> list[str]:
     return [credential.username for credential in parse_credentials(texts).find(parse_reference(reference))]
+
+
+@pytest.fixture
+def helper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """docker-credential-fake, which knows two registries and writes down what it is asked."""
+    program = tmp_path / "docker-credential-fake"
+    program.write_text(
+        f"""#!{sys.executable}
+import json, sys
+server = sys.stdin.read()
+open({str(tmp_path / "asked")!r}, "a").write(" ".join(sys.argv[1:]) + " " + server + "\\n")
+known = {{"acr.azurecr.io": ("ci", "hunter2"), "https://index.docker.io/v1/": ("<token>", "hunter2")}}
+if server not in known:
+    print("credentials not found in native keychain")
+    sys.exit(1)
+user, secret = known[server]
+print(json.dumps({{"ServerURL": server, "Username": user, "Secret": secret}}))
+"""
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return tmp_path / "asked"
+
+
+@pytest.mark.parametrize(
+    "named", [{"credsStore": "fake"}, {"credHelpers": {"acr.azurecr.io": "fake"}, "credsStore": "another"}]
+)
+def test_a_helper_is_asked_before_the_entries(helper: Path, named: dict[str, object]) -> None:
+    text = json.dumps({"auths": {"acr.azurecr.io": {"auth": encoded("me", "pw")}}, **named})
+    store = parse_credentials([text])
+    first, second = store.find(parse_reference("acr.azurecr.io/phi:1"))
+    assert (first.username, first.password, second.username) == ("ci", "hunter2", "me")
+    assert helper.read_text() == "get acr.azurecr.io\n"
+    assert "hunter2" not in f"{store!r} {first!r} {first.describe()}"
+    assert store.missing_helper(parse_reference("acr.azurecr.io/phi:1")) is None
+
+
+def test_a_helpers_token_is_an_identity_token(helper: Path) -> None:
+    (found,) = parse_credentials(['{"credsStore": "fake"}']).find(parse_reference("me/phi:1"))
+    assert (found.identity_token, found.username, found.password) == ("hunter2", "", "")
+
+
+def test_a_helper_that_knows_nothing_or_is_not_there_leaves_the_entries(helper: Path) -> None:
+    entries = {"auths": {"ghcr.io": {"auth": encoded("me", "pw")}}}
+    assert users([json.dumps({**entries, "credsStore": "fake"})], "ghcr.io/a/b:1") == ["me"]
+    absent = parse_credentials([json.dumps({**entries, "credsStore": "desktop"})])
+    assert [each.username for each in absent.find(parse_reference("ghcr.io/a/b:1"))] == ["me"]
+    assert absent.missing_helper(parse_reference("ghcr.io/a/b:1")) == "docker-credential-desktop"
+
+
+@pytest.mark.parametrize("answer", ["", "[]", "not JSON", '{"Username": "x"}', '{"Username": "x", "Secret": 3}'])
+def test_a_helper_that_answers_nonsense_gives_nothing(helper: Path, answer: str) -> None:
+    program = helper.with_name("docker-credential-fake")
+    program.write_text(f"#!{sys.executable}\nprint({answer!r})\n")
+    assert users(['{"credsStore": "fake"}'], "acr.azurecr.io/phi:1") == []
+
+
+@pytest.mark.parametrize("name", [3, None, "", "../fake", "fake get;", ["fake"]])
+def test_what_is_no_helpers_name_runs_nothing(helper: Path, name: object) -> None:
+    texts = [json.dumps({"credsStore": name}), json.dumps({"credHelpers": {"acr.azurecr.io": name}})]
+    assert users(texts, "acr.azurecr.io/phi:1") == []
+    assert not helper.exists()
 
 
 @pytest.mark.parametrize(

@@ -437,7 +437,7 @@ class Secret(_FromYaml):
             config = {"auths": config}  # the format before Docker 1.7: the inner mapping alone
         if not isinstance(config.get("auths"), dict):
             raise ConfigError(f"{wrong}a docker config without auths", hint="credential helpers cannot be in a Secret")
-        return json.dumps(config)
+        return json.dumps({"auths": config["auths"]})  # whoever wrote the file must not choose a program to be run
 
     def _keys(self) -> set[str]:
         return self.data.keys() | self.string_data.keys()

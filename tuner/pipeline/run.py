@@ -391,7 +391,10 @@ def _exists(reference: str, digest: str) -> ConfigError:
 
 def _probe(destination: ImageDestination, spec: RunSpec, secrets: Secrets, reporter: Reporter) -> None:
     reference = parse_reference(destination.reference)
-    if secrets.docker_configs and not parse_credentials(secrets.docker_configs).find(reference):
+    store = parse_credentials(secrets.docker_configs)
+    if missing := store.missing_helper(reference):
+        reporter.warn(f"the docker config keeps its credentials in {missing}, which is not installed here")
+    elif secrets.docker_configs and not store.find(reference):
         reporter.warn(f"the docker config to push with has no entry for {reference.registry}")
     with client_for(reference, spec.network, secrets.docker_configs, reporter=reporter) as client:
         found = probe_push(reference, client)

@@ -2,13 +2,17 @@
 
 Three shapes are read: `.dockerconfigjson` and `config.json` (`{"auths": {KEY: ENTRY}}`) and the older
 `.dockercfg` (`{KEY: ENTRY}`). Keys match as kubelet and containers-auth.json(5) do it: a host, a host with a path
-prefix, `https://host/v2/`, `*.azurecr.io`. Nothing here prints a secret: reprs, messages and descriptions
-have the key and the user's name only.
+prefix, `https://host/v2/`, `*.azurecr.io`. Where a config.json says that a helper keeps them, the helper is asked, as
+the docker CLI does: https://github.com/docker/docker-credential-helpers. Nothing here prints a secret: reprs, messages
+and descriptions have the key and the user's name only.
 """
 
 import base64
 import binascii
 import json
+import re
+import shutil
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -22,6 +26,8 @@ from tuner.registry.azure import WorkloadIdentity
 
 _DOCKER_HUB_HOSTS = ("docker.io", "index.docker.io", "registry-1.docker.io")
 _ENTRY_FIELDS = ("auth", "username", "password", "identitytoken", "registrytoken")
+_TOKEN_USER = "<token>"  # whose secret is an identity token
+_HELPER_S = 60.0  # it may ask the person to unlock a keychain
 _REMAKE = "make the secret again with kubectl create secret docker-registry, or run docker login"
 
 
@@ -56,14 +62,19 @@ ANONYMOUS = Credential(key="")
 
 @dataclass(frozen=True)
 class CredentialStore:
-    """All credentials of several texts, in the order of the texts."""
+    """All credentials of several texts, in the order of the texts; beside them each text's helpers: by registry, and
+    under "" for all others."""
 
     texts: tuple[tuple[Credential, ...], ...] = ()
+    helpers: tuple[Mapping[str, str], ...] = ()
 
     def find(self, reference: ImageReference) -> list[Credential]:
-        """All that match the repository, best first: by text, then the longest path, then exact host before glob."""
+        """All that match the repository, best first: by text, then a helper's, then the longest path, then exact host
+        before glob."""
         found: list[Credential] = []
-        for credentials in self.texts:
+        for number, credentials in enumerate(self.texts):
+            if (helper := self._helper(number, reference)) and (kept := _ask_helper(helper, reference)):
+                found.append(kept)
             ranked = [
                 (rank, credential)
                 for credential in credentials
@@ -72,6 +83,15 @@ class CredentialStore:
             ranked.sort(key=lambda pair: pair[0], reverse=True)  # stable: equals stay in the file's order
             found.extend(credential for _, credential in ranked)
         return found
+
+    def missing_helper(self, reference: ImageReference) -> str | None:
+        """The program that would have to be asked for this registry, and is not installed."""
+        named = (self._helper(number, reference) for number in range(len(self.texts)))
+        return next((program for program in named if program and not shutil.which(program)), None)
+
+    def _helper(self, number: int, reference: ImageReference) -> str | None:
+        helpers = self.helpers[number] if number < len(self.helpers) else {}
+        return helpers.get(_server_of(reference)) or helpers.get(reference.registry) or helpers.get("")
 
     def describe(self) -> str:
         """The keys that are there, for the sentence that none of them matches."""
@@ -95,6 +115,7 @@ def parse_credentials(texts: Sequence[str]) -> CredentialStore:
     """The credentials of all texts. Raises ConfigError with every problem, never with a word of the content."""
     problems: list[Problem] = []
     parsed: list[tuple[Credential, ...]] = []
+    helpers: list[Mapping[str, str]] = []
     for number, text in enumerate(texts, start=1):
         name = "docker config" if len(texts) == 1 else f"docker config {number} of {len(texts)}"
         credentials = [
@@ -102,9 +123,10 @@ def parse_credentials(texts: Sequence[str]) -> CredentialStore:
         ]
         # `{}` stands where a credential helper keeps the secret.
         parsed.append(tuple(credential for credential in credentials if not credential.is_anonymous))
+        helpers.append(_helpers_of(text))
     if problems:
         raise ConfigError.of(problems)
-    return CredentialStore(tuple(parsed))
+    return CredentialStore(tuple(parsed), tuple(helpers))
 
 
 def expires_at(credential: Credential) -> datetime | None:
@@ -123,6 +145,46 @@ def credential_expiry(reference: ImageReference, docker_configs: Sequence[str]) 
     """
     found = parse_credentials(docker_configs).find(reference)
     return expires_at(found[0]) if found else None
+
+
+def _helpers_of(text: str) -> Mapping[str, str]:
+    """Registry → program, from `credHelpers`; under "" that of `credsStore`."""
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}  # _parse_text says so
+    written = document.get("credHelpers") if isinstance(document, dict) else None
+    names = {**written} if isinstance(written, dict) else {}
+    names[""] = document.get("credsStore") if isinstance(document, dict) else None
+    return {
+        registry: f"docker-credential-{name}"
+        for registry, name in names.items()
+        if isinstance(name, str) and re.fullmatch(r"[\w.-]+", name, re.ASCII)
+    }
+
+
+def _server_of(reference: ImageReference) -> str:
+    return "https://index.docker.io/v1/" if reference.registry == "docker.io" else reference.registry
+
+
+def _ask_helper(program: str, reference: ImageReference) -> Credential | None:
+    """What the helper keeps for the registry, or None. Its words may hold a secret and are never shown."""
+    path = shutil.which(program)
+    if path is None:
+        return None
+    server = _server_of(reference)
+    try:
+        done = subprocess.run([path, "get"], input=server, capture_output=True, text=True, timeout=_HELPER_S)
+        answer = json.loads(done.stdout) if done.returncode == 0 else None
+    except (OSError, subprocess.TimeoutExpired, ValueError):
+        return None
+    if not isinstance(answer, dict) or not isinstance(answer.get("Secret"), str) or not answer["Secret"]:
+        return None
+    user, secret = str(answer.get("Username") or ""), answer["Secret"]
+    key = f"{server} in {program}"
+    if user == _TOKEN_USER:
+        return Credential(key, identity_token=secret)
+    return Credential(key, username=user, password=secret)
 
 
 def _parse_text(text: str, name: str, problems: list[Problem]) -> Mapping[str, object]:
