@@ -64,6 +64,16 @@ WORDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "TrainingArguments.metric_for_best_model": ("eval_loss", "loss", "eval_perplexity", "perplexity"),
     }
     | {f"{section}.{key}": words for section, keys in CHOICES.items() for key, words in keys.items()}
+    | {
+        # dft is another loss
+        "TrainingArguments.loss_type": ("nll", "chunked_nll"),
+        # The others update in backward, of which a step has several, or want to be told of training and evaluation.
+        "TrainingArguments.optim": tuple(
+            name
+            for name in CHOICES["TrainingArguments"]["optim"]
+            if name not in ("lomo", "adalomo") and "layerwise" not in name and "schedule_free" not in name
+        ),
+    }
 )
 
 Bound = tuple[Callable[[float], bool], str]
@@ -141,6 +151,9 @@ _GONE = "newer libraries have no such setting"
 _LABELS = "the assistant's tokens and the end of its turn are learnt, nothing else"
 _WEIGHTS = "the fetch stage decides where weights come from"
 _OURS = "tuner decides this"
+_PACKED = "documents are packed whatever it says, see nothing of each other, and a step is so many documents"
+_FITS = "a step that does not fit the memory is taken in smaller pieces, then with recomputed activations"
+_LIGER = "Liger's kernels are on where they are proved and faster; --disable liger turns them off"
 IGNORED: Mapping[str, str] = MappingProxyType(
     {
         **{
@@ -172,12 +185,23 @@ IGNORED: Mapping[str, str] = MappingProxyType(
         **{
             f"TrainingArguments.{key}": _OURS
             for key in (
-                *("average_tokens_across_devices", "dataset_kwargs", "dataset_num_proc"),
-                *("disable_tqdm", "do_eval", "do_predict", "do_train", "eos_token", "include_num_input_tokens_seen"),
+                *("average_tokens_across_devices", "bf16_full_eval", "dataset_kwargs", "dataset_num_proc"),
+                *("ddp_static_graph", "disable_tqdm", "do_eval", "do_predict", "do_train", "eos_token"),
+                *("fp16_full_eval", "ignore_data_skip", "include_num_input_tokens_seen"),
                 *("label_names", "local_rank", "logging_nan_inf_filter", "pad_token", "padding_free"),
                 *("remove_unused_columns", "resume_from_checkpoint", "save_total_limit"),
             )
         },
+        **{
+            f"TrainingArguments.{key}": _PACKED
+            for key in ("eval_packing", "packing", "packing_strategy", "pad_to_multiple_of")
+        },
+        **{
+            f"TrainingArguments.{key}": _FITS
+            for key in ("activation_offloading", "auto_find_batch_size", "torch_empty_cache_steps")
+        },
+        **{f"TrainingArguments.{key}": _LIGER for key in ("liger_kernel_config", "use_liger_kernel")},
+        "TrainingArguments.dataloader_drop_last": "every row is trained on",
         "TrainingArguments.shuffle_dataset": "DatasetConfig.shuffle_dataset is the one that counts",
         "TrainingArguments.truncation_mode": "DatasetConfig.over_length says what happens to long rows",
         **{
@@ -205,7 +229,9 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "TrainingArguments.fsdp_config": "one process a GPU is what tuner runs; leave it out",
         "TrainingArguments.greater_is_better": "a held-out loss is better when it is less; leave it out",
         "TrainingArguments.hub_token": "a token has no place in a ConfigMap; use $HF_TOKEN or modelAccessSecret",
+        "TrainingArguments.label_smoothing_factor": "the loss is that of the tokens as they stand; leave it out",
         "TrainingArguments.model_init_kwargs": "write ModelConfig and QuantizationConfig instead",
+        "TrainingArguments.neftune_noise_alpha": "its noise would depend on what is packed together; leave it out",
         "TrainingArguments.parallelism_config": "one process a GPU is what tuner runs; leave it out",
         "TrainingArguments.push_to_hub": "tuning.output says where the adapter goes",
         "TrainingArguments.trust_remote_code": "write it as ModelConfig.trust_remote_code",
