@@ -23,7 +23,6 @@ from trl import SFTConfig
 from tuner.errors import ConfigError, InputMissingError, InterruptedRunError, OutOfGpuMemoryError, TunerError
 from tuner.levers import LEARNT_HEAD, PACKING
 from tuner.memory import read_shape
-from tuner.pipeline import watchdog
 from tuner.pipeline.adapter import ADAPTER_WEIGHTS, vllm_problems
 from tuner.pipeline.best import KeepBest, Rule, held_out_losses
 from tuner.pipeline.checkpoints import SEAL, newest_checkpoint, room_for, seal
@@ -35,6 +34,7 @@ from tuner.pipeline.model import Coverage, Device, attach_lora, load_base_model,
 from tuner.pipeline.probe import Pieces
 from tuner.pipeline.startup import StartUp, describe
 from tuner.pipeline.trainer import PackedTrainer
+from tuner.pipeline.watchdog import Watchdog, check_finite
 from tuner.plan import choose_micro_batch, count_steps, read_setup, steps_between_evaluations
 from tuner.runspec import Prepared, Progress, Reporter, RunSpec, Split
 from tuner.training_config import OWN_TYPES, TrainingConfig
@@ -103,9 +103,11 @@ class Stop:
 class _Recorder(TrainerCallback):  # type: ignore[misc]
     """Reports each log, keeps metrics.jsonl, asks for recovery checkpoints, obeys Stop."""
 
-    def __init__(self, stop: Stop, reporter: Reporter, metrics_file: Path, *, watches: bool, evaluates: bool) -> None:
+    def __init__(
+        self, stop: Stop, reporter: Reporter, metrics_file: Path, *, watchdog: Watchdog | None, evaluates: bool
+    ) -> None:
         self._stop = stop
-        self._watches = watches
+        self._watchdog = watchdog
         self._evaluates = evaluates
         self._reporter = reporter
         self._metrics_file = metrics_file
@@ -161,9 +163,9 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         newest = self.record(state.log_history)
-        watchdog.check_finite(newest)
-        if self._watches and newest:
-            watchdog.check(metrics(state.log_history), state.max_steps)
+        check_finite(newest)
+        if self._watchdog:
+            self._watchdog.check(newest, state.max_steps)
         if "loss" not in kwargs["logs"]:
             return  # an evaluation, or the summary at the end
         now, tokens = time.monotonic(), state.num_input_tokens_seen
@@ -473,8 +475,9 @@ def _optimise(
     metrics_file = adapter_dir / METRICS
     metrics_file.unlink(missing_ok=True)
     watches = bool(spec.training.value("TrainingArguments", "watchdog"))
+    watchdog = Watchdog(shuffled=arguments.train_sampling_strategy != "sequential") if watches else None
     evaluates = prepared.evaluation is not None
-    recorder = _Recorder(stop, reporter, metrics_file, watches=watches, evaluates=evaluates)
+    recorder = _Recorder(stop, reporter, metrics_file, watchdog=watchdog, evaluates=evaluates)
     keep_best = KeepBest(Rule.of(spec.training), model, checkpoints)
     first_step = _FirstStep(startup, device, reporter)
     callbacks = [recorder, keep_best, first_step]
