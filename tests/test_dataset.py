@@ -427,7 +427,21 @@ def test_columns_that_do_not_say_what_is_meant_are_listed(one: Path, columns: di
     with pytest.raises(DataError) as caught:
         read_one(one, columns)
     assert caught.value.message == f"one.json: rows of no known shape; the file has {listed}"
-    assert "messages_column" in str(caught.value.hint)
+    assert str(caught.value.hint).startswith("name the columns: DatasetConfig.messages_column")
+
+
+@pytest.mark.parametrize(
+    ("columns", "meant"),
+    [
+        ({"mesages": []}, "is 'mesages' as messages meant? "),
+        ({"Prompt": "a", "completions": "b"}, "is 'Prompt' as prompt and 'completions' as completion meant? "),
+        ({"prompt": "a", "reply": "b"}, "name the columns"),
+    ],
+)
+def test_a_misspelt_column_is_asked_about(one: Path, columns: dict[str, Any], meant: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read_one(one, columns)
+    assert str(caught.value.hint).startswith(meant)
 
 
 @pytest.mark.parametrize("extension", ["csv", "parquet"])

@@ -30,6 +30,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import dropwhile, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
@@ -614,6 +615,8 @@ _MESSAGES_COLUMNS = ("messages", "conversations", "conversation")
 _QUESTION_COLUMNS = ("instruction", "prompt", "question", "query")
 _ANSWER_COLUMNS = ("output", "completion", "response", "answer")
 _SYSTEM_COLUMNS = ("system", "system_prompt")
+_KNOWN_COLUMNS = (*_MESSAGES_COLUMNS, *_QUESTION_COLUMNS, *_ANSWER_COLUMNS, "text")
+_A_TYPO = 0.8  # a likeness that words of another meaning do not have
 
 
 class _Shape(NamedTuple):
@@ -652,9 +655,12 @@ def _recognise(columns: Sequence[str], settings: DatasetSettings, source: str) -
         return _question_shape(questions[0], next(iter(extras), None), answers[0], columns)
     if "text" in columns and not (questions and answers):
         return _text_shape("text")
+    near = {column: get_close_matches(column.strip().lower(), _KNOWN_COLUMNS, 1, _A_TYPO) for column in columns}
+    meant = [f"{column!r} as {found[0]}" for column, found in near.items() if found and column not in _KNOWN_COLUMNS]
     raise DataError(
         f"{source}: rows of no known shape; the file has {_listed(columns)}",
-        hint="name the columns: DatasetConfig.messages_column, or context_column and response_column, or only "
+        hint=(f"is {' and '.join(meant)} meant? " if meant else "")
+        + "name the columns: DatasetConfig.messages_column, or context_column and response_column, or only "
         "response_column for plain text; known without that are messages, conversations, prompt/completion, "
         "instruction/input/output, question/answer and text",
     )
