@@ -248,6 +248,20 @@ def test_durations() -> None:
     ]
 
 
+def test_a_misspelt_run_or_namespace_is_told(cluster: FakeKubernetes, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["status", NAME[:-1]]) == 66
+    assert f'hint: did you mean "{NAME}"?' in capsys.readouterr().err
+    assert main(["status", "quite-another"]) == 66
+    assert "hint: tuner status shows those there are" in capsys.readouterr().err
+    for name in ((), (NAME,)):
+        assert main(["status", *name, "-n", "nons"]) == 66
+        assert "error: there is no namespace nons" in capsys.readouterr().err
+    cluster.deny("get", "namespaces")  # who may not look is left in doubt
+    assert main(["status", "-n", "nons"]) == 0
+    assert "no runs in namespace nons" in capsys.readouterr().err
+
+
 # ── following ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from tuner import pod
-from tuner.cluster.api import EVENT, JOB, POD, WORKSPACE, Api, Object
+from tuner.cluster.api import EVENT, JOB, NAMESPACE, POD, WORKSPACE, Api, Object
 from tuner.cluster.api_errors import ApiError, BadRequestError, ForbiddenError, NotFoundError, UnavailableError
 from tuner.cluster.job import GPU, INSTANCE_TYPE_LABEL, WORKSPACE_LABEL, helper_name
 from tuner.cluster.observe import (
@@ -26,7 +26,7 @@ from tuner.cluster.observe import (
     stage_of,
     view_job,
 )
-from tuner.errors import InputMissingError, TunerError
+from tuner.errors import InputMissingError, TunerError, did_you_mean
 from tuner.runspec import Progress, Reporter, StageName
 
 OUR_JOBS = "app.kubernetes.io/managed-by=tuner"
@@ -116,17 +116,36 @@ def load_run(api: Api, name: str, *, progress: bool = True, or_check: bool = Fal
                     f"Workspace {name} in namespace {api.namespace} has no Job yet",
                     hint=f"kubectl get workspace {name} -o wide shows what its controller says",
                 )
+        refuse_missing_namespace(api)
+        near = None
+        with suppress(ApiError):
+            jobs = api.list(JOB, label_selector=OUR_JOBS).items
+            near = did_you_mean(name, [str(each["metadata"]["name"]) for each in jobs])
         raise InputMissingError(
             f"there is no Job {name} in namespace {api.namespace}",
-            hint="tuner status shows those there are; --namespace?",
+            hint=near or "tuner status shows those there are; --namespace?",
         )
     pods = api.list(POD, label_selector=f"batch.kubernetes.io/job-name={name}").items
     return _with_rest(api, job, pods, progress=progress)
 
 
+def refuse_missing_namespace(api: Api) -> None:
+    """Raises InputMissingError: lists in it would only be empty. Who may not read namespaces is left in doubt."""
+    with suppress(ForbiddenError):
+        try:
+            api.get(NAMESPACE, api.namespace)
+        except NotFoundError as error:
+            raise InputMissingError(
+                f"there is no namespace {api.namespace}",
+                hint=f"kubectl create namespace {api.namespace}, or --namespace",
+            ) from error
+
+
 def load_runs(api: Api) -> tuple[Snapshot, ...]:
     """All Jobs of ours in the namespace, the newest first."""
     jobs = api.list(JOB, label_selector=OUR_JOBS).items
+    if not jobs:
+        refuse_missing_namespace(api)
     pods = api.list(POD, label_selector=OUR_JOBS).items if jobs else ()
     found = []
     for job in sorted(jobs, key=lambda each: str(each["metadata"].get("creationTimestamp")), reverse=True):

@@ -18,7 +18,6 @@ from tuner.cluster.api import (
     CLAIM,
     CONFIG_MAP,
     JOB,
-    NAMESPACE,
     NODE,
     POD,
     SECRET,
@@ -37,6 +36,7 @@ from tuner.cluster.follow import (
     follow_run,
     keeps_results,
     load_run,
+    refuse_missing_namespace,
     required_labels,
 )
 from tuner.cluster.job import (
@@ -356,7 +356,7 @@ def submit(
     live = api.find(JOB, name)
     if live is not None:
         return _there_already(api, objects, live)
-    _refuse_missing_namespace(api)
+    refuse_missing_namespace(api)  # without one nothing else is worth a look
     missing, unread = missing_things(api, objects)
     for line in unread:
         reporter.warn(line)
@@ -411,18 +411,6 @@ def _there(api: Api, resource: Resource, name: str, manifest: Mapping[str, Any])
         return api.get(resource, name)
     except ForbiddenError:
         return dict(manifest)
-
-
-def _refuse_missing_namespace(api: Api) -> None:
-    """Without one nothing else is worth a look. Reading namespaces is often forbidden: then the dry run tells."""
-    try:
-        api.get(NAMESPACE, api.namespace)
-    except ForbiddenError:
-        return
-    except NotFoundError as error:
-        raise InputMissingError(
-            f"there is no namespace {api.namespace}", hint=f"kubectl create namespace {api.namespace}, or --namespace"
-        ) from error
 
 
 def _missing_hint(missing: Sequence[str], namespace: str) -> str:
