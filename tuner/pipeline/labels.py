@@ -182,10 +182,8 @@ class Labeller:
         spans: list[tuple[int, int]] = []
         as_history = True
         for index, message in enumerate(row.messages):
-            if message["role"] != "assistant" or index < row.supervised_from:
-                continue
-            if index == 0:
-                return BadRow(row.origin, "message 1: it is the assistant's, and nothing asks for it")
+            if message["role"] != "assistant" or index < max(1, row.supervised_from):
+                continue  # a greeting that nothing asks for is what the user answers, not what is learnt
             prompt = self._render(row.messages[:index], row.tools, prompt=True)
             last = index == len(row.messages) - 1
             turn = whole if last else self._render(row.messages[: index + 1], row.tools)
