@@ -561,10 +561,22 @@ def test_parquet_nulls_of_other_rows_keys_are_no_part_of_a_message(tmp_path: Pat
     assert [row.tools for row in read_back] == [[TOOL], None, None]
 
 
-def test_leading_turns_of_weight_0_are_not_learnt(one: Path) -> None:
-    turns = [USER, {**ASSISTANT, "weight": 0}, USER, {**ASSISTANT, "weight": 1}]
+@pytest.mark.parametrize(("key", "no", "yes"), [("weight", 0, 1), ("train", False, True)])
+def test_leading_turns_that_are_marked_are_not_learnt(one: Path, key: str, no: object, yes: object) -> None:
+    turns = [USER, {**ASSISTANT, key: no}, USER, {**ASSISTANT, key: yes}]
     row = read_one(one, {"messages": turns})
     assert row == Conversation(Origin("one.json", 1), [USER, ASSISTANT, USER, ASSISTANT], None, 2)
+
+
+def test_an_answer_that_is_said_to_be_unwanted_is_a_bad_row(tmp_path: Path) -> None:
+    """As data for KTO says it; a label that is none of a judgement is nobody's."""
+    rows = [{"prompt": f"p{number}", "completion": "c", "label": number > 0} for number in range(12)]
+    path = write_data(tmp_path / "a.jsonl", rows)
+    gathered = gather(path)
+    assert [str(bad) for bad in gathered.bad] == ["a.jsonl:1: label is false: an answer that is not wanted"]
+    assert len(gathered.rows) == 11
+    scored = write_data(tmp_path / "b.jsonl", [row | {"label": 0} for row in rows])
+    assert len(read(scored)) == 12
 
 
 # ── bad rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -594,6 +606,7 @@ def test_leading_turns_of_weight_0_are_not_learnt(one: Path) -> None:
         ([USER, {"from": "gpt", "value": None}], "messages[1].value is null"),
         ([USER, ASSISTANT, {**ASSISTANT, "weight": 0}], "messages[2].weight is 0 after a turn that is learnt"),
         ([USER, {**ASSISTANT, "weight": 0}], "no assistant turn to learn"),
+        ([USER, ASSISTANT, {**ASSISTANT, "train": False}], "messages[2].train is false after a turn that is learnt"),
     ],
 )
 def test_a_conversation_that_cannot_be_learnt_is_bad_and_says_why(one: Path, turns: Any, reason: str) -> None:

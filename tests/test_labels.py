@@ -313,6 +313,19 @@ def test_a_greeting_that_nothing_asks_for_is_context() -> None:
     assert bad.reason == "no assistant turn to learn"
 
 
+def test_a_thought_that_the_template_does_not_show_is_a_bad_row() -> None:
+    """Else answering without a thought would be learnt of rows that have one."""
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", "reasoning_content": "\nLet me see.\n"},
+    ]
+    row = Conversation(HERE, turns, None, 0)
+    bad = _labeller("phi3", "phi-3-mini-4k-instruct", True).examples(row)
+    assert isinstance(bad, BadRow)
+    assert bad.reason == "message 2: the chat template does not show its reasoning_content"
+    assert "Let me see." in learnt(_labeller("qwen3", "qwen3-4b", True), row)[0]
+
+
 def test_a_row_that_the_template_refuses_is_a_bad_row_and_not_a_crash() -> None:
     template = (
         "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"

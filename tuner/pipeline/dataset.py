@@ -644,7 +644,7 @@ def _recognise(columns: Sequence[str], settings: DatasetSettings, source: str) -
         if column in columns:
             return _messages_shape(column, columns)
     if "prompt" in columns and "completion" in columns:
-        return _completion_shape("prompt", "completion", columns)
+        return _completion_shape("prompt", "completion", columns, judged="label" in columns)
     questions = [column for column in _QUESTION_COLUMNS if column in columns]
     extras = [column for column in ("input", "context") if column in columns]
     if not questions and extras == ["input"]:
@@ -688,10 +688,15 @@ def _messages_shape(column: str, columns: Sequence[str]) -> _Shape:
     return _Shape(column, [column, *optional], build)
 
 
-def _completion_shape(prompt_column: str, completion_column: str, columns: Sequence[str]) -> _Shape:
-    optional = [name for name in ("tools",) if name in columns]
+def _completion_shape(
+    prompt_column: str, completion_column: str, columns: Sequence[str], *, judged: bool = False
+) -> _Shape:
+    """`judged`: `label` may say false, as in data for KTO, of a completion that is not wanted."""
+    optional = [name for name in ("tools", *(["label"] if judged else [])) if name in columns]
 
     def build(origin: Origin, record: Mapping[str, Any]) -> Row:
+        if judged and record.get("label") is False:
+            raise _Unusable("label is false: an answer that is not wanted")
         prompt, completion = record.get(prompt_column), record.get(completion_column)
         if isinstance(prompt, list) and isinstance(completion, list):
             asked, _ = _messages(prompt, prompt_column)
@@ -743,6 +748,8 @@ _ROLES = {
     **dict.fromkeys(("tool", "function", "observation", "function_response", "tool_response"), "tool"),
     **dict.fromkeys(("function_call", "tool_call"), "function_call"),  # ShareGPT: an assistant's call, as JSON
 }
+# A turn that is not learnt, as OpenAI and Axolotl mark it.
+_LEFT_OUT = (("weight", 0, "weight is 0"), ("train", False, "train is false"))
 _PASSED_ON = ("name", "tool_call_id", "reasoning_content", "thinking")  # what templates read beside role and content
 
 
@@ -773,11 +780,10 @@ def _messages(value: object, column: str) -> tuple[list[dict[str, Any]], int]:
         message = _message(turn, where)
         messages.append(message)
         if message["role"] == "assistant":
-            if turn.get("weight") == 0:  # OpenAI's mark of a turn that is not learnt
+            mark = next((mark for key, value, mark in _LEFT_OUT if turn.get(key) == value), None)
+            if mark:
                 if learns_already:
-                    raise _Unusable(
-                        f"{where}.weight is 0 after a turn that is learnt; only leading turns can be left out"
-                    )
+                    raise _Unusable(f"{where}.{mark} after a turn that is learnt; only leading turns can be left out")
                 supervised_from = index + 1
             else:
                 learns_already = True

@@ -191,8 +191,8 @@ class Labeller:
             if isinstance(span, str):
                 return BadRow(row.origin, f"message {index + 1}: {span}")
             start, end = span
-            if hidden := _hidden_call(message, turn[start:end]):
-                return BadRow(row.origin, f"message {index + 1}: the chat template does not show its call of {hidden}")
+            if hidden := _hidden(message, turn[start:end]):
+                return BadRow(row.origin, f"message {index + 1}: the chat template does not show its {hidden}")
             single.append(self._example(row, turn, (span,)))
             if whole[:end] == turn[:end]:
                 spans.append((start, end))
@@ -265,13 +265,18 @@ class Labeller:
             yield TokenRow(example.origin, input_ids, supervised, straddles)
 
 
-def _hidden_call(message: Mapping[str, Any], shown: str) -> str | None:
-    """The function that an assistant turn calls without its template showing it: what is learnt would be silence."""
+def _hidden(message: Mapping[str, Any], shown: str) -> str | None:
+    """What an assistant turn has and its template does not show: a call, or a thought. Silence would be learnt, or to
+    answer without thinking."""
     for call in message.get("tool_calls") or []:
         function = call.get("function", call) if isinstance(call, Mapping) else {}
         name = function.get("name") if isinstance(function, Mapping) else None
         if isinstance(name, str) and name not in shown:
-            return name
+            return f"call of {name}"
+    for key in ("reasoning_content", "thinking"):
+        thought = message.get(key)
+        if isinstance(thought, str) and thought.strip() not in shown:
+            return key
     return None
 
 
