@@ -63,6 +63,7 @@ PARITY_TOKENS = 96
 TIMED_TOKENS = 8192
 CLEARLY_FASTER = 1.1
 SMALL_SAMPLE_TOKENS, LARGE_SAMPLE_TOKENS = 1024, 4096
+LARGER_STEPS = 4
 
 
 class Choice(Contract):
@@ -73,6 +74,8 @@ class Choice(Contract):
     off: dict[str, str]  # lever → why
     tokens: int
     recomputes: bool
+    # How many times as many tokens a second steps of LARGER_STEPS times the documents would have; None: not measured.
+    larger_steps_gain: float | None = None
 
     @property
     def pieces(self) -> Pieces:
@@ -303,6 +306,10 @@ class Bench:
         """Tokens of so many documents, the longest that there are."""
         return int(self._lengths[:documents].sum())
 
+    def usual_tokens_of(self, documents: int) -> int:
+        """Tokens of so many documents of the mean length."""
+        return int(self._lengths.mean() * documents)
+
     def documents(self, tokens: int) -> list[Document]:
         """The longest documents, together at least `tokens` tokens; again from the first where there are too few.
 
@@ -484,6 +491,7 @@ def choose(
     trial = Trial(bench, device, disabled)
     trial.note(PACKING, exact.packs)
     trial.note(LEARNT_HEAD, exact.learnt_head)
+    gain = None
     with bench.undisturbed():
         trainer.recompute(estimated.recomputes)
         for lever in (levers.varlen, levers.fused, levers.liger, levers.projections):
@@ -499,9 +507,17 @@ def choose(
         else:
             pieces = _probe_memory(trainer, trial, levers.resident, checkpointing)
             trial.on[MEMORY_PROBE] = None
+            gain = None if pieces.recomputes else _gain_of_larger_steps(trainer, bench)
         trial.undo()
         trainer.recompute(False)
-    return Choice(machine=machine, on=trial.on, off=trial.off, tokens=pieces.tokens, recomputes=pieces.recomputes)
+    return Choice(
+        machine=machine,
+        on=trial.on,
+        off=trial.off,
+        tokens=pieces.tokens,
+        recomputes=pieces.recomputes,
+        larger_steps_gain=gain,
+    )
 
 
 _TOO_LARGE = "does not fit the memory"
@@ -605,7 +621,7 @@ def _probe_memory(
     bench = trial.bench
     ranks = trainer.accelerator.num_processes
     longest = bench.longest
-    useful = most_useful(bench.tokens_of(-(-trainer.args.per_device_train_batch_size // ranks)), longest)
+    useful = most_useful(bench.tokens_of(trainer.args.per_device_train_batch_size), longest)
 
     def samples(recomputes: bool) -> list[Sample]:
         trainer.recompute(recomputes)
@@ -628,6 +644,17 @@ def _probe_memory(
         return pieces
     trial.offer(resident, beside.tokens)
     return beside if resident.name in trial.on else pieces
+
+
+def _gain_of_larger_steps(trainer: PackedTrainer, bench: Bench) -> float | None:
+    """As Choice has it. A small step is over before the CPU has queued it: the GPU, which is paid for, waits."""
+    tokens = bench.usual_tokens_of(trainer.args.per_device_train_batch_size)
+    if not trainer.packs or tokens >= LARGE_SAMPLE_TOKENS:
+        return None
+    step, larger = bench.sample(tokens), bench.sample(LARGER_STEPS * tokens)
+    if step is None or larger is None:
+        return None
+    return larger.tokens / larger.seconds / (step.tokens / step.seconds)
 
 
 def _optimizer(trainer: PackedTrainer) -> str:

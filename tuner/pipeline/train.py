@@ -28,7 +28,7 @@ from tuner.pipeline.best import KeepBest, Rule, held_out_losses
 from tuner.pipeline.checkpoints import SEAL, newest_checkpoint, room_for, seal
 from tuner.pipeline.kernels import Exact, has_plain_head, prove
 from tuner.pipeline.launch import is_worker, rank, world_size
-from tuner.pipeline.levers import Choice, apply, choose
+from tuner.pipeline.levers import LARGER_STEPS, Choice, apply, choose
 from tuner.pipeline.libraries import versions
 from tuner.pipeline.model import Coverage, Device, attach_lora, load_base_model, pick_device
 from tuner.pipeline.probe import Pieces
@@ -47,6 +47,7 @@ CHECKPOINT_INTERVAL_S = 600  # the most work that a lost machine costs
 KEPT_CHECKPOINTS = 2  # the one before is there when the newest was not written whole
 METRICS = "metrics.jsonl"
 LEVERS = "levers.json"  # beside the checkpoints
+WORTH_SAYING = 1.3  # times as fast
 _BEST_IS_OURS = frozenset({"load_best_model_at_end", "metric_for_best_model"})  # best.py, not the Trainer
 
 
@@ -486,6 +487,9 @@ def _optimise(
     with startup.part("levers"):
         chosen = _take_levers(trainer, exact, device, spec, pieces, checkpoints)
     reporter.note(f"{device.name}: {chosen}")
+    documents = arguments.per_device_train_batch_size * trainer.accelerator.num_processes
+    if hint := small_steps(chosen.larger_steps_gain, documents):
+        reporter.note(hint)
     state = TrainerState.load_from_json(str(resume / "trainer_state.json")) if resume else None
     if resume and state:
         reporter.note(f"resuming after step {state.global_step} of {state.max_steps}")
@@ -526,6 +530,16 @@ def _optimise(
         versions=versions(),
         levers=chosen.told,
         startup=first_step.seconds,
+    )
+
+
+def small_steps(gain: float | None, documents: int) -> str | None:
+    """What to say when LARGER_STEPS times the documents of a step would be `gain` times as fast; None: nothing."""
+    if gain is None or gain < WORTH_SAYING:
+        return None
+    return (
+        f"steps of {documents} documents leave the GPU waiting for its CPU: with {LARGER_STEPS * documents} it trains "
+        f"{gain:.1f} times as many tokens a second (gradient_accumulation_steps; larger steps are fewer: another recipe)"
     )
 
 
