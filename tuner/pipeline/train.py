@@ -539,7 +539,7 @@ def small_steps(gain: float | None, documents: int) -> str | None:
         return None
     return (
         f"steps of {documents} documents leave the GPU waiting for its CPU: with {LARGER_STEPS * documents} it trains "
-        f"{gain:.1f} times as many tokens a second (gradient_accumulation_steps; larger steps are fewer: another recipe)"
+        f"{gain:.1f} times as many tokens a second (gradient_accumulation_steps; larger steps are another recipe)"
     )
 
 
