@@ -685,6 +685,28 @@ def test_two_that_ask_at_once_are_one_leader(cluster: FakeKubernetes, api: Api) 
     assert won.count(True) == 1
 
 
+@pytest.mark.parametrize("conflicts", [1, 7])
+def test_a_conflict_is_read_again_and_ends_nothing(cluster: FakeKubernetes, api: Api, conflicts: int) -> None:
+    """Somebody annotated the lease, or an answer was lost and the write repeated: it is still ours."""
+    lost: list[str] = []
+    leader = leadership(api, "one", lost)
+    assert leader.wait(threading.Event())
+    renewed = cluster.object("leases", "lease", "tuner-system")["spec"]["renewTime"]  # type: ignore[index]
+    cluster.fail("PUT", "leases", status=409, reason="Conflict", times=conflicts)
+    until(lambda: cluster.object("leases", "lease", "tuner-system")["spec"]["renewTime"] > renewed)  # type: ignore[index]
+    assert (lost, leader.is_ours) == ([], True)
+    leader.release()
+
+
+def test_a_conflict_with_another_leader_ends_at_once(cluster: FakeKubernetes, api: Api) -> None:
+    lost: list[str] = []
+    leader = leadership(api, "one", lost)
+    assert leader.wait(threading.Event())
+    renewed = {"holderIdentity": "two", "renewTime": "2099-01-01T00:00:00.000000Z"}
+    cluster.patch("leases", "lease", {"spec": renewed}, "tuner-system")
+    until(lambda: lost == ["one"])
+
+
 def test_nothing_is_written_without_the_lease(cluster: FakeKubernetes, api: Api, start: Start) -> None:
     running = start(leader_election=True)
     running.controller._leadership._renewed_at = time.monotonic() - 100  # a process that was stopped for long

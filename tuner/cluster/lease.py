@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -15,6 +16,7 @@ from tuner.cluster.api import LEASE, Api
 from tuner.cluster.api_errors import AlreadyExistsError, ApiError, ConflictError, NotFoundError
 
 DURATION_S, RENEW_WITHIN_S, RETRY_S = 15.0, 10.0, 2.0
+_CONFLICTS = 2  # in a row, before it is left to the next try
 
 
 def _end_process() -> None:
@@ -90,7 +92,13 @@ class Leadership:
                 return
 
     def _try(self) -> bool:
-        """Take or renew it; False when another has it."""
+        """Take or renew it; False when another has it. Raises ApiError when that cannot be known."""
+        for _ in range(_CONFLICTS):
+            with suppress(ConflictError, AlreadyExistsError):  # somebody wrote to it, who need not have taken it
+                return self._try_once()
+        return self._try_once()
+
+    def _try_once(self) -> bool:
         began = time.monotonic()
         try:
             lease = self.api.get(LEASE, self.name, self.namespace)
@@ -100,10 +108,7 @@ class Leadership:
             metadata = {"name": self.name, "namespace": self.namespace}
             spec = self._spec(0) | {"acquireTime": _now()}
             manifest = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": metadata, "spec": spec}
-            try:
-                self.api.create(manifest, self.namespace)
-            except AlreadyExistsError:
-                return False
+            self.api.create(manifest, self.namespace)
         elif not self._take(lease, began):
             return False
         self._renewed_at = began
@@ -120,10 +125,7 @@ class Leadership:
             return False
         renewed = self._spec(int(spec.get("leaseTransitions") or 0) + (holder != self.identity))
         renewed["acquireTime"] = spec.get("acquireTime") if holder == self.identity else _now()
-        try:
-            self.api.replace({**lease, "spec": renewed}, self.namespace)
-        except ConflictError:
-            return False
+        self.api.replace({**lease, "spec": renewed}, self.namespace)
         return True
 
     def _spec(self, transitions: int) -> dict[str, Any]:
