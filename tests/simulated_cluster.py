@@ -23,6 +23,7 @@ from tuner.cluster.reconcile import (
     Emit,
     Observed,
     Plan,
+    Record,
     Rendered,
     Settings,
     owner_reference,
@@ -130,6 +131,12 @@ class Cluster:
                         self.change((kind, name), lambda job: job["metadata"].update(deletionTimestamp="now"))
                     else:
                         self.remove((kind, name))
+            case Record(name, uid, annotations):
+                revision = self.store.get(("ControllerRevision", name))
+                if revision and revision["metadata"]["uid"] == uid:
+                    self.change(
+                        ("ControllerRevision", name), lambda it: it["metadata"]["annotations"].update(annotations)
+                    )
             case Emit(event):
                 if event["metadata"]["name"] not in {each["metadata"]["name"] for each in self.events}:
                     self.events.append(dict(event))
@@ -207,6 +214,16 @@ class Cluster:
             state = workspace["status"]["state"]
             if state in ("Succeeded", "Failed") or (name.endswith("--check") and ("Job", "phi-3") in self.store):
                 self.remove(("Job", name))
+
+    def lose_recorded_jobs(self) -> None:
+        """Those whose end a ControllerRevision remembers."""
+        records = [
+            it["metadata"]["annotations"] for (kind, _), it in self.store.items() if kind == "ControllerRevision"
+        ]
+        ended = [it["workspace.kaito.io/revision"] for it in records if "tuner/state" in it]
+        for key, job in list(self.store.items()):
+            if key[0] == "Job" and job["metadata"]["annotations"]["workspace.kaito.io/revision"] in ended:
+                self.remove(key)
 
     def edit_workspace(self, change: Callable[[Object], None]) -> None:
         def edit(workspace: Object) -> None:

@@ -37,6 +37,7 @@ steps = st.one_of(
     st.tuples(st.just("edit wrongly")),
     st.tuples(st.just("delete config")),
     st.tuples(st.just("replace")),
+    st.tuples(st.just("lose status")),
     st.tuples(st.just("delete job"), jobs),
     st.tuples(st.just("node"), st.booleans()),
     st.tuples(st.just("delete and apply again")),
@@ -97,6 +98,9 @@ class History:
                 cluster.remove(("ConfigMap", "config"))
             case ("replace",):  # kubectl replace: what others have annotated is gone
                 cluster.change(WORKSPACE, lambda it: it["metadata"].update(annotations={}))
+            case ("lose status",):  # a backup has neither it nor finished Jobs
+                cluster.change(WORKSPACE, lambda it: it.pop("status", None))
+                cluster.lose_recorded_jobs()
             case ("delete job", name):
                 cluster.delete_job_by_hand(name)
             case ("goes well", leader, rounds):

@@ -584,6 +584,69 @@ def test_a_second_push_that_gets_through_makes_a_failed_workspace_succeed():
     assert status_of(cluster)["tuning"]["artifact"]["digest"] == "sha256:2"
 
 
+def revision_of(cluster):
+    (revision,) = [it for (kind, _), it in cluster.store.items() if kind == "ControllerRevision"]
+    return revision["metadata"]["annotations"]
+
+
+@pytest.mark.parametrize("outcome", ["succeeds", "gives-up"])
+def test_an_end_is_remembered_with_its_revision_and_a_lost_status_trains_nothing_again(outcome):
+    """`kubectl replace --subresource=status`, a backup that was restored, a CRD that was made anew."""
+    cluster, controller = begun()
+    cluster.step_job("phi-3", "starts")
+    cluster.step_job("phi-3", outcome)
+    controller.settle()
+    before = copy.deepcopy(status_of(cluster))
+    said = revision_of(cluster)
+    if outcome == "succeeds":
+        assert (said["tuner/state"], said["tuner/image"]) == ("Succeeded", "example.com/a@sha256:1")
+    else:
+        assert said["tuner/state"] == "Failed"
+        assert "exit 65" in said["tuner/message"]
+    cluster.remove(("Job", "phi-3"))
+    cluster.change(WORKSPACE, lambda it: it.pop("status"))
+    controller.settle()
+    assert sum(cluster.created.values()) == 1
+    now = status_of(cluster)
+    assert now["state"] == before["state"]
+    assert now["tuning"].get("artifact") == before["tuning"].get("artifact")
+    assert now["tuning"]["runDigest"] == before["tuning"]["runDigest"]
+
+
+def test_a_job_is_deleted_when_its_end_is_recorded_and_its_time_is_over():
+    cluster, controller = begun()
+    controller.settings = replace(controller.settings, ttl_s=3600)
+    cluster.step_job("phi-3", "starts")
+    cluster.step_job("phi-3", "succeeds")
+    ended_at = controller.now.strftime("%Y-%m-%dT%H:%M:%SZ")
+    cluster.change(("Job", "phi-3"), lambda it: it["status"]["conditions"][0].update(lastTransitionTime=ended_at))
+    cluster.change(WORKSPACE, lambda it: it)  # nobody looks for years
+    controller.now += timedelta(days=1000)
+    controller.look()
+    first = controller.reconcile()
+    assert first is not None
+    assert not any(isinstance(each, Delete) for each in first.actions), "not before it is recorded"
+    controller.settle()
+    cluster.step_job("phi-3", "is-gone")
+    controller.settle()
+    assert ("Job", "phi-3") not in cluster.store
+    assert status_of(cluster)["state"] == "Succeeded"
+    assert sum(cluster.created.values()) == 1
+
+
+def test_until_its_time_is_over_a_finished_job_stays_and_is_looked_at_again_then():
+    cluster, controller = begun()
+    controller.settings = replace(controller.settings, ttl_s=3600)
+    cluster.step_job("phi-3", "starts")
+    cluster.step_job("phi-3", "gives-up")
+    ended_at = controller.now.strftime("%Y-%m-%dT%H:%M:%SZ")
+    cluster.change(("Job", "phi-3"), lambda it: it["status"]["conditions"][0].update(lastTransitionTime=ended_at))
+    planned = controller.settle()
+    assert planned.again_in_s is not None
+    assert 3000 < planned.again_in_s <= 3600
+    assert ("Job", "phi-3") in cluster.store
+
+
 # ── revisions ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -89,12 +89,11 @@ def controller(
         scheduler=scheduler,
         runtime_class=runtime_class,
         backoff_limit=retries,
-        ttl_s=ttl,
     )
     api = Api.from_config(context, patience_s=2.0, warn=lambda line: log_json("warning", "the API server", said=line))
     process = Controller(
         api,
-        Settings(RevisionRenderer(request, options), check_job=cast(CheckJob, check_job)),
+        Settings(RevisionRenderer(request, options), check_job=cast(CheckJob, check_job), ttl_s=ttl),
         ControllerOptions(
             home=os.environ.get("POD_NAMESPACE") or api.namespace,
             identity=f"{os.environ.get('POD_NAME') or socket.gethostname()}_{uuid.uuid4().hex[:8]}",

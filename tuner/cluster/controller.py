@@ -14,6 +14,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal, TypeVar
@@ -58,6 +59,7 @@ from tuner.cluster.reconcile import (
     Emit,
     Observed,
     Plan,
+    Record,
     Settings,
     about_foreign,
     fitting_nodes,
@@ -373,7 +375,7 @@ class Controller:
         self._queue.done(key)
         if cleared:
             self._queue.add(key)  # so that the status no longer says it
-        elif planned.again_in_s is not None and (self.options.progress != "off" or planned.wants_events):
+        elif planned.again_in_s is not None and (self.options.progress != "off" or not planned.wants_progress):
             self._queue.add(key, planned.again_in_s)
         return "done" if planned.actions else "nothing to do"
 
@@ -498,6 +500,10 @@ class Controller:
                     pass  # gone, or another by now
                 else:
                     self.log("info", "deleted", workspace=key, kind=kind, name=about)
+            case Record(about, uid, annotations):
+                record = {"metadata": {"annotations": dict(annotations), "uid": uid}}
+                with suppress(NotFoundError, ConflictError):
+                    self.api.patch(CONTROLLER_REVISION, about, record, namespace)
             case Emit(event):
                 self._emit(key, event, namespace)
             case ApplyStatus(status):

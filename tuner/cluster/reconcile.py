@@ -19,10 +19,11 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal, Protocol
 
-from tuner.cluster.observe import ROUTINE, Object, ProgressLine, view_job
+from tuner.cluster.observe import ROUTINE, Ending, JobView, Object, ProgressLine, view_job
 from tuner.cluster.workspace_status import Standing, build_status, recorded_revision, settled, status_differs
 from tuner.errors import ConfigError, TunerError
 from tuner.request import RETRY_ANNOTATION
+from tuner.runspec import Scalar, StageName, StageResult
 from tuner.workspace import TRAINING_CONFIG_KEY
 
 REVISION_ANNOTATION = "workspace.kaito.io/revision"
@@ -64,11 +65,15 @@ class Render(Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """`prunes_tuning_status`: the CRD is KAITO's, which has no `status.tuning`."""
+    """`prunes_tuning_status`: the CRD is KAITO's, which has no `status.tuning`.
+
+    `ttl_s`: Jobs are deleted so long after their end. Not by Kubernetes, which would not wait until it is recorded.
+    """
 
     render: Render
     check_job: CheckJob = "auto"
     prunes_tuning_status: bool = False
+    ttl_s: int | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,15 @@ class Delete:
 
 
 @dataclass(frozen=True)
+class Record:
+    """Write annotations to the ControllerRevision with this uid; one that is gone is as good."""
+
+    name: str
+    uid: str
+    annotations: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Emit:
     """A Kubernetes Event; its name follows from what it says, so saying it twice makes one."""
 
@@ -140,7 +154,7 @@ class ApplyStatus:
     status: Mapping[str, Any]
 
 
-Action = Annotate | Confirm | Create | Delete | Emit | ApplyStatus
+Action = Annotate | Confirm | Create | Delete | Record | Emit | ApplyStatus
 
 
 @dataclass(frozen=True)
@@ -214,7 +228,7 @@ def _plan_revision(
 
     def with_status(standing: Standing, *further: Action, again_in_s: float | None = None) -> Plan:
         standing = replace(standing, revision=number, notice=notice)
-        planned = _plan_status(observed, settings, standing, now, (*actions, *further))
+        planned = _plan_status(observed, settings, standing, now, (*actions, *further, *_record(observed, standing)))
         return replace(planned, again_in_s=again_in_s or planned.again_in_s)
 
     jobs = [job for job in (observed.job, observed.check_job, observed.push_job) if job]
@@ -238,7 +252,10 @@ def _plan_revision(
             return Plan(wants_pods=True)
         return with_status(Standing("job", view=pushed, run_digest=_run_digest(observed.push_job)))
     if settled(observed.workspace, number):
-        return replace(Plan(actions), standing=Standing("settled", revision=number))
+        expired, again_in_s = _expired(jobs, settings.ttl_s, now)
+        return Plan((*actions, *expired), Standing("settled", revision=number), again_in_s)
+    if remembered := _remembered(observed, number):  # whoever has lost the status, it is not trained again
+        return with_status(remembered)
     if observed.job:
         view = view_job(observed.job, _pods_of(observed.job, observed.pods), observed.events)
         if view.lacks_words and not observed.pods_are_fresh:
@@ -280,8 +297,10 @@ def _start(
     if not checked and _wants_check(observed, settings):
         creates = (*map(Create, rendered.objects), Create(rendered.check_job))
         return with_status(_about("check", rendered.check_job), *confirm, *creates, *said)
-    # After a check they are there, unless a default or the controller's own flags have changed meanwhile.
-    creates = (*map(Create, rendered.objects), Create(rendered.job))
+    # After a check its objects are there; a default or the controller's own flags may have changed meanwhile.
+    there = _mounted(observed.check_job)
+    objects = (each for each in rendered.objects if (each["kind"], each["metadata"]["name"]) not in there)
+    creates = (*map(Create, objects), Create(rendered.job))
     said = () if checked else said
     return with_status(_about("job", rendered.job), *confirm, *creates, *said)
 
@@ -420,6 +439,77 @@ def _revision_manifest(observed: Observed, number: int, wanted: str) -> dict[str
     }
 
 
+# How a revision ended, on its ControllerRevision: what a status that is lost was about.
+STATE_ANNOTATION, IMAGE_ANNOTATION, MESSAGE_ANNOTATION = "tuner/state", "tuner/image", "tuner/message"
+
+
+def _record(observed: Observed, standing: Standing) -> tuple[Action, ...]:
+    """The end of a revision, kept with it: the pushed image by digest, or why it has failed."""
+    view = standing.view
+    if (
+        view is None
+        or view.phase not in ("succeeded", "failed")
+        or (view.phase, standing.kind) == ("succeeded", "check")
+    ):
+        return ()
+    said = {STATE_ANNOTATION: "Succeeded" if view.phase == "succeeded" else "Failed"}
+    if image := view.values.get("image"):
+        said[IMAGE_ANNOTATION] = str(image)
+    if view.failure:
+        said[MESSAGE_ANNOTATION] = _within(view.failure.sentence, _NOTE_BYTES)
+    if standing.run_digest:
+        said[RUN_DIGEST_ANNOTATION] = standing.run_digest
+    revision = _own_revision(observed, standing.revision)
+    if revision is None or said.items() <= _annotations(revision).items():
+        return ()
+    return (Record(_name(revision), revision["metadata"]["uid"], said),)
+
+
+def _remembered(observed: Observed, number: int) -> Standing | None:
+    """The end that is recorded with a revision."""
+    revision = _own_revision(observed, number)
+    said = _annotations(revision) if revision else {}
+    digest = said.get(RUN_DIGEST_ANNOTATION)
+    match said.get(STATE_ANNOTATION):
+        case "Succeeded":
+            values: dict[str, Scalar] = {"image": said[IMAGE_ANNOTATION]} if IMAGE_ANNOTATION in said else {}
+            results: dict[StageName, StageResult] = {"push": StageResult(stage="push", values=values)}
+            return Standing("job", view=JobView("succeeded", results=results), run_digest=digest)
+        case "Failed":
+            failure = Ending(said.get(MESSAGE_ANNOTATION, "its Job has failed"))
+            return Standing("job", view=JobView("failed", failure=failure), run_digest=digest)
+    return None
+
+
+def _own_revision(observed: Observed, number: int) -> Object | None:
+    uid = observed.workspace["metadata"]["uid"]
+    return next((each for each in observed.revisions if _owner_uid(each) == uid and _revision_of(each) == number), None)
+
+
+def _expired(jobs: Iterable[Object], ttl_s: int | None, now: datetime) -> tuple[tuple[Action, ...], float | None]:
+    """Those whose end is long enough ago, and in how many seconds it is for the next one."""
+    gone: list[Action] = []
+    left: list[float] = []
+    for job in jobs if ttl_s is not None else ():
+        ended_at = _ended_at(job)
+        if ended_at is None or "deletionTimestamp" in job["metadata"]:
+            continue
+        assert ttl_s is not None
+        wait_s = ttl_s - (now - ended_at).total_seconds()
+        if wait_s <= 0:
+            gone.append(Delete("Job", _name(job), job["metadata"]["uid"]))
+        else:
+            left.append(wait_s)
+    return tuple(gone), min(left, default=None)
+
+
+def _ended_at(job: Object) -> datetime | None:
+    for each in job.get("status", {}).get("conditions") or ():
+        if each["type"] in ("Complete", "Failed") and each["status"] == "True" and each.get("lastTransitionTime"):
+            return datetime.fromisoformat(each["lastTransitionTime"])
+    return None
+
+
 def owner_reference(workspace: Object) -> dict[str, Any]:
     """What makes the garbage collector delete an object with its Workspace."""
     return {
@@ -455,6 +545,14 @@ def _owner_uid(thing: Object) -> str | None:
 def _is_ours(job: Object, workspace: Object) -> bool:
     """Made by this controller for this very Workspace, not for one that had its name before it."""
     return _owner_uid(job) == workspace["metadata"]["uid"] and _run_digest(job) is not None
+
+
+def _mounted(job: Object | None) -> set[tuple[str, str | None]]:
+    """The ConfigMaps and Secrets without which its pod would not have run."""
+    volumes = job["spec"].get("template", {}).get("spec", {}).get("volumes") or () if job else ()
+    return {("ConfigMap", each.get("configMap", {}).get("name")) for each in volumes} | {
+        ("Secret", each.get("secret", {}).get("secretName")) for each in volumes
+    }
 
 
 def _run_digest(job: Object | None) -> str | None:

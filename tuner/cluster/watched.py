@@ -234,10 +234,12 @@ def trim_workspace(thing: Object) -> Object:
 
 def trim_job(thing: Object) -> Object:
     status = _only(thing.get("status") or {}, ("conditions", "active", "ready", "failed", "succeeded"))
+    volumes = thing["spec"]["template"]["spec"].get("volumes") or ()
+    mounted = [_only(each, ("configMap", "secret")) for each in volumes if "configMap" in each or "secret" in each]
     return {
         "kind": "Job",
         "metadata": _metadata(thing, without_version=True),
-        "spec": _only(thing["spec"], ("backoffLimit", "suspend")),
+        "spec": {**_only(thing["spec"], ("backoffLimit", "suspend")), "template": {"spec": {"volumes": mounted}}},
         "status": status,
     }
 
