@@ -127,6 +127,43 @@ def test_a_lever_with_other_gradients_is_off(trainer: Any, monkeypatch: pytest.M
 
 
 @pytest.mark.train
+def test_a_lever_that_cannot_be_turned_on_is_off_and_the_others_are_tried(
+    trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half-way: what of it is on is taken off again."""
+    from tuner.pipeline import phi3
+
+    def fails_half_way(model: Any) -> None:
+        take_parts(model)
+        raise RuntimeError("no room")
+
+    take_parts = phi3.take_parts
+    monkeypatch.setattr(phi3, "take_parts", fails_half_way)
+    choice = chosen(trainer)
+    assert choice.off[FUSED_PROJECTIONS] == "fails: RuntimeError: no room"
+    assert FUSED_LORA in choice.on
+    layer = trainer.base_model.model.layers[0]
+    assert not {"forward"} & (vars(layer.self_attn).keys() | vars(layer.mlp).keys())
+
+
+@pytest.mark.train
+def test_recomputed_activations_leave_nothing_on_the_embedding(trainer: Any) -> None:
+    """Its output would ask for a gradient for ever: products of the first block for nothing."""
+    import torch
+
+    base = trainer.base_model
+    base.enable_input_require_grads()  # as SFTTrainer does where the estimate recomputes
+
+    def asks() -> bool:
+        return bool(base.get_input_embeddings()(torch.tensor([1])).requires_grad)
+
+    for on in (False, True, False, True, True, False):
+        trainer.recompute(on)
+        assert trainer.recomputes is on
+        assert asks() is on
+
+
+@pytest.mark.train
 def test_joined_projections_are_for_phi3_over_fused_lora(trainer: Any) -> None:
     from tuner.pipeline import phi3
     from tuner.pipeline.kernels import fuse_lora
@@ -139,6 +176,27 @@ def test_joined_projections_are_for_phi3_over_fused_lora(trainer: Any) -> None:
     assert phi3.why_not(base) == "not for gelu"
     base.config.model_type = "llama"
     assert phi3.why_not(base) == "for Phi-3's architecture"
+
+
+@pytest.mark.train
+def test_joined_projections_leave_no_part_of_a_tensor_in_the_graph(trainer: Any) -> None:
+    """A part's backward, be it a row or a slice, fills a tensor of the whole size with zeros."""
+    from tuner.pipeline import phi3
+    from tuner.pipeline.kernels import fuse_lora
+
+    def parts() -> set[str]:
+        seen, waiting = set(), [trainer.one_micro_batch([trainer.train_dataset[0]]).grad_fn]
+        while waiting:
+            node = waiting.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                waiting += [below for below, _ in node.next_functions]
+        return {node.name() for node in seen} & {"SelectBackward0", "SliceBackward0"}
+
+    fuse_lora(trainer.base_model)
+    assert parts()  # transformers' own
+    phi3.take_parts(trainer.base_model)
+    assert not parts()
 
 
 @pytest.mark.train
@@ -430,6 +488,13 @@ assert "forward" not in vars(model)  # head and loss are ours
 lever.turn_off()
 assert dict(vars(modeling_phi3)) == names
 assert [dict(vars(module)) for module in model.modules()] == attributes
+lever.turn_on()
+model.train()
+model.gradient_checkpointing_enable()
+lever.turn_off()
+assert dict(vars(modeling_phi3)) == names
+assert model.is_gradient_checkpointing and model.training  # what is not Liger's stays
+assert all("forward" not in vars(module) for module in model.modules())
 print("put back")
 """
 

@@ -305,7 +305,7 @@ def summed_nll(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     positions only: at half the tokens learnt, half the work of the largest matrix.
     """
     inputs = {key: value for key, value in batch.items() if key not in ("learnt", "targets")}
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[0]
+    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.squeeze(0)
     head = model.get_output_embeddings()
     config = model.config.get_text_config()
     return _SummedNll.apply(

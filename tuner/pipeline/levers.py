@@ -173,6 +173,14 @@ class ResidentWeights:
         drop_decoded(self.model)
 
 
+_NONE = object()
+
+
+def _replaced(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """What those names that mean something else now meant before; _NONE: nothing."""
+    return {name: before.get(name, _NONE) for name, value in now.items() if value is not before.get(name, _NONE)}
+
+
 class Liger:
     """Liger's kernels on this instance. Its patch replaces a module's functions and attributes: all are put back."""
 
@@ -181,7 +189,7 @@ class Liger:
     def __init__(self, model: Any, device: Device) -> None:
         self._model = model
         self._device = device
-        self._attributes: list[tuple[nn.Module, dict[str, Any]]] = []
+        self._replaced: list[tuple[nn.Module, dict[str, Any]]] = []  # a module's attributes before; _NONE: it had none
         self._globals: dict[str, Any] = {}
 
     def obstacle(self) -> str | None:
@@ -204,19 +212,26 @@ class Liger:
 
         definitions = self._definitions()
         self._globals = dict(definitions)
-        self._attributes = [(module, dict(vars(module))) for module in self._model.modules()]
+        before = [(module, dict(vars(module))) for module in self._model.modules()]
         # Head and loss are ours; TRL's flag would put Liger's there.
-        _apply_liger_kernel_to_instance(model=self._model, fused_linear_cross_entropy=False, cross_entropy=False)
-        for name, value in self._globals.items():
-            if isinstance(value, type):
-                definitions[name] = value  # its classes are for models yet to be made: not this one
+        try:
+            _apply_liger_kernel_to_instance(model=self._model, fused_linear_cross_entropy=False, cross_entropy=False)
+        finally:  # where it stops half-way, that half is to be put back
+            for name, value in self._globals.items():
+                if isinstance(value, type):
+                    definitions[name] = value  # its classes are for models yet to be made: not this one
+            self._replaced = [(module, _replaced(had, vars(module))) for module, had in before]
 
     def turn_off(self) -> None:
+        """What others have set meanwhile stays: recomputed activations, say."""
         self._definitions().update(self._globals)
-        for module, attributes in self._attributes:
-            vars(module).clear()
-            vars(module).update(attributes)
-        self._attributes = []
+        for module, attributes in self._replaced:
+            for name, value in attributes.items():
+                if value is _NONE:
+                    del vars(module)[name]
+                else:
+                    vars(module)[name] = value
+        self._replaced = []
 
 
 @dataclass
@@ -566,8 +581,7 @@ class Trial:
         self._plain = self._plain or self.bench.gradients()
         timed = self._size_that_fits(min(TIMED_TOKENS, tokens)) if self._device.is_cuda else 0
         before = self._time(timed) if timed else None
-        lever.turn_on()
-        problem = self._fault(self._plain)
+        problem = self._fault(lever, self._plain)
         gain, after = None, None
         if problem is None and timed:
             after = self.bench.sample(timed)
@@ -601,8 +615,10 @@ class Trial:
             self._timed = (asked, self.bench.sample(tokens))
         return self._timed[1]
 
-    def _fault(self, plain: Gradients) -> str | None:
+    def _fault(self, lever: Lever, plain: Gradients) -> str | None:
+        """Turn it on; what is wrong with it then."""
         try:
+            lever.turn_on()
             return difference(plain, self.bench.gradients(), self._device.dtype)
         except torch.OutOfMemoryError:
             return _TOO_LARGE

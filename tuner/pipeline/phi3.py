@@ -184,7 +184,7 @@ class _AttentionForward(_Forward):
             )
         cos, sin = (one.reshape(-1, one.shape[-1]) for one in position_embeddings)
         heads = config.num_attention_heads, config.num_key_value_heads
-        parts = _RotatedProjections.apply(computed_in(hidden_states)[0], *fused.parts, cos, sin, heads)
+        parts = _RotatedProjections.apply(computed_in(hidden_states).squeeze(0), *fused.parts, cos, sin, heads)
         query, key, value = (part.transpose(0, 1)[None] for part in parts)
         attended, _ = attention(
             module,

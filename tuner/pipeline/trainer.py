@@ -139,10 +139,13 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
                 setattr(self.args, name, on)
         base = self.base_model
         if on and not self.recomputes:
+            base.disable_input_require_grads()  # each enabling forgets the hooks of the one before, and they stay
+            base.gradient_checkpointing_enable()  # enables the hooks, too, in some versions
+            base.disable_input_require_grads()
             base.enable_input_require_grads()
-            base.gradient_checkpointing_enable()
-        elif not on and self.recomputes:
-            base.gradient_checkpointing_disable()
+        elif not on:
+            if self.recomputes:
+                base.gradient_checkpointing_disable()
             base.disable_input_require_grads()
 
     # ── evaluation ───────────────────────────────────────────────────────────────────────────────────────────────────
