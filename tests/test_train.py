@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -332,6 +333,37 @@ def test_metrics_hold_every_log_and_no_time(tmp_path: Path) -> None:
     assert entries[-1]["eval_loss"] == outcome.eval_loss_after
     assert [(step.done, step.total) for step in heard.steps] == [(4, 6), (6, 6)]
     assert heard.steps[-1].values["loss"] == entries[2]["loss"] == outcome.last_train_loss
+
+
+def test_tokens_per_second_are_of_training_not_of_the_evaluations_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that goes on in steps and evaluations alone, a second for each."""
+    from tuner.pipeline import train, trainer
+
+    now = 0.0
+    monkeypatch.setattr(train.time, "monotonic", lambda: now)
+    for name in ("training_step", "evaluate"):
+        plain = getattr(trainer.PackedTrainer, name)
+
+        def timed(*everything: Any, plain: Any = plain, **named: Any) -> Any:
+            nonlocal now
+            now += 1
+            return plain(*everything, **named)
+
+        monkeypatch.setattr(trainer.PackedTrainer, name, timed)
+    tried = trial(tmp_path, arguments(eval_strategy="steps", eval_steps=2))
+    heard = Heard()
+    tried.train(heard)
+    tokens = [0, *(entry["tokens"] for entry in tried.metrics() if "loss" in entry)]
+    rates = [step.values["tokens_per_s"] for step in heard.steps]
+    assert rates == [after - before for before, after in pairwise(tokens)]
+
+
+def test_a_warm_up_that_is_as_long_as_the_run_is_warned_of(tmp_path: Path) -> None:
+    heard = Heard()
+    trial(tmp_path, arguments(warmup_steps=500)).train(heard)
+    assert [line for line in heard.warnings if "rises for 500 steps and the run has 6" in line]
 
 
 def test_evaluations_that_the_user_asks_for_happen_once_each(tmp_path: Path) -> None:

@@ -121,6 +121,12 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self._last_checkpoint = time.monotonic()
         self._last_log = (self._last_checkpoint, state.num_input_tokens_seen)
+        warm_up = args.get_warmup_steps(state.max_steps)
+        if warm_up >= state.max_steps:
+            self._reporter.warn(
+                f"the learning rate rises for {warm_up} steps and the run has {state.max_steps}: it never gets to "
+                f"{args.learning_rate:g}, see TrainingArguments.warmup_steps"
+            )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -161,6 +167,10 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]
         if self._stop.requested and state.global_step < state.max_steps and not control.should_training_stop:
             # Not should_training_stop: the Trainer would then evaluate and log what an unbroken run does not.
             raise InterruptedRunError(f"stopped after step {state.global_step} of {state.max_steps}; checkpoint saved")
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Its time is none of training's, whose loss has just been logged."""
+        self._last_log = (time.monotonic(), state.num_input_tokens_seen)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         newest = self.record(state.log_history)
