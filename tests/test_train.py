@@ -133,8 +133,8 @@ def test_a_run_of_one_step_learns(tmp_path: Path) -> None:
 
 
 def by_hand(tried: Trial, preset: str, steps: int, documents: int, rate: float) -> list[list[float]]:
-    """(loss, norm of the gradient, rate) of each step in a loop of PEFT and torch alone, with transformers' own attention
-    and loss, one document after the other."""
+    """(loss, norm of the gradient, rate) of each step in a loop of PEFT and torch alone: transformers' own attention,
+    one document after the other."""
     import torch
     import transformers
 
