@@ -218,6 +218,8 @@ def test_a_bad_command_line_gets_a_sentence_and_its_exit_code(tuner: Tuner, line
         (f"--output adapter@sha256:{'a' * 64}", 78, "an image without its registry"),
         ("--data train.parqet", 66, 'did you mean "train.parquet"?'),
         ("--data nope", 66, "a path begins where the command is run"),
+        ("--data '~nobody-here/x'", 78, "~ in a path: no such home directory"),
+        ("--work-dir '~nobody-here/x'", 78, "~ in a path: no such home directory"),
         ("--compression gz", 64, "must be none, zstd or gzip"),
         ("--allow-cidr 169.254.0.0/16", 78, "it is never opened"),
         ("--allow-cidr here", 78, "not a range of IP addresses"),
@@ -238,6 +240,20 @@ def test_a_bad_flag_is_refused_before_anything_is_done(
     assert ended.code == code
     assert said in ended.err
     assert "── fetch" not in ended.err
+
+
+def test_what_may_not_be_read_is_a_missing_input(tuner: Tuner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("w.yaml", "d.jsonl"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr("os.access", lambda *_: False)  # whoever runs the tests may read everything
+    ended = tuner("run", "w.yaml")
+    assert (ended.code, ended.err) == (66, "error: WORKSPACE w.yaml: cannot be read: Permission denied\n")
+    ended = tuner("data", "preview", "d.jsonl")
+    assert (ended.code, ended.err) == (66, "error: FILE… d.jsonl: cannot be read: Permission denied\n")
+    ended = tuner("run", "--smoke", "--model", PRESET, "--data", "folder")
+    assert ended.code == 66
+    assert f"error: {tmp_path}/folder: cannot be read: Permission denied" in ended.err
 
 
 def test_a_list_in_json_or_a_directory_of_data_is_no_workspace(tuner: Tuner, tmp_path: Path, data: Path) -> None:

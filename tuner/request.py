@@ -447,21 +447,25 @@ def _local_source(index: int, url: str) -> FileSource | VolumeSource:
             raise InputMissingError(f"{url}: names a file of the machine {parts.netloc}", hint="write file:///path")
         path, pinned = Path(unquote(parts.path)), split_url(url).sha256
     path = path.expanduser().absolute()
-    if path.is_dir():
-        return VolumeSource(path=str(path))
-    if not path.is_file():
-        shown = redacted(url)
-        where = "" if str(path) == url or shown != url else f" at {path}"  # which has the query of a URL, too
-        near = did_you_mean(path.name, [each.name for each in path.parent.glob("*")])
-        hint = _meant_elsewhere(shown) or near or "a path begins where the command is run"
-        raise InputMissingError(f"{shown}: there is no such file{where}", hint=hint)
     try:
+        if path.is_dir():
+            return VolumeSource(path=str(path))
+        if not path.is_file():
+            raise _no_such_file(url, path)
         sha256 = hash_file(path)
     except OSError as error:
         raise InputMissingError(f"{path}: cannot be read: {error.strerror}") from error
     if pinned and pinned != sha256:
         raise DataError(f"{path}: its sha256 is {sha256}, not {pinned} as pinned")
     return FileSource(name=source_name(index, f"file://{path}"), path=str(path), sha256=sha256)
+
+
+def _no_such_file(written: str, path: Path) -> InputMissingError:
+    shown = redacted(written)
+    where = "" if str(path) == written or shown != written else f" at {path}"  # which has the query of a URL, too
+    near = did_you_mean(path.name, [each.name for each in path.parent.glob("*")])
+    hint = _meant_elsewhere(shown) or near or "a path begins where the command is run"
+    return InputMissingError(f"{shown}: there is no such file{where}", hint=hint)
 
 
 def _meant_elsewhere(text: str) -> str | None:

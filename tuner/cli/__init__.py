@@ -5,6 +5,7 @@ stdout is data, stderr is talk. Everything but Typer is imported inside the comm
 
 import io
 import os
+import re
 import shlex
 import signal
 import sys
@@ -28,7 +29,15 @@ from tuner.cli import stage  # isort: skip
 from tuner.cli import images  # isort: skip
 from tuner.cli.common import Stopped, environment_error, say
 from tuner.cli.options import app
-from tuner.errors import EXIT_INTERNAL, ConfigError, InterruptedRunError, NotPushedError, TunerError, UsageError
+from tuner.errors import (
+    EXIT_INTERNAL,
+    ConfigError,
+    InputMissingError,
+    InterruptedRunError,
+    NotPushedError,
+    TunerError,
+    UsageError,
+)
 
 __all__ = [
     "app",
@@ -69,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_SIGPIPE
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         known = environment_error(error)
         return _explain(known, argv) if known else _bug()
     except Exception:
@@ -141,6 +150,9 @@ def _explain_usage(error: Exception) -> int:
     if message.startswith("Usage:"):  # no arguments at all
         say(message)
         return UsageError.exit_code
+    if unreadable := re.fullmatch(r"invalid value for '(.+?)': \w+ '(.*)' is not readable\.", message, re.IGNORECASE):
+        say(f"error: {unreadable[1]} {unreadable[2]}: cannot be read: Permission denied")
+        return InputMissingError.exit_code
     say(f"error: {message[0].lower()}{message[1:]}")
     say(f"hint: {context.command_path if context else 'tuner'} --help")
     return UsageError.exit_code

@@ -38,16 +38,19 @@ _ENVIRONMENT = {
     errno.ENOSPC: "free some space, or give another --work-dir; what is there already is used again",
     errno.EDQUOT: "free some space, or give another --work-dir; what is there already is used again",
     errno.EROFS: "give another --work-dir or --output",
-    errno.EACCES: "whose is it? give another --work-dir or --output",
-    errno.EPERM: "whose is it? give another --work-dir or --output",
+    errno.EACCES: "whose is it, and may you read it, or write there?",
+    errno.EPERM: "whose is it, and may you read it, or write there?",
     errno.ENOTDIR: "a part of this path is a file",
     errno.EISDIR: "name a file",
     errno.ENAMETOOLONG: None,
 }
 
 
-def environment_error(error: OSError) -> ConfigError | None:
+def environment_error(error: OSError | RuntimeError) -> ConfigError | None:
     """The sentence for what a full disk, a wrong owner or a strange path makes fail; None for a fault of ours."""
+    if isinstance(error, RuntimeError):  # of Path.expanduser, which does not say for whom
+        unknown = "home directory" in str(error)
+        return ConfigError("~ in a path: no such home directory", hint="write the path from /") if unknown else None
     if error.errno not in _ENVIRONMENT:
         return None
     where = f"{error.filename}: " if error.filename else ""

@@ -5,6 +5,7 @@ fetch ─┬─ fetch_sources ──── URLs and stores (in parallel, resumab
 """
 
 import fcntl
+import os
 import shutil
 import threading
 import time
@@ -416,6 +417,8 @@ def _data_paths(directory: Path, source: str) -> list[Path]:
     """Every data file below, sorted; by name where names tell, else all of them."""
     if not directory.is_dir():
         raise InputMissingError(f"{source}: no directory at {directory}")
+    if not os.access(directory, os.R_OK | os.X_OK):  # to whom it would seem empty
+        raise InputMissingError(f"{source}: cannot be read: Permission denied")
     names = [path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*")) if path.is_file()]
     visible = [name for name in names if is_data_name(name)]
     if not visible:

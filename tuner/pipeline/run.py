@@ -380,7 +380,7 @@ def check_writable(directory: Path) -> None:
     except (FileExistsError, NotADirectoryError) as error:
         raise ConfigError(f"{directory}: is a file, or below one; a directory is needed there") from error
     except OSError as error:
-        raise ConfigError(f"{directory}: cannot be written: {error.strerror}") from error
+        raise ConfigError(f"{directory}: cannot be written: {error.strerror}", hint="give another directory") from error
 
 
 def _exists(reference: str, digest: str) -> ConfigError:
