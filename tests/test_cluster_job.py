@@ -354,6 +354,32 @@ def test_what_a_pod_is_expected_to_write_is_asked_for_and_no_volume_is_smaller(
     assert written == {"run", "dshm", "pusher-tmp"}
 
 
+def annotated(**annotations: str) -> dict[str, Any]:
+    document = workspace()
+    written = {f"tuner/{name.replace('_', '-')}": value for name, value in annotations.items()}
+    return {**document, "metadata": {**document["metadata"], "annotations": written}}
+
+
+def test_an_annotation_names_a_claim_as_a_flag_does_and_a_flag_wins() -> None:
+    """Under a controller there are no flags for one Workspace."""
+    by_annotation = render(annotated(results_volume="results", weights_volume="weights"))
+    by_flag = render(workspace(), results_volume="results", weights_volume="weights")
+    assert by_annotation.job["spec"] == by_flag.job["spec"]
+    assert by_annotation.notes == by_flag.notes
+    job = render(annotated(results_volume="results"), results_volume="other").job
+    assert volume(job, "results-volume")["persistentVolumeClaim"]["claimName"] == "other"
+    assert render_retry_push(by_annotation.job)
+
+
+def test_a_claims_name_in_an_annotation_is_looked_at() -> None:
+    with pytest.raises(ConfigError, match=r"metadata.annotations\[tuner/results-volume\] 'No_Name': must be"):
+        render(annotated(results_volume="No_Name"))
+    document = annotated(results_volume="results")
+    document["tuning"]["output"] = {"volumeSource": CLAIM}
+    with pytest.raises(ConfigError, match="the output is a volume already"):
+        render(document)
+
+
 def test_a_claim_is_not_counted_as_the_nodes_disk() -> None:
     job = render(workspace(), results_volume="results", weights_volume="weights").job
     plain = render(workspace()).job

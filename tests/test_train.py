@@ -408,6 +408,14 @@ def test_evaluations_that_the_user_asks_for_happen_once_each(tmp_path: Path) -> 
     assert outcome.eval_loss_after == tried.metrics()[-1]["eval_loss"]
 
 
+def test_progress_says_how_fast_rows_go_and_after_which_step_a_checkpoint_was_saved(tmp_path: Path) -> None:
+    config = arguments(max_steps=4, logging_steps=1, save_strategy="steps", save_steps=2)
+    heard = Heard()
+    trial(tmp_path, config).train(heard)
+    assert [step.values.get("checkpoint_step") for step in heard.steps] == [None, None, 2, 2]
+    assert all(0 < step.values["samples_per_s"] < step.values["tokens_per_s"] for step in heard.steps)
+
+
 @pytest.mark.parametrize(
     "written",
     [

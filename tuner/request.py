@@ -65,7 +65,12 @@ REQUIRE_ANNOTATION = "tuner/require"  # gates, as --require has them
 DISABLE_ANNOTATION = "tuner/disable"  # levers that are turned off
 JOB_PATCH_ANNOTATION = "tuner/job-patch"  # <ConfigMap>/<key>
 RETRY_ANNOTATION = "tuner/retry"  # says nothing: with another value of it the same is run once more
-_ANNOTATIONS = (SOURCES_ANNOTATION, REQUIRE_ANNOTATION, DISABLE_ANNOTATION, JOB_PATCH_ANNOTATION, RETRY_ANNOTATION)
+# Claims, as --results-volume and --weights-volume have them.
+RESULTS_VOLUME_ANNOTATION, WEIGHTS_VOLUME_ANNOTATION = "tuner/results-volume", "tuner/weights-volume"
+_ANNOTATIONS = (
+    *(SOURCES_ANNOTATION, REQUIRE_ANNOTATION, DISABLE_ANNOTATION, JOB_PATCH_ANNOTATION, RETRY_ANNOTATION),
+    *(RESULTS_VOLUME_ANNOTATION, WEIGHTS_VOLUME_ANNOTATION),
+)
 SMOKE_STEPS = 4
 SMOKE_OVERRIDES = (f"TrainingArguments.max_steps={SMOKE_STEPS}", "DatasetConfig.over_length=truncate")
 HF_TOKEN = "HF_TOKEN"  # the name of the variable, and KAITO's key in the Secret

@@ -461,7 +461,7 @@ _TUNING_STATUS = _object(
         "evalLoss": _text("The loss on the rows that were held out.", maxLength=64),
         "estimatedRemainingSeconds": _whole("Seconds until the training ends.", format="int64", minimum=0),
         "metrics": _list(
-            "More figures as the training reports them: learning_rate, tokens_per_s, samples_per_s, …",
+            "More figures as the training reports them: tokens_per_s, samples_per_s, checkpoint_step, …",
             _object(
                 "A figure.",
                 {"name": _text("What it is.", maxLength=63), "value": _text("The figure.", maxLength=64)},

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tuner import __version__, pod
@@ -23,7 +23,14 @@ from tuner.errors import ConfigError, InputMissingError, Problem
 from tuner.instance_types import GIB, Machine, find_instance_type
 from tuner.plan import make_plan
 from tuner.reference import parse_reference
-from tuner.request import HF_TOKEN, JOB_PATCH_ANNOTATION, SOURCES_ANNOTATION, Run
+from tuner.request import (
+    HF_TOKEN,
+    JOB_PATCH_ANNOTATION,
+    RESULTS_VOLUME_ANNOTATION,
+    SOURCES_ANNOTATION,
+    WEIGHTS_VOLUME_ANNOTATION,
+    Run,
+)
 from tuner.runspec import (
     DirectoryDestination,
     HubModel,
@@ -133,7 +140,7 @@ def render_job(file: WorkspaceFile, run: Run, options: JobOptions) -> JobObjects
 
     Raises ConfigError with all that Kubernetes would refuse, InputMissingError for a patch that is not there.
     """
-    ask = _Ask(file, require_tuning(file), run, options)
+    ask = _Ask(file, require_tuning(file), run, _with_annotated_claims(file.workspace, options))
     problems = list(_option_problems(ask))
     if problems:
         raise ConfigError.of(problems)
@@ -145,6 +152,16 @@ def render_job(file: WorkspaceFile, run: Run, options: JobOptions) -> JobObjects
         raise ConfigError.of(problems)
     secrets = (*_carried_secrets(ask), *([own] if own else []))
     return JobObjects(config_map, secrets, job, tuple(_notes(ask, config_map, job)))
+
+
+def _with_annotated_claims(workspace: Workspace, options: JobOptions) -> JobOptions:
+    """The claims that the Workspace's annotations name, where no flag names another."""
+    written = workspace.metadata.annotations
+    return replace(
+        options,
+        results_volume=options.results_volume or written.get(RESULTS_VOLUME_ANNOTATION),
+        weights_volume=options.weights_volume or written.get(WEIGHTS_VOLUME_ANNOTATION),
+    )
 
 
 def count_gpus(workspace: Workspace, options: JobOptions, *, smoke: bool = False) -> int:
@@ -292,11 +309,12 @@ def _option_problems(ask: _Ask) -> Iterator[Problem]:
         yield Problem(NOT_AN_OBJECT_NAME, path=f"metadata.annotations[{SOURCES_ANNOTATION}]")
     if options.queue_priority and not options.queue:
         yield Problem("there is no queue for it", path="--queue-priority", hint="--queue NAME, too")
-    yield from _name_problems(options)
+    yield from _name_problems(options, ask.workspace)
 
 
-def _name_problems(options: JobOptions) -> Iterator[Problem]:
+def _name_problems(options: JobOptions, workspace: Workspace) -> Iterator[Problem]:
     """Names that no object of Kubernetes can have, and an image that no kubelet can pull."""
+    annotated = workspace.metadata.annotations
     try:
         parse_reference(options.image)
     except ConfigError as error:
@@ -315,7 +333,9 @@ def _name_problems(options: JobOptions) -> Iterator[Problem]:
     }
     for flag, name in (*names.items(), *(("--image-pull-secret", name) for name in options.image_pull_secrets)):
         if name is not None and not _is_object_name(name):
-            yield Problem(NOT_AN_OBJECT_NAME, path=f"{flag} {name!r}")
+            annotation = f"tuner/{flag.removeprefix('--')}"
+            origin = f"metadata.annotations[{annotation}]" if annotated.get(annotation) == name else flag
+            yield Problem(NOT_AN_OBJECT_NAME, path=f"{origin} {name!r}")
 
 
 def _is_object_name(name: str) -> bool:
@@ -688,7 +708,7 @@ def render_retry_push(job: Mapping[str, Any]) -> Manifest:
     if "persistentVolumeClaim" not in results:
         raise ConfigError(
             f"Job {name!r} kept its adapter in the pod, which is gone",
-            hint="with --results-volume CLAIM the next run keeps it",
+            hint=f"with --results-volume CLAIM, or the annotation {RESULTS_VOLUME_ANNOTATION}, the next run keeps it",
         )
     retry = templates.load_template("job-retry-push.yaml")
     pusher = deepcopy(templates.container(job, pod.PUSHER))
@@ -783,7 +803,8 @@ def _notes(ask: _Ask, config_map: Mapping[str, Any], job: Mapping[str, Any]) -> 
     if not ask.output_volume and not options.results_volume and not spec.smoke:
         yield (
             "checkpoints and adapter are in the pod: a lost node loses the run, and while the registry is down the "
-            f"GPU is held for up to {options.push_hold_s:,} s; --results-volume CLAIM keeps them"
+            f"GPU is held for up to {options.push_hold_s:,} s; --results-volume CLAIM, or the annotation "
+            f"{RESULTS_VOLUME_ANNOTATION}, keeps them"
         )
     if spec.preset.gated and not ask.hub_secret and isinstance(spec.base_model, HubModel):
         yield f"{spec.base_model.id} is gated: without presetOptions.modelAccessSecret the preflight will be denied"

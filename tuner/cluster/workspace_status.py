@@ -347,7 +347,9 @@ def _of_progress(progress: ProgressLine) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() else f"{value:.4g}"
+    return str(value)
 
 
 def _dated_figures(figures: dict[str, Any], before: Mapping[str, Any], now: datetime) -> dict[str, Any]:

@@ -114,13 +114,14 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]
         self._metrics_file = metrics_file
         self._recorded = 0
         self._last_checkpoint = 0.0
-        self._last_log = (0.0, 0)
+        self._last_log = (0.0, 0, 0)  # when, after how many tokens and steps
+        self._saved_step: int | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._last_checkpoint = time.monotonic()
-        self._last_log = (self._last_checkpoint, state.num_input_tokens_seen)
+        self._last_log = (self._last_checkpoint, state.num_input_tokens_seen, state.global_step)
         warm_up = args.get_warmup_steps(state.max_steps)
         if warm_up >= state.max_steps:
             self._reporter.warn(
@@ -163,7 +164,7 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]
         )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._last_checkpoint = time.monotonic()
+        self._last_checkpoint, self._saved_step = time.monotonic(), state.global_step
         if self._stop.requested and state.global_step < state.max_steps and not control.should_training_stop:
             # Not should_training_stop: the Trainer would then evaluate and log what an unbroken run does not.
             raise InterruptedRunError(f"stopped after step {state.global_step} of {state.max_steps}; checkpoint saved")
@@ -180,9 +181,17 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]
         if "loss" not in kwargs["logs"]:
             return  # an evaluation, or the summary at the end
         now, tokens = time.monotonic(), state.num_input_tokens_seen
-        before, tokens_before = self._last_log
-        values = {"loss": newest[-1]["loss"], "tokens_per_s": (tokens - tokens_before) / max(now - before, 1e-9)}
-        self._last_log = (now, tokens)
+        before, tokens_before, step_before = self._last_log
+        seconds = max(now - before, 1e-9)
+        samples = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        values = {
+            "loss": newest[-1]["loss"],
+            "tokens_per_s": (tokens - tokens_before) / seconds,
+            "samples_per_s": (state.global_step - step_before) * samples / seconds,
+        }
+        if self._saved_step is not None:
+            values["checkpoint_step"] = self._saved_step
+        self._last_log = (now, tokens, state.global_step)
         self._reporter.progress(
             Progress("train", "training", state.global_step, state.max_steps, "steps", values=values)
         )
