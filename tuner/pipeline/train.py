@@ -171,7 +171,7 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Its time is none of training's, whose loss has just been logged."""
-        self._last_log = (time.monotonic(), state.num_input_tokens_seen)
+        self._last_log = (time.monotonic(), state.num_input_tokens_seen, state.global_step)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         newest = self.record(state.log_history)
