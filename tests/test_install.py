@@ -239,6 +239,18 @@ def images(options: InstallOptions) -> tuple[str, str]:
     return controller["image"], next(each["value"] for each in controller["env"] if each["name"] == "TUNER_IMAGE")
 
 
+def test_names_that_kubernetes_or_a_registry_would_refuse_are_all_said() -> None:
+    options = InstallOptions(namespace="Bad", image="Tuner", controller_image="a b", watch_namespaces=("ml", "n_s"))
+    with pytest.raises(ConfigError) as caught:
+        installation(options)
+    assert [str(problem).partition(": ")[0] for problem in caught.value.problems] == [
+        "--namespace",
+        "--watch-namespace",
+        "--image",
+        "--controller-image",
+    ]
+
+
 def test_one_image_does_for_both_and_a_slim_one_can_be_named() -> None:
     assert images(InstallOptions(image="reg.example/tuner:1")) == ("reg.example/tuner:1", "reg.example/tuner:1")
     both = InstallOptions(image="reg.example/tuner:1", controller_image="reg.example/control:1")

@@ -217,7 +217,7 @@ class _Parser:
         while at < len(self._text):
             found = _WORD.match(self._text, at)
             if not found:
-                raise self._refuse(f"what is {self._text[at:].strip()[:20]!r}?")
+                raise self._refuse(f"what is {self._text[at:].partition('?')[0].strip()[:20]!r}?")
             kind = ("number", "name", "sign")[found.lastindex - 1 if found.lastindex else 0]
             words.append((kind, found[found.lastindex or 0]))
             at = found.end()

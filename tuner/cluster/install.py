@@ -32,8 +32,10 @@ from tuner.cluster.crd import NAME as CRD_NAME
 from tuner.cluster.crd import custom_resource_definition
 from tuner.cluster.kaito import is_ours, refuse_beside_kaito
 from tuner.cluster.templates import Manifest, container, label, load_template, load_templates, set_env
-from tuner.errors import ConfigError, UsageError
+from tuner.errors import ConfigError, Problem, UsageError
+from tuner.reference import parse_reference
 from tuner.urls import Allowed
+from tuner.workspace import LABEL, LABEL_CHARACTERS, NOT_A_LABEL
 
 FOLDER = "install"
 DEFAULT_NAMESPACE = "tuner-system"
@@ -58,7 +60,13 @@ class InstallOptions:
 
 
 def installation(options: InstallOptions) -> list[Manifest]:
-    """Every object, in the order to apply them; ConfigError for an --allow-cidr that is no range or is never opened."""
+    """Every object, in the order to apply them.
+
+    Raises ConfigError for a namespace or an image that can be none, and an --allow-cidr that is no range or is never
+    opened.
+    """
+    if problems := list(_name_problems(options)):
+        raise ConfigError.of(problems)
     Allowed.of(options.allow_cidrs, private=False)
     manifests = [
         load_template(f"{FOLDER}/namespace.yaml"),
@@ -74,6 +82,20 @@ def installation(options: InstallOptions) -> list[Manifest]:
     for manifest in manifests:
         _put_into(manifest, options.namespace)
     return manifests
+
+
+def _name_problems(options: InstallOptions) -> Iterator[Problem]:
+    namespaces = [("--namespace", options.namespace)]
+    namespaces += [("--watch-namespace", name) for name in options.watch_namespaces]
+    for flag, name in namespaces:
+        if len(name) > LABEL_CHARACTERS or not LABEL.fullmatch(name):
+            yield Problem(NOT_A_LABEL.format(repr(name)), path=flag)
+    for flag, image in (("--image", options.image), ("--controller-image", options.controller_image)):
+        try:
+            if image is not None:
+                parse_reference(image)
+        except ConfigError as error:
+            yield Problem(error.message, path=flag, hint=error.hint)
 
 
 def _permissions(options: InstallOptions) -> list[Manifest]:
