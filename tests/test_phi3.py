@@ -98,12 +98,54 @@ print("agree")
 """
 
 
-def test_the_kernels_agree_in_tritons_interpreter() -> None:
+def interpreted(program: str) -> str:
+    """What a program prints with Triton's interpreter instead of its compiler."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     found = subprocess.run(
-        [sys.executable, "-c", _INTERPRETED], env=environment, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120, check=False
     )
-    assert found.stdout.strip() == "agree", found.stderr[-3000:]
+    assert not found.returncode, found.stderr[-3000:]
+    return found.stdout.strip()
+
+
+def test_the_kernels_agree_in_tritons_interpreter() -> None:
+    assert interpreted(_INTERPRETED) == "agree"
+
+
+_TRIED_ONCE = """
+import torch
+from tuner.pipeline import kernels, triton_kernels
+
+right_one = triton_kernels.add_low_rank
+
+def wrong_for_b(total, left, right, scale):  # whose strides are taken for A's
+    right_one(total, left, right if right.is_contiguous() else right.t().reshape(right.shape), scale)
+
+def fails(total, left, right, scale):
+    raise RuntimeError("no room in shared memory")
+
+def no_memory(total, left, right, scale):
+    raise torch.OutOfMemoryError("no room")
+
+def tried(kernel):
+    triton_kernels.add_low_rank = kernel
+    kernels._low_rank_kernel.cache_clear()
+    return kernels._low_rank_kernel(torch.device("cpu"), torch.float16)
+
+state = torch.random.get_rng_state()
+assert tried(right_one) is right_one
+assert tried(wrong_for_b) is None
+assert tried(fails) is None
+try:
+    tried(no_memory)
+except torch.OutOfMemoryError:
+    assert torch.equal(state, torch.random.get_rng_state())
+    print("tried")
+"""
+
+
+def test_a_kernel_that_is_wrong_or_fails_is_not_used_and_want_of_memory_decides_nothing() -> None:
+    assert interpreted(_TRIED_ONCE) == "tried"
 
 
 @pytest.mark.gpu
@@ -126,7 +168,7 @@ def test_the_gpus_kernels_give_what_torch_gives(rotated: int, dtype: torch.dtype
 def test_a_product_of_low_rank_is_added_in_place(rank: int) -> None:
     from tuner.pipeline.kernels import _low_rank_kernel
 
-    add_low_rank = _low_rank_kernel(torch.cuda.current_device(), torch.bfloat16)
+    add_low_rank = _low_rank_kernel(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16)
     assert add_low_rank, "it does not compile here, or is wrong"
 
     generator = torch.Generator().manual_seed(0)
