@@ -407,7 +407,7 @@ def test_without_the_probe_the_estimate_decides(trainer: Any) -> None:
 
 @pytest.mark.train
 def test_a_resumed_run_takes_the_decision_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tuner.pipeline import train
+    from tuner.pipeline import libraries, train
 
     job = make_job(tmp_path, rows_of("messages", 24), SHORT)
     prepared = prepared_job(job)[1]
@@ -424,6 +424,19 @@ def test_a_resumed_run_takes_the_decision_it_began_with(tmp_path: Path, monkeypa
     assert "packing, learnt-head, fused-lora, fused-projections" in said[0]
     monkeypatch.setattr(train, "choose", lambda *_, **__: pytest.fail("decided again"))
     assert said == [line for line in run().notes if line.startswith("CPU: on:")]
+
+    class DecidedAgain(Exception):
+        pass
+
+    def decide(*_: Any, **__: Any) -> None:
+        raise DecidedAgain
+
+    # with other kernels than it was decided for, or none
+    version = libraries.version
+    monkeypatch.setattr(libraries, "version", lambda name: "0" if name == "liger-kernel" else version(name))
+    monkeypatch.setattr(train, "choose", decide)
+    with pytest.raises(DecidedAgain):
+        run()
 
 
 @pytest.mark.train

@@ -2,13 +2,15 @@
 
 import logging
 import warnings
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from tuner.errors import ConfigError
 
 TRAIN_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets")
 _DECIDE_NUMBERS = (*TRAIN_PACKAGES, "accelerate", "tokenizers", "numpy")
+_DECIDE_NUMBERS_WHERE_THERE = ("triton", "liger-kernel")
 
 
 def check_packages() -> None:
@@ -23,7 +25,11 @@ def check_packages() -> None:
 
 def versions() -> dict[str, str]:
     """Name → version of the libraries that decide a run's numbers."""
-    return {name: version(name) for name in _DECIDE_NUMBERS}
+    found = {name: version(name) for name in _DECIDE_NUMBERS}
+    for name in _DECIDE_NUMBERS_WHERE_THERE:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def quiet_logs() -> None:
