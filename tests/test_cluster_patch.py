@@ -1,6 +1,7 @@
 """A user's patch: what it can do to a Job, and what it cannot."""
 
 import json
+import re
 import shutil
 import subprocess
 from copy import deepcopy
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from test_cluster_job import NAME, render, workspace
 
 from tuner.cluster.checks import job_problems, restricted_problems
+from tuner.cluster.job import render_check_job, render_retry_push
 from tuner.cluster.patch import apply_patches, merge, parse_patches
 from tuner.cluster.templates import container, containers, pod_spec, volume
 from tuner.errors import ConfigError
@@ -364,3 +366,18 @@ def test_what_only_a_newer_server_knows_and_a_sidecar_of_ones_own_pass() -> None
     made = patched(POD % "quantumLink: {}, initContainers: [{name: proxy, image: x, restartPolicy: Always}]")
     assert "quantumLink" in pod_spec(made)
     assert "proxy" in [each["name"] for each in pod_spec(made)["initContainers"]]
+
+
+def test_the_patch_for_openshift_leaves_the_uid_to_the_cluster_in_every_job_of_a_run() -> None:
+    """restricted-v2 refuses a uid that is not of the namespace's range; that the image takes any is run elsewhere."""
+    page = (Path(__file__).parents[1] / "docs" / "kubernetes.md").read_text()
+    (block,) = [
+        each for each in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if each.startswith("# openshift.yaml")
+    ]
+    job = patched(block, results_volume="results")
+    for each in (job, render_check_job(job), render_retry_push(job)):
+        security = pod_spec(each)["securityContext"]
+        assert not security.keys() & {"runAsUser", "runAsGroup", "fsGroup"}
+        assert security["runAsNonRoot"] is True
+        assert restricted_problems(pod_spec(each)) == []
+        assert job_problems(each) == []

@@ -399,6 +399,16 @@ def test_sigterm_while_rows_are_prepared_is_no_checkpoint(make: Make) -> None:
     assert pod.wait().exit_codes == {"preflight": 0, "data-downloader": 0, NAME: 143, "pusher": 143}
 
 
+def test_a_run_takes_whatever_uid_an_openshift_namespace_gives_it(make: Make, finished: Finished) -> None:
+    """That uid is in no passwd, its group is root's, and a claim's files are its fsGroup's."""
+    cluster = make(tag="openshift", results_volume=CLAIM)
+    given = {"runAsUser": 1000650000, "runAsGroup": 0, "fsGroup": 1000650000}
+    cluster.job["spec"]["template"]["spec"]["securityContext"] |= given
+    outcome = cluster.run()
+    assert (outcome.condition, len(outcome.pods)) == ("Complete", 1), outcome.last.containers
+    assert result_of(outcome, NAME).values["image"].endswith(finished.digest)
+
+
 # ── the push ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

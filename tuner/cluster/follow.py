@@ -268,6 +268,8 @@ def pending_hint(job: Mapping[str, Any], waiting_for: str | None) -> str | None:
         return f"kubectl create secret {kind} {missing[2]} -n {namespace} …; the pod goes on by itself"
     if "exceeded quota" in waiting_for:
         return f"kubectl describe quota -n {namespace} shows what is used"
+    if "security context constraint" in waiting_for:
+        return "OpenShift has its own uids: --patch with runAsUser, runAsGroup and fsGroup null (docs/kubernetes.md)"
     if "violates PodSecurity" in waiting_for:
         return "the Job as rendered is clean under restricted: look at what --patch or a webhook added"
     if "persistentvolumeclaim" in waiting_for.lower() or "unbound" in waiting_for.lower():
