@@ -1058,6 +1058,13 @@ class FakeKubernetes:
         self._settle()
         return shown
 
+    @staticmethod
+    def _has_atomic_conditions(request: Request) -> bool:
+        """Whether a CRD says nothing of its list of conditions: whoever applies it replaces it whole."""
+        schema = request.kind.schemas.get(request.version) or {}
+        status = schema.get("properties", {}).get("status", {}).get("properties", {})
+        return "conditions" in status and status["conditions"].get("x-kubernetes-list-type") != "map"
+
     def _applied_new(self, request: Request) -> Object:
         body = {**request.body, "metadata": {**request.body.get("metadata", {}), "name": request.name}}
         made = self._created(replace(request, verb="create", body=body, content_type="application/json"))
@@ -1148,6 +1155,8 @@ class FakeKubernetes:
         whose = f"{manager}/{request.subresource}" if request.subresource else manager
         force = request.query.get("force") == "true"
         new, conflicts = patches.applied(old, wanted, whose, owners, force=force)
+        if self._has_atomic_conditions(request) and "conditions" in wanted.get("status", {}):
+            new["status"]["conditions"] = patches.copied(wanted["status"]["conditions"])
         if conflicts:
             shown = "\n".join(f"- .{'.'.join(map(str, path))}" for _, path in conflicts)
             count = "1 conflict" if len(conflicts) == 1 else f"{len(conflicts)} conflicts"

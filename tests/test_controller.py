@@ -685,6 +685,39 @@ def test_two_that_ask_at_once_are_one_leader(cluster: FakeKubernetes, api: Api) 
     assert won.count(True) == 1
 
 
+@pytest.mark.parametrize("kaitos", [False, True])
+@pytest.mark.parametrize("crd_is_readable", [False, True])
+def test_conditions_of_others_stay_whether_or_not_the_crd_calls_them_a_map(
+    cluster: FakeKubernetes, api: Api, start: Start, kaitos: bool, crd_is_readable: bool
+) -> None:
+    crd = custom_resource_definition()
+    if kaitos:
+        for version in crd["spec"]["versions"]:
+            conditions = version["schema"]["openAPIV3Schema"]["properties"]["status"]["properties"]["conditions"]
+            for key in ("x-kubernetes-list-type", "x-kubernetes-list-map-keys"):
+                del conditions[key]
+        cluster.remove("customresourcedefinitions", "workspaces.kaito.sh")
+        cluster.put(crd)
+    if not crd_is_readable:
+        cluster.fail("GET", "customresourcedefinitions", status=403, reason="Forbidden", times=1000)
+    apply_quick_start(api)
+    theirs = {"type": "Billed", "status": "True", "reason": "r", "message": "m", "observedGeneration": 1}
+    theirs["lastTransitionTime"] = "2026-01-01T00:00:00Z"
+    billing = {
+        "apiVersion": "kaito.sh/v1beta1",
+        "kind": "Workspace",
+        "metadata": {"name": NAME, "namespace": "default"},
+    }
+    api.apply({**billing, "status": {"conditions": [theirs]}}, field_manager="billing", subresource="status")
+    start(progress="off")
+    run_to_the_end(cluster)
+    until(lambda: status(cluster)["state"] == "Succeeded")
+    found = {each["type"]: each for each in status(cluster)["conditions"]}
+    assert found["Billed"] == theirs
+    assert found["WorkspaceSucceeded"]["status"] == "True"
+    assert len(found) == len(status(cluster)["conditions"]) == 6
+
+
 @pytest.mark.parametrize("conflicts", [1, 7])
 def test_a_conflict_is_read_again_and_ends_nothing(cluster: FakeKubernetes, api: Api, conflicts: int) -> None:
     """Somebody annotated the lease, or an answer was lost and the write repeated: it is still ours."""

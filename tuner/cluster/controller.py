@@ -68,6 +68,7 @@ from tuner.cluster.reconcile import (
 )
 from tuner.cluster.watched import Watched, WatchedNamespaces
 from tuner.cluster.work_queue import WorkQueue
+from tuner.cluster.workspace_status import with_others_conditions
 from tuner.pod import CHECK_JOB, PUSH_JOB
 from tuner.workspace import TRAINING_CONFIG_KEY
 
@@ -112,11 +113,20 @@ def log_json(level: str, message: str, **fields: Any) -> None:
 _UNSEEN = "cannot see what is installed"
 
 
-def _has_tuning_status(crd: Object) -> bool:
+def _status_schema(crd: Object) -> Mapping[str, Any]:
     """Where the CRD may not be read, the first write of a status tells."""
     version = next(each for each in crd["spec"]["versions"] if each["name"] == WORKSPACE.version)
-    status = version["schema"]["openAPIV3Schema"]["properties"].get("status", {})
+    schema: Mapping[str, Any] = version["schema"]["openAPIV3Schema"]["properties"].get("status", {})
+    return schema
+
+
+def _has_tuning_status(status: Mapping[str, Any]) -> bool:
     return "tuning" in status.get("properties", {}) or bool(status.get("x-kubernetes-preserve-unknown-fields"))
+
+
+def _has_atomic_conditions(status: Mapping[str, Any]) -> bool:
+    conditions = status.get("properties", {}).get("conditions", {})
+    return bool(conditions.get("x-kubernetes-list-type") != "map")
 
 
 T = TypeVar("T")
@@ -234,8 +244,10 @@ class Controller:
         """Wait to be the leader, look at everything once, then at what changes. Raises ConfigError beside KAITO."""
         refuse_beside_kaito(self.api, lambda error: self.log("info", _UNSEEN, error=error.message))
         crd = _attempt(self.log, lambda: self.api.find(CUSTOM_RESOURCE_DEFINITION, WORKSPACE.full_name))
-        if crd and not _has_tuning_status(crd):
+        if crd and not _has_tuning_status(_status_schema(crd)):
             self._use_metrics()
+        if crd and _has_atomic_conditions(_status_schema(crd)):
+            self._keep_others_conditions()
         health = serve_pages(self.options.health_port, {"/healthz": self._health, "/readyz": self._readiness})
         page = serve_pages(self.options.metrics_port, {"/metrics": self._page})
         self.health_port, self.metrics_port = health.server_address[1], page.server_address[1]
@@ -561,6 +573,11 @@ class Controller:
         if "tuning" in status and "tuning" not in (written.get("status") or {}):
             self._use_metrics()
             raise _LookAgainError
+        before = workspace.get("status") or {}
+        whole = with_others_conditions(status, before)
+        if not self.settings.conditions_are_atomic and len(written["status"]["conditions"]) < len(whole["conditions"]):
+            self._keep_others_conditions()
+            return self._apply_status(workspace, whole, str(written["metadata"]["resourceVersion"]))
         return str(written["metadata"]["resourceVersion"])
 
     def _use_metrics(self) -> None:
@@ -568,6 +585,10 @@ class Controller:
         if not self.settings.prunes_tuning_status:
             self.log("info", "the CRD has no status.tuning: progress goes to status.performance.metrics")
             self.settings = replace(self.settings, prunes_tuning_status=True)
+
+    def _keep_others_conditions(self) -> None:
+        """KAITO's CRD does not say that conditions are a map: applying ours takes away what others have written."""
+        self.settings = replace(self.settings, conditions_are_atomic=True)
 
     def _explain(self, key: str, observed: Observed, error: ApiError) -> None:
         """Let the status say what could not be done; the rest is for the next look."""

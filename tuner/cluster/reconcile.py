@@ -20,7 +20,14 @@ from datetime import UTC, datetime
 from typing import Any, Literal, Protocol
 
 from tuner.cluster.observe import ROUTINE, Ending, JobView, Object, ProgressLine, view_job
-from tuner.cluster.workspace_status import Standing, build_status, recorded_revision, settled, status_differs
+from tuner.cluster.workspace_status import (
+    Standing,
+    build_status,
+    recorded_revision,
+    settled,
+    status_differs,
+    with_others_conditions,
+)
 from tuner.errors import ConfigError, TunerError
 from tuner.request import RETRY_ANNOTATION
 from tuner.runspec import Scalar, StageName, StageResult
@@ -67,12 +74,15 @@ class Render(Protocol):
 class Settings:
     """`prunes_tuning_status`: the CRD is KAITO's, which has no `status.tuning`.
 
+    `conditions_are_atomic`: it does not say that conditions are a map by their type: whoever applies some replaces all.
+
     `ttl_s`: Jobs are deleted so long after their end. Not by Kubernetes, which would not wait until it is recorded.
     """
 
     render: Render
     check_job: CheckJob = "auto"
     prunes_tuning_status: bool = False
+    conditions_are_atomic: bool = False
     ttl_s: int | None = None
 
 
@@ -661,6 +671,8 @@ def _plan_status(
     runs = view is not None and view.phase == "running" and standing.kind == "job"
     status = build_status(observed.workspace, standing, now, tuning_is_pruned=settings.prunes_tuning_status)
     written: Mapping[str, Any] = observed.workspace.get("status") or {}
+    if settings.conditions_are_atomic:
+        status = with_others_conditions(status, written)
     result = Plan(
         actions,
         standing,

@@ -216,6 +216,12 @@ def build_status(
     return {**status_now, "tuning": _dated_figures(figures, written.get("tuning") or {}, now)}
 
 
+def with_others_conditions(status: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, Any]:
+    """With the conditions that are somebody else's, as they are: for a list that is replaced whole."""
+    others = [dict(each) for each in written.get("conditions") or () if each["type"] not in CONDITION_TYPES]
+    return {**status, "conditions": [*others, *status["conditions"]]}
+
+
 _MESSAGE_CHARACTERS = 8192  # metav1.Condition has 32,768; nobody reads so much
 
 
@@ -391,7 +397,7 @@ def status_differs(written: Mapping[str, Any], wanted: Mapping[str, Any]) -> Lit
     Conditions of other types are somebody else's.
     """
     before = {kind: each for kind, each in _written_conditions(written).items() if kind in CONDITION_TYPES}
-    if before != _written_conditions(wanted):
+    if before != {kind: each for kind, each in _written_conditions(wanted).items() if kind in CONDITION_TYPES}:
         return "more"
     # An empty list and none are the same to the API server.
     if any(
