@@ -261,6 +261,27 @@ def test_healthy_runs_are_far_from_every_limit(rate: float, tmp_path: Path) -> N
 
 
 @pytest.mark.train
+def test_a_run_that_was_stopped_goes_on_when_the_check_is_turned_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from test_train import arguments
+    from tiny import Heard, make_job, prepared_job, rows_of
+
+    from tuner.pipeline import run
+
+    monkeypatch.setattr(watchdog, "LEARNING_STEPS", 20)
+    still = {"max_steps": 40, "learning_rate": 1e-12, "lr_scheduler_type": "constant", "eval_strategy": "no"}
+    still |= {"per_device_train_batch_size": 19, "gradient_accumulation_steps": 1, "save_steps": 7}
+    heard = Heard()
+    for turned_off in ({}, {"watchdog": False}):
+        job = make_job(tmp_path, rows_of("messages", 20), arguments(**still, **turned_off))
+        fetched, prepared = prepared_job(job)
+        with nullcontext() if turned_off else pytest.raises(ConfigError, match="nothing was learnt in 20 of 40 steps"):
+            run.train(job.spec, fetched, prepared, job.work_dir, heard)
+    assert "resuming after step 14 of 40" in heard.notes
+
+
+@pytest.mark.train
 @pytest.mark.parametrize("on", [True, False])
 def test_a_run_that_learns_nothing_is_stopped_unless_the_check_is_off(
     on: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

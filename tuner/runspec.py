@@ -227,6 +227,8 @@ class RunSpec(Contract):
         """What the digest is of."""
         inputs = self.model_dump(mode="json", exclude={"destination", "probe", "network", "preflight", "require"})
         del inputs["training"]["notes"]
+        # Whoever turns the watchdog off wants the run that it stopped to go on, not another.
+        inputs["training"]["settings"].get("TrainingArguments", {}).pop("watchdog", None)
         for settings in inputs["training"]["settings"].values():
             for setting in settings.values():
                 del setting["origin"]  # the same value is the same run wherever it was written

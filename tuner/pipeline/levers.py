@@ -539,7 +539,7 @@ _TOO_LARGE = "does not fit the memory"
 _NOTHING_FITS = "not timed: without it the longest row does not fit the memory either"
 _NOT_EXACT = {
     PACKING: "the model's layers do not keep documents apart",
-    LEARNT_HEAD: "the model changes its logits in its own way",
+    LEARNT_HEAD: "the head is trained, or the model changes its logits in its own way",
 }
 
 

@@ -31,7 +31,7 @@ LEARNING_STEPS = 100  # fewer may all be warm-up
 LEARNING_LOGS = 20
 
 Entries = Sequence[Mapping[str, float]]  # of metrics.jsonl
-_OFF = "TrainingArguments.watchdog: false turns this check off"
+_OFF = "TrainingArguments.watchdog: false turns this check off, and the run goes on from its last checkpoint"
 
 
 def check_finite(newest: Entries) -> None:
