@@ -76,6 +76,7 @@ def test_what_is_trained_is_what_peft_loads_and_what_vllm_cannot_serve_is_said(k
 REFUSED: dict[str, tuple[Mapping[str, Any], str, str]] = {
     "a name that is nowhere": ({"modules_to_save": ["lm_hed"]}, QWEN_2, "no 'lm_hed' in Qwen2ForCausalLM"),
     "a tied head": ({"modules_to_save": ["lm_head"]}, QWEN_3, "lm_head shares its matrix in this model"),
+    "quantized weights": ({"modules_to_save": ["mlp"]}, QWEN_2, "the weights of mlp are quantized"),
     "tied embeddings": ({"modules_to_save": ["embed_tokens"]}, QWEN_3, "embed_tokens shares its matrix"),
 }
 

@@ -225,12 +225,23 @@ def attach_lora(model: PreTrainedModel, training: TrainingConfig) -> tuple[PeftM
 
 
 def _check_modules_to_save(model: PreTrainedModel, names: Sequence[str]) -> None:
-    """PEFT passes over a name that is nowhere, and trains one of two modules that share a matrix."""
+    """PEFT passes over a name that is nowhere, trains one of two modules that share a matrix, and has no words for
+    weights without gradients."""
     there = dict.fromkeys(name.rpartition(".")[2] for name, _ in model.named_modules() if name)
     for name in names:
         if name not in there:
             raise ConfigError(
                 f"LoraConfig.modules_to_save: no {name!r} in {type(model).__name__}", hint=did_you_mean(name, there)
+            )
+        if any(
+            not parameter.is_floating_point()
+            for path, module in model.named_modules()
+            if path.rpartition(".")[2] == name
+            for parameter in module.parameters()
+        ):
+            raise ConfigError(
+                f"LoraConfig.modules_to_save: the weights of {name} are quantized, so they cannot be trained whole",
+                hint="leave it out: LoRA trains it; method lora keeps the base in 16 bits",
             )
         if name in HEAD_AND_EMBEDDINGS and model.config.get_text_config().tie_word_embeddings:
             raise ConfigError(
