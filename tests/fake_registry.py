@@ -284,6 +284,13 @@ class FakeHandler(QuietHandler):
             headers["OCI-Subject"] = document["subject"]["digest"]
         self.reply(201, b"", headers)
 
+    def _delete_manifest(self, name: str, key: str, query: dict[str, list[str]]) -> None:
+        repository = self.registry.repository(name)
+        with self.registry.lock:
+            gone = repository.manifests.pop(key, None)
+            repository.tags = {tag: digest for tag, digest in repository.tags.items() if digest != key}
+        self.reply(202 if gone else 404, b"")
+
     def _get_referrers(self, name: str, key: str, query: dict[str, list[str]]) -> None:
         if not self.registry.knows_referrers:
             self._refuse(404, "UNSUPPORTED")

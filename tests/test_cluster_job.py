@@ -380,6 +380,25 @@ def test_a_claims_name_in_an_annotation_is_looked_at() -> None:
         render(document)
 
 
+def test_the_registry_keeps_checkpoints_by_flag_and_by_annotation() -> None:
+    plain, by_flag = render(workspace()), render(workspace(), registry_checkpoints=True)
+    assert render(annotated(checkpoints="registry")).job["spec"] == by_flag.job["spec"]
+    for name in ("preflight", "pusher"):
+        assert container(by_flag.job, name)["args"] == [*container(plain.job, name)["args"], "--registry-checkpoints"]
+    assert "--registry-checkpoints" not in container(by_flag.job, by_flag.job["metadata"]["name"])["args"]
+    assert any("a lost node loses the run (with --registry-checkpoints" in note for note in plain.notes)
+    assert not any("a lost node loses the run" in note for note in by_flag.notes)
+
+
+def test_checkpoints_in_the_registry_need_one_and_no_volume() -> None:
+    with pytest.raises(ConfigError, match="on a volume, which outlives the pod"):
+        render(workspace(), registry_checkpoints=True, results_volume="results")
+    with pytest.raises(ConfigError, match="on a volume, which outlives the pod"):
+        render(annotated(checkpoints="registry", results_volume="results"))
+    with pytest.raises(ConfigError, match=r"metadata.annotations\[tuner/checkpoints\]: 'disk' keeps no checkpoints"):
+        render(annotated(checkpoints="disk"))
+
+
 def test_a_claim_is_not_counted_as_the_nodes_disk() -> None:
     job = render(workspace(), results_volume="results", weights_volume="weights").job
     plain = render(workspace()).job

@@ -6,6 +6,7 @@ copy of its volume.
 
 import base64
 import json
+import re
 import shutil
 import sys
 import time
@@ -104,6 +105,7 @@ def make_cluster(
     tuning: Mapping[str, Any] | None = None,
     smoke: bool = True,
     steps: int = STEPS,
+    settings: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Cluster:
     """`volume`: what the claim for results holds already."""
@@ -123,12 +125,12 @@ def make_cluster(
             **(tuning or {}),
         },
     }
-    settings = {"TrainingArguments": {"logging_steps": 1, "output_dir": "/mnt/results"}}
+    written = {"TrainingArguments": {"logging_steps": 1, "output_dir": "/mnt/results", **(settings or {})}}
     config_map = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": {"name": "settings"},
-        "data": {"training_config.yaml": json.dumps({"training_config": settings})},
+        "data": {"training_config.yaml": json.dumps({"training_config": written})},
     }
     allowed = Allowed.of(OPEN.allow_cidrs, OPEN.allow_private_urls)
     file = parse_objects(workspace, config_map, allowed=allowed, output_given=smoke)
@@ -390,6 +392,51 @@ def test_after_sigterm_and_a_checkpoint_the_next_pod_goes_on_and_pushes_what_an_
     ]
     assert steps[0] > 1, "it did not begin anew"
     assert digest_in(registry, "resumed") == finished.digest
+
+
+def logged_steps(pod: Any) -> list[int]:
+    return [json.loads(line)["done"] for line in pod.containers[NAME].log.splitlines() if '"stage": "train"' in line]
+
+
+def test_without_a_volume_a_drained_nodes_run_goes_on_from_the_registry(
+    make: Make, finished: Finished, registry: RunningRegistry
+) -> None:
+    cluster = make(tag="drained", registry_checkpoints=True)
+
+    def evict(number: int, pod: Pod) -> None:
+        if number == 0:
+            pod.wait_for_log(NAME, r'^\{"stage": "train".*"done": [1-9]')
+            pod.terminate(disruption=True)
+
+    outcome = cluster.run(evict)
+    first, second = outcome.pods
+    assert first.exit_codes == {"preflight": 0, "data-downloader": 0, NAME: 75, "pusher": 143}
+    assert re.search(r"checkpoint-\d+ is in the registry", first.containers["pusher"].log)
+    assert second.exit_codes == {"preflight": 0, "data-downloader": 0, NAME: 0, "pusher": 0}
+    assert "is back from the registry" in second.containers["preflight"].log
+    assert logged_steps(second)[0] > 1, "it did not begin anew"
+    assert digest_in(registry, "drained") == finished.digest
+    run = cluster.job["metadata"]["annotations"]["tuner/run-digest"][7:19]
+    assert digest_in(registry, f"checkpoint-{run}") is None, "it was for getting here"
+
+
+def test_without_a_volume_a_lost_nodes_run_goes_on_from_the_last_checkpoint_that_the_registry_has(
+    make: Make, registry: RunningRegistry
+) -> None:
+    cluster = make(tag="lost", steps=600, registry_checkpoints=True, settings={"save_steps": 50})
+    kept: list[int] = []
+
+    def lose(number: int, pod: Pod) -> None:
+        if number == 0:
+            pod.wait_for_log("pusher", r"checkpoint-\d+ is in the registry")
+            pod.terminate(grace_s=0, disruption=True)
+            kept.extend(int(step) for step in re.findall(r"checkpoint-(\d+) is in the registry", pod.log("pusher")))
+
+    outcome = cluster.run(lose)
+    assert outcome.condition == "Complete"
+    assert kept
+    assert f"the checkpoint of step {kept[-1]} is back" in outcome.last.containers["preflight"].log
+    assert logged_steps(outcome.last)[0] > kept[-1]
 
 
 def test_sigterm_while_rows_are_prepared_is_no_checkpoint(make: Make) -> None:

@@ -67,9 +67,10 @@ JOB_PATCH_ANNOTATION = "tuner/job-patch"  # <ConfigMap>/<key>
 RETRY_ANNOTATION = "tuner/retry"  # says nothing: with another value of it the same is run once more
 # Claims, as --results-volume and --weights-volume have them.
 RESULTS_VOLUME_ANNOTATION, WEIGHTS_VOLUME_ANNOTATION = "tuner/results-volume", "tuner/weights-volume"
+CHECKPOINTS_ANNOTATION = "tuner/checkpoints"  # "registry": as --registry-checkpoints
 _ANNOTATIONS = (
     *(SOURCES_ANNOTATION, REQUIRE_ANNOTATION, DISABLE_ANNOTATION, JOB_PATCH_ANNOTATION, RETRY_ANNOTATION),
-    *(RESULTS_VOLUME_ANNOTATION, WEIGHTS_VOLUME_ANNOTATION),
+    *(RESULTS_VOLUME_ANNOTATION, WEIGHTS_VOLUME_ANNOTATION, CHECKPOINTS_ANNOTATION),
 )
 SMOKE_STEPS = 4
 SMOKE_OVERRIDES = (f"TrainingArguments.max_steps={SMOKE_STEPS}", "DatasetConfig.over_length=truncate")

@@ -45,6 +45,13 @@ ResultsVolume = Annotated[
         "--results-volume", metavar="CLAIM", help="keep checkpoints and adapter on this PersistentVolumeClaim"
     ),
 ]
+RegistryCheckpoints = Annotated[
+    bool,
+    typer.Option(
+        "--registry-checkpoints",
+        help="keep the last checkpoint in the output's repository: a pod on another node goes on from it",
+    ),
+]
 WeightsVolume = Annotated[
     str | None,
     typer.Option("--weights-volume", metavar="CLAIM", help="keep base weights on this PersistentVolumeClaim"),
@@ -154,6 +161,7 @@ def read_cluster_run(
         runtime_class=typed["runtime_class"],
         image_pull_secrets=tuple(typed["image_pull_secret"] or ()),
         results_volume=typed["results_volume"],
+        registry_checkpoints=typed["registry_checkpoints"],
         weights_volume=typed["weights_volume"],
         push_hold_s=typed["push_hold"],
         backoff_limit=typed["retries"],

@@ -37,6 +37,10 @@ def stage(
     hold_s: Annotated[
         float, typer.Option("--hold", metavar="S", min=0, help=f"push: try for so long, as {PUSH_HOLD_S}")
     ] = 0,
+    registry_checkpoints: Annotated[
+        bool,
+        typer.Option("--registry-checkpoints", help="preflight, push: the registry keeps checkpoints"),
+    ] = False,
     max_data_bytes: Annotated[
         int | None, typer.Option("--max-data", metavar="BYTES", min=0, help="check: larger data are left to the run")
     ] = None,
@@ -49,8 +53,10 @@ def stage(
 
     if in_pod and (secrets_file or work_dir):
         raise UsageError("--pod says where secrets and work directory are", hint="leave out --secrets and --work-dir")
-    if not in_pod and (waits or hold_s or max_data_bytes is not None or CHECK in names):
-        raise UsageError("--wait, --hold, --max-data and check are for a pod", hint="give --pod")
+    if not in_pod and (waits or hold_s or registry_checkpoints or max_data_bytes is not None or CHECK in names):
+        raise UsageError(
+            "--wait, --hold, --registry-checkpoints, --max-data and check are for a pod", hint="give --pod"
+        )
     if not in_pod and spec_file is None:
         raise UsageError("a stage needs a RunSpec", hint="tuner check workspace.yaml --write-spec run.json")
     if CHECK in names and (len(names) > 1 or max_data_bytes is None):
@@ -89,7 +95,7 @@ def stage(
             if in_pod:
                 from tuner.pipeline.containers import Container, Push
 
-                container = Container(spec, os.environ, talk, on_stage)
+                container = Container(spec, os.environ, talk, on_stage, registry_checkpoints=registry_checkpoints)
                 if max_data_bytes is not None and CHECK in names:
                     values, said = container.check(max_data_bytes)
                     result = result.model_copy(update={"message": said})

@@ -24,6 +24,7 @@ from tuner.instance_types import GIB, Machine, find_instance_type
 from tuner.plan import make_plan
 from tuner.reference import parse_reference
 from tuner.request import (
+    CHECKPOINTS_ANNOTATION,
     HF_TOKEN,
     JOB_PATCH_ANNOTATION,
     RESULTS_VOLUME_ANNOTATION,
@@ -71,6 +72,7 @@ SECRET_MODE = 0o440  # fsGroup reads it
 _OBJECT_BYTES = 2**20  # what the API server takes of a ConfigMap or Secret
 _APPLY_BYTES = 250_000  # kubectl apply keeps the whole object in one annotation of at most 256 KiB
 _HASH_CHARACTERS = 10
+IN_REGISTRY = "registry"  # the one value of CHECKPOINTS_ANNOTATION
 _QUEUE_PREFIX = "kueue.x-k8s.io/"
 _DISRUPTION = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
 # What the clouds put on nodes that may go away at any time; Amazon leaves the taint to the cluster's owner.
@@ -105,6 +107,7 @@ class JobOptions:
     runtime_class: str | None = None
     image_pull_secrets: tuple[str, ...] = ()
     results_volume: str | None = None
+    registry_checkpoints: bool = False
     weights_volume: str | None = None
     push_hold_s: int = pod.PUSH_HOLD_S
     backoff_limit: int = 3
@@ -140,7 +143,7 @@ def render_job(file: WorkspaceFile, run: Run, options: JobOptions) -> JobObjects
 
     Raises ConfigError with all that Kubernetes would refuse, InputMissingError for a patch that is not there.
     """
-    ask = _Ask(file, require_tuning(file), run, _with_annotated_claims(file.workspace, options))
+    ask = _Ask(file, require_tuning(file), run, _with_annotations(file.workspace, options))
     problems = list(_option_problems(ask))
     if problems:
         raise ConfigError.of(problems)
@@ -154,13 +157,14 @@ def render_job(file: WorkspaceFile, run: Run, options: JobOptions) -> JobObjects
     return JobObjects(config_map, secrets, job, tuple(_notes(ask, config_map, job)))
 
 
-def _with_annotated_claims(workspace: Workspace, options: JobOptions) -> JobOptions:
-    """The claims that the Workspace's annotations name, where no flag names another."""
+def _with_annotations(workspace: Workspace, options: JobOptions) -> JobOptions:
+    """What outlives the pod, as the Workspace's annotations say, where no flag says otherwise."""
     written = workspace.metadata.annotations
     return replace(
         options,
         results_volume=options.results_volume or written.get(RESULTS_VOLUME_ANNOTATION),
         weights_volume=options.weights_volume or written.get(WEIGHTS_VOLUME_ANNOTATION),
+        registry_checkpoints=options.registry_checkpoints or CHECKPOINTS_ANNOTATION in written,
     )
 
 
@@ -297,6 +301,7 @@ def _option_problems(ask: _Ask) -> Iterator[Problem]:
             path="--results-volume",
             hint="leave out --results-volume, or tuning.output.volumeSource",
         )
+    yield from _checkpoint_problems(ask)
     if options.image_volume and not isinstance(ask.tuning.input, ImageInput):
         yield Problem("the input is no image", path="--image-volume")
     if options.workload_identity and not options.service_account:
@@ -310,6 +315,20 @@ def _option_problems(ask: _Ask) -> Iterator[Problem]:
     if options.queue_priority and not options.queue:
         yield Problem("there is no queue for it", path="--queue-priority", hint="--queue NAME, too")
     yield from _name_problems(options, ask.workspace)
+
+
+def _checkpoint_problems(ask: _Ask) -> Iterator[Problem]:
+    """Whether the registry can keep checkpoints, and need."""
+    if not ask.options.registry_checkpoints:
+        return
+    written = ask.workspace.metadata.annotations.get(CHECKPOINTS_ANNOTATION)
+    path = f"metadata.annotations[{CHECKPOINTS_ANNOTATION}]" if written is not None else "--registry-checkpoints"
+    if written not in (None, IN_REGISTRY):
+        yield Problem(f"{written!r} keeps no checkpoints", path=path, hint=f"{IN_REGISTRY}, or leave it out")
+    if ask.output_volume or ask.options.results_volume:
+        yield Problem("checkpoints are on a volume, which outlives the pod", path=path, hint="one of the two is enough")
+    elif not isinstance(ask.spec.destination, ImageDestination):
+        yield Problem("no image is pushed, so there is no registry to keep them in", path=path)
 
 
 def _name_problems(options: JobOptions, workspace: Workspace) -> Iterator[Problem]:
@@ -600,7 +619,9 @@ def _set_results(job: Manifest, ask: _Ask, sizes: Sizes) -> None:
     if templates.has_container(job, pod.PUSHER):
         # On a claim the adapter outlives the pod and `tuner retry-push` finishes; here it must be now or never.
         hold = [] if ask.options.results_volume else ["--hold", str(ask.options.push_hold_s)]
-        templates.container(job, pod.PUSHER)["args"] = ["stage", "push", "--pod", "--wait", *hold]
+        kept = ["--registry-checkpoints"] if ask.options.registry_checkpoints else []
+        templates.container(job, pod.PUSHER)["args"] = ["stage", "push", "--pod", "--wait", *hold, *kept]
+        templates.container(job, pod.PREFLIGHT)["args"] += kept
 
 
 def _set_secrets(job: Manifest, ask: _Ask, own_secret_name: str | None) -> None:
@@ -801,10 +822,15 @@ def _notes(ask: _Ask, config_map: Mapping[str, Any], job: Mapping[str, Any]) -> 
     if not spec.smoke:
         yield from _fit_notes(ask, machine)
     if not ask.output_volume and not options.results_volume and not spec.smoke:
+        what = (
+            "the adapter is in the pod"
+            if options.registry_checkpoints
+            else "checkpoints and adapter are in the pod: a lost node loses the run (with --registry-checkpoints what "
+            "it did since the last one)"
+        )
         yield (
-            "checkpoints and adapter are in the pod: a lost node loses the run, and while the registry is down the "
-            f"GPU is held for up to {options.push_hold_s:,} s; --results-volume CLAIM, or the annotation "
-            f"{RESULTS_VOLUME_ANNOTATION}, keeps them"
+            f"{what}, and while the registry is down the GPU is held for up to {options.push_hold_s:,} s; "
+            f"--results-volume CLAIM, or the annotation {RESULTS_VOLUME_ANNOTATION}, keeps them"
         )
     if spec.preset.gated and not ask.hub_secret and isinstance(spec.base_model, HubModel):
         yield f"{spec.base_model.id} is gated: without presetOptions.modelAccessSecret the preflight will be denied"

@@ -13,6 +13,7 @@ from tuner.pipeline.adapter import file_digests, write_json
 from tuner.runspec import Reporter, RunSpec
 
 CHECKPOINTS = "checkpoints"  # in the work directory
+LEVERS = "levers.json"  # beside the checkpoints: what was decided when the run began
 SEAL = "seal.json"  # the last file of a checkpoint: what the others must be
 _RUN = "run.json"  # whose they are
 _SHOWN_CHANGES = 5

@@ -35,8 +35,10 @@ from tuner.pipeline.download import format_bytes
 from tuner.pipeline.fetch import announced_bytes, check_stores, fetch, wait_until_alone
 from tuner.pipeline.hub import HubRepository
 from tuner.pipeline.prepare import prepare
+from tuner.pipeline.registry_checkpoints import Uploads, restore
 from tuner.pipeline.run import (
     FETCHED,
+    TRAINED,
     check_destination,
     check_space,
     fetched_values,
@@ -207,6 +209,7 @@ class Container:
     on_stage: Callable[[StageName], None]
     turns: Turns = field(default_factory=Turns)
     startup: StartUp = field(default_factory=StartUp)
+    registry_checkpoints: bool = False  # preflight gets the last one back, the pusher puts each there
 
     @property
     def work_dir(self) -> Path:
@@ -255,6 +258,9 @@ class Container:
         if spec.probe:
             checks.append(partial(self._check_destination, spec.probe, secrets))
         run_checks(checks)
+        here = pod.results_dir(spec).is_dir()  # not in the check Job
+        if self.registry_checkpoints and here and not (self.work_dir / TRAINED).exists():
+            restore(spec, secrets, self.work_dir, self.reporter)
 
     def _check_volume(self) -> None:
         """The check Job has no results volume; the weights' room is for fetch to see, which has theirs."""
@@ -391,8 +397,11 @@ class Container:
 
     def push(self, how: Push) -> Values:
         hold_s = how.hold_s
+        uploads = None
+        if self.registry_checkpoints:
+            uploads = Uploads(self.spec, self.work_dir, partial(read_secrets, self.env), self.reporter)
         if how.waits:
-            finished = self.turns.wait_for_adapter()
+            finished = self._wait_for_adapter(uploads)
             trained = left_to_push(self.spec, self.work_dir)
             if finished != Finished(run_digest=trained.run_digest, inputs_digest=trained.inputs_digest):
                 raise TunerError(f"{self.work_dir}: not the adapter that the trainer of this pod has finished")
@@ -405,9 +414,22 @@ class Container:
         else:
             self.on_stage("push")
         values = self._push_patiently(hold_s)
+        if uploads:
+            uploads.forget()
         if isinstance(self.spec.destination, DirectoryDestination):
             self._sentinel.touch()
         return values
+
+    def _wait_for_adapter(self, uploads: Uploads | None) -> Finished:
+        if uploads is None:
+            return self.turns.wait_for_adapter()
+        finished = None
+        try:
+            finished = self.turns.wait_for_adapter(uploads.look)
+        finally:
+            if finished is None:  # this pod is told to end, after its trainer, whose last checkpoint is there by now
+                uploads.finish()
+        return finished
 
     def _push_patiently(self, hold_s: float) -> Values:
         """The Secret is read anew for each try: who renews it meanwhile has the adapter pushed."""

@@ -25,7 +25,7 @@ from tuner.levers import LEARNT_HEAD, PACKING
 from tuner.memory import read_shape
 from tuner.pipeline.adapter import ADAPTER_WEIGHTS, vllm_problems
 from tuner.pipeline.best import KeepBest, Rule, held_out_losses
-from tuner.pipeline.checkpoints import SEAL, newest_checkpoint, room_for, seal
+from tuner.pipeline.checkpoints import LEVERS, SEAL, newest_checkpoint, room_for, seal
 from tuner.pipeline.kernels import Exact, has_plain_head, prove
 from tuner.pipeline.launch import is_worker, rank, world_size
 from tuner.pipeline.levers import LARGER_STEPS, Choice, apply, choose
@@ -46,7 +46,6 @@ UNKNOWN_MICRO_BATCH_TOKENS = 2048
 CHECKPOINT_INTERVAL_S = 600  # the most work that a lost machine costs
 KEPT_CHECKPOINTS = 2  # the one before is there when the newest was not written whole
 METRICS = "metrics.jsonl"
-LEVERS = "levers.json"  # beside the checkpoints
 WORTH_SAYING = 1.3  # times as fast
 _BEST_IS_OURS = frozenset({"load_best_model_at_end", "metric_for_best_model"})  # best.py, not the Trainer
 

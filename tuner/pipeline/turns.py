@@ -11,6 +11,7 @@ Nothing here imports anything heavy: the pusher waits for hours.
 import fcntl
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -78,9 +79,10 @@ class Turns:
         """Let the trainer know, for as long as this process lives, that there is a pusher."""
         fcntl.flock(os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o660), fcntl.LOCK_EX)  # and never closed
 
-    def wait_for_adapter(self) -> Finished:
+    def wait_for_adapter(self, meanwhile: Callable[[], None] = lambda: None) -> Finished:
         """What the trainer has finished, once it has. A signal's handler that raises ends the waiting."""
         while (finished := _load(Finished, self._trained)) is None:
+            meanwhile()
             time.sleep(_POLL_S)
         return finished
 

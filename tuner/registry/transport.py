@@ -193,6 +193,17 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
             raise ServiceError(f"{self.host}: stored the manifest {digest} as {stored}; the registry changed it")
         return "OCI-Subject" in response.headers
 
+    def delete_manifest(self, digest: str) -> bool:
+        """Whether the registry has forgotten it, with every tag that it had. Most let few do that, and some nobody."""
+        if not self._actions.endswith("delete"):
+            self._actions += ",delete"
+            self._forget()
+        try:
+            response = self._call("DELETE", self._url("manifests", digest), ok=(200, 202, 404, 405))
+        except DeniedError:
+            return False
+        return bool(response.status_code != 405)
+
     def get_referrers(self, digest: str) -> bytes | None:
         """The index of the manifests that have `digest` as their subject; None when the registry keeps none."""
         response = self._call("GET", self._url("referrers", digest), ok=(200, 404), stream=True)

@@ -1,0 +1,165 @@
+"""A run's newest checkpoint, in the registry that its adapter goes to: what is on a pod's own disk dies with the pod.
+
+    trainer     writes and seals checkpoint-N ──► pusher    packages it, and moves the tag checkpoint-RUN
+    preflight   of the pod that replaces it: pulls the tag ──► trainer goes on from there
+
+The trainer has no credential and knows nothing of it. What is pulled is taken for what its seal says.
+"""
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tuner.errors import DataError, InputMissingError, TunerError
+from tuner.pipeline.checkpoints import CHECKPOINTS, LEVERS, SEAL, by_step, is_whole
+from tuner.pipeline.download import format_bytes
+from tuner.reference import ImageReference, parse_reference
+from tuner.registry import client_for
+from tuner.registry.image import build_image
+from tuner.registry.pull import pull_image
+from tuner.registry.push import push_image
+from tuner.runspec import ImageDestination, Reporter, RunSpec, Secrets, Silent
+
+LAST_S = 25.0  # for the last one, of the grace that the trainer has left
+_LOOK_EACH_S, _AGAIN_AFTER_S, _WITHIN_S = 5.0, 60.0, 600.0
+_FOLDER, _STEP, _RUN = "tuner.checkpoint.folder", "tuner.checkpoint.step", "tuner.run-digest"
+
+
+def checkpoint_reference(spec: RunSpec) -> ImageReference:
+    """`REGISTRY/REPOSITORY:checkpoint-RUN`: a tag for each run, in the repository that its credential may push to."""
+    if not isinstance(spec.destination, ImageDestination):
+        raise TypeError("only an image has a registry beside it")
+    reference = parse_reference(spec.destination.reference)
+    return ImageReference(
+        reference.registry, reference.repository, f"checkpoint-{spec.digest.removeprefix('sha256:')[:12]}"
+    )
+
+
+@dataclass
+class Uploads:
+    """The pusher's part. Whatever fails is a warning: training goes on, and the next checkpoint is tried."""
+
+    spec: RunSpec
+    work_dir: Path
+    secrets: Callable[[], Secrets]
+    reporter: Reporter
+    _uploaded: str = ""
+    _next_look: float = 0.0
+
+    def look(self) -> None:
+        """Upload the newest checkpoint that is not there yet; does nothing when it has just looked."""
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + _LOOK_EACH_S
+        if not self._upload(_WITHIN_S):
+            self._next_look = time.monotonic() + _AGAIN_AFTER_S
+
+    def finish(self) -> None:
+        """The last one, in the seconds that are left."""
+        self._upload(LAST_S)
+
+    def forget(self) -> None:
+        """The adapter is pushed: its checkpoint is of no use any more."""
+        reference = checkpoint_reference(self.spec)
+        try:
+            with client_for(
+                reference, self.spec.network, self.secrets().push_docker_configs(), reporter=Silent()
+            ) as client:
+                client.finish_within(LAST_S)
+                digest = client.manifest_digest(str(reference.tag))
+                if digest is None or client.delete_manifest(digest):
+                    return
+        except TunerError:
+            pass
+        self.reporter.note(f"{reference} is of no use any more; the registry lets nobody delete it with this Secret")
+
+    def _upload(self, within_s: float) -> bool:
+        """Whether all is there that could be."""
+        newest = _newest_sealed(self.work_dir)
+        if newest is None or str(newest) == self._uploaded:
+            return True
+        copy = self.work_dir / ".uploading"
+        shutil.rmtree(copy, ignore_errors=True)
+        try:
+            # By links: the trainer may take its own away at any time.
+            shutil.copytree(newest, copy, copy_function=os.link)
+            if not is_whole(copy):
+                return True
+            began = time.monotonic()
+            sent = self._push(newest, copy, within_s)
+            took = time.monotonic() - began
+        except FileNotFoundError:  # taken away meanwhile: there is a newer one
+            return True
+        except (TunerError, OSError) as error:
+            self.reporter.warn(f"{newest.name} could not be kept in the registry: {error}")
+            return False
+        finally:
+            shutil.rmtree(copy, ignore_errors=True)
+        self._uploaded = str(newest)
+        self.reporter.note(f"{newest.name} is in the registry: {format_bytes(sent)} in {took:.0f} s")
+        return True
+
+    def _push(self, checkpoint: Path, copy: Path, within_s: float) -> int:
+        files = {f"{checkpoint.name}/{path.name}": path for path in copy.iterdir()}
+        if (levers := checkpoint.parent / LEVERS).is_file():
+            files[LEVERS] = levers
+        step = checkpoint.name.rpartition("-")[2]
+        about = {_FOLDER: checkpoint.parent.name, _STEP: step, _RUN: self.spec.digest}
+        reference = checkpoint_reference(self.spec)
+        image = build_image(files, annotations=about)
+        with client_for(
+            reference, self.spec.network, self.secrets().push_docker_configs(), reporter=Silent()
+        ) as client:
+            client.finish_within(within_s)
+            return push_image(image, reference, client, reporter=Silent()).bytes_sent
+
+
+def _newest_sealed(work_dir: Path) -> Path | None:
+    sealed = [
+        (step, path)
+        for folder in (work_dir / CHECKPOINTS).glob("*")
+        for step, path in by_step(folder).items()
+        if (path / SEAL).is_file()
+    ]
+    return max(sealed)[1] if sealed else None
+
+
+def restore(spec: RunSpec, secrets: Secrets, work_dir: Path, reporter: Reporter) -> int | None:
+    """Put the registry's checkpoint where the trainer looks for one; its step, or None where there is none.
+
+    One that is there already is newer, or the same. A damaged one is as good as none. Raises what a registry says that
+    is down or refuses: to begin anew for that would cost hours.
+    """
+    if _newest_sealed(work_dir):
+        return None
+    reference = checkpoint_reference(spec)
+    fetched = work_dir / ".restored"
+    shutil.rmtree(fetched, ignore_errors=True)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with client_for(reference, spec.network, secrets.push_docker_configs(), reporter=reporter) as client:
+            client.finish_within(_WITHIN_S)
+            if client.manifest_digest(str(reference.tag)) is None:
+                return None
+            pulled = pull_image(reference, fetched, client, reporter=reporter)
+        folder, step = pulled.annotations.get(_FOLDER, ""), pulled.annotations.get(_STEP, "")
+        checkpoint = fetched / f"checkpoint-{step}"
+        named = re.fullmatch(r"[0-9a-f]{12}(-\d{1,3})?", folder) and step.isdecimal()
+        if pulled.annotations.get(_RUN) != spec.digest or not named or not is_whole(checkpoint):
+            raise DataError(f"{reference}: not a whole checkpoint of this run")
+        target = work_dir / CHECKPOINTS / folder
+        target.mkdir(parents=True, exist_ok=True)
+        for path in (fetched / LEVERS, checkpoint):
+            if path.exists():
+                path.rename(target / path.name)
+    except (DataError, InputMissingError) as error:
+        reporter.warn(f"{error.message}: beginning anew")
+        return None
+    finally:
+        shutil.rmtree(fetched, ignore_errors=True)
+    reporter.note(f"the checkpoint of step {step} is back from the registry")
+    return int(step)
