@@ -256,6 +256,13 @@ def test_what_may_not_be_read_is_a_missing_input(tuner: Tuner, tmp_path: Path, m
     assert f"error: {tmp_path}/folder: cannot be read: Permission denied" in ended.err
 
 
+def test_a_nul_in_a_path_is_no_bug(tuner: Tuner, tmp_path: Path, data: Path) -> None:
+    output = {"volumeSource": {"hostPath": {"path": "a\0b"}}}
+    path = write_workspace(tmp_path / "w.yaml", [str(data)], output=output)
+    ended = tuner("check", path)
+    assert (ended.code, "a path has a NUL character in it" in ended.err) == (78, True)
+
+
 def test_a_list_in_json_or_a_directory_of_data_is_no_workspace(tuner: Tuner, tmp_path: Path, data: Path) -> None:
     (tmp_path / "rows.json").write_text('[{"text": "a"}]')
     (tmp_path / "folder").mkdir()

@@ -491,6 +491,11 @@ def test_a_value_of_the_wrong_kind_is_told_the_right_one(path: str, value: Any, 
     assert the_problem(changed(path, value)).hint == hint
 
 
+def test_a_signed_url_as_a_name_is_shown_without_its_query() -> None:
+    problem = the_problem(changed("metadata.name", "https://h/a?sig=open-sesame"))
+    assert problem.hint == 'for example "https-h-a"'
+
+
 def test_python_spelling_is_no_kaito_spelling() -> None:
     assert the_problem(changed("tuning.output.image_push_secret", "x")).hint == 'did you mean "imagePushSecret"?'
 

@@ -70,7 +70,8 @@ def checked_label(name: str) -> str:
     if len(name) > LABEL_CHARACTERS:
         raise _fault(TOO_LONG.format(LABEL_CHARACTERS))
     if not LABEL.fullmatch(name):
-        raise _fault(NOT_A_LABEL.format(repr(name)), f'for example "{name_for(name)}"')
+        near = name_for(name.partition("?")[0])  # without the query of what may be a signed URL
+        raise _fault(NOT_A_LABEL.format(repr(name)), f'for example "{near}"')
     return name
 
 

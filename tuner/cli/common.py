@@ -46,11 +46,13 @@ _ENVIRONMENT = {
 }
 
 
-def environment_error(error: OSError | RuntimeError) -> ConfigError | None:
+def environment_error(error: OSError | RuntimeError | ValueError) -> ConfigError | None:
     """The sentence for what a full disk, a wrong owner or a strange path makes fail; None for a fault of ours."""
     if isinstance(error, RuntimeError):  # of Path.expanduser, which does not say for whom
         unknown = "home directory" in str(error)
         return ConfigError("~ in a path: no such home directory", hint="write the path from /") if unknown else None
+    if isinstance(error, ValueError):
+        return ConfigError("a path has a NUL character in it") if "embedded null byte" in str(error) else None
     if error.errno not in _ENVIRONMENT:
         return None
     where = f"{error.filename}: " if error.filename else ""
