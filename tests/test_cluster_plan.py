@@ -496,6 +496,17 @@ def test_a_job_that_somebody_else_made_is_left_alone_and_said():
     assert "deletionTimestamp" not in cluster.store["Job", "phi-3"]["metadata"]
 
 
+def test_a_finished_workspace_stays_so_when_somebody_else_makes_a_job_of_its_name():
+    cluster, controller = begun()
+    cluster.step_job("phi-3", "starts")
+    cluster.step_job("phi-3", "succeeds")
+    controller.settle()
+    cluster.remove(("Job", "phi-3"))
+    cluster.put({"kind": "Job", "metadata": {"name": "phi-3", "labels": {}}, "spec": {}})
+    assert controller.settle().actions == ()
+    assert status_of(cluster)["state"] == "Succeeded"
+
+
 def test_the_job_of_an_earlier_workspace_of_the_same_name_is_waited_for():
     cluster, controller = begun()
     old = copy.deepcopy(cluster.store["Job", "phi-3"])

@@ -219,6 +219,7 @@ JOB: dict[str, Any] = {
         ("its volumes are not there: configmap \"x\" not found", "submit again"),
         ("no node takes its pod: pod has unbound immediate PersistentVolumeClaims", "kubectl get pvc -n ml"),
         ("its pod is refused: violates PodSecurity", "clean under restricted"),
+        ("a new pod begins when tickets-1 on node gpu-7 is gone", "kubectl delete node gpu-7"),
         ("its pod is refused: unable to validate against any security context constraint: [...]", "runAsUser"),
         ("its containers are being made", None),
         (None, None),

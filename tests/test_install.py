@@ -433,7 +433,7 @@ def test_who_may_see_nothing_of_the_cluster_asks_in_vain_and_goes_on(cluster: Fa
 def test_a_server_that_does_not_know_the_rules_is_too_old(tmp_path: Path) -> None:
     with FakeKubernetes(version=(1, 28)) as old:
         api = Api.from_config(env={"KUBECONFIG": str(old.write_kubeconfig(tmp_path / "old"))})
-        with pytest.raises(ConfigError, match=r"1\.28.*; the CRD's rules need 1\.29 or newer"):
+        with pytest.raises(ConfigError, match=r"1\.28.*, and 1\.29 or newer is needed"):
             install_into(api)
 
 

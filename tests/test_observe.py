@@ -126,6 +126,14 @@ def test_an_eviction_is_told_and_no_attempt():
     assert view.retry == "attempt 1 of 4, last: eviction by eviction api: drained"
 
 
+def test_a_pod_that_a_lost_node_does_not_let_go_is_what_is_waited_for():
+    lost = {"type": "DisruptionTarget", "status": "True", "reason": "DeletionByTaintManager", "message": "not ready"}
+    pod = make_pod({"phi-3": running(), "pusher": running()}, deleting=True, conditions=[lost])
+    view = view_job(make_job(), [pod])
+    assert (view.phase, view.waiting_for) == ("waiting", "a new pod begins when phi-3-a on node gpu-1 is gone")
+    assert view.retry == "attempt 1 of 4, last: deletion by taint manager: not ready"
+
+
 def test_a_kubelets_eviction_is_told():
     pod = make_pod(phase="Failed", reason="Evicted", message="The node was low on resource: ephemeral-storage.")
     view = view_job(make_job(failed=1, active=0), [pod])

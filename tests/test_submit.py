@@ -432,3 +432,13 @@ def test_retry_push_without_a_volume_says_why_not(cluster: FakeKubernetes, capsy
     cluster.run_job(NAME, {"pusher": result("push", 74, "registry is down")})
     assert main(["retry-push", NAME]) == 78
     assert "kept its adapter in the pod, which is gone" in capsys.readouterr().err
+
+
+def test_a_server_that_would_drop_the_sidecar_is_refused_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FakeKubernetes(version=(1, 28)) as old:
+        monkeypatch.setenv("KUBECONFIG", str(old.write_kubeconfig(tmp_path / "kubeconfig")))
+        assert main(["submit", QUICK_START, "--set-image", "i"]) == 78
+        assert old.objects("configmaps") == old.objects("jobs") == ()
+    assert "1.29 or newer is needed" in capsys.readouterr().err

@@ -27,6 +27,7 @@ from urllib.parse import quote, urlencode
 from tuner.cluster.api_errors import (
     AlreadyExistsError,
     Asked,
+    ForbiddenError,
     NotFoundError,
     ThrottledError,
     UnavailableError,
@@ -158,6 +159,9 @@ class ServerVersion:
 
     def __str__(self) -> str:
         return self.git_version or f"{self.major}.{self.minor}"
+
+
+OLDEST_SERVER = ServerVersion(1, 29)  # sidecars; messageExpression and fieldPath in a CRD's rules
 
 
 # ── the API ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -743,3 +747,13 @@ def _from_service_account(configuration: Any) -> Found:
     with suppress(OSError):
         namespace = (_SERVICE_ACCOUNT / "namespace").read_text(encoding="utf-8").strip() or namespace
     return Found(configuration, namespace, None)
+
+
+def refuse_old_server(api: Api) -> None:
+    """ConfigError for a server that takes a Job and never runs it: it drops what makes the pusher a sidecar."""
+    with suppress(ForbiddenError):
+        if (version := api.server_version()) < OLDEST_SERVER:
+            raise ConfigError(
+                f"this is Kubernetes {version}, and {OLDEST_SERVER} or newer is needed",
+                hint="an older one knows no sidecars: the trainer would wait for a pusher that waits for it",
+            )

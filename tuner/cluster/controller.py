@@ -32,6 +32,7 @@ from tuner.cluster.api import (
     WORKSPACE,
     Api,
     Resource,
+    refuse_old_server,
 )
 from tuner.cluster.api_errors import (
     AlreadyExistsError,
@@ -241,7 +242,9 @@ class Controller:
     # ── the process ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def run(self) -> None:
-        """Wait to be the leader, look at everything once, then at what changes. Raises ConfigError beside KAITO."""
+        """Wait to be the leader, look at everything once, then at what changes. Raises ConfigError beside KAITO
+        and on a server that is too old."""
+        refuse_old_server(self.api)
         refuse_beside_kaito(self.api, lambda error: self.log("info", _UNSEEN, error=error.message))
         crd = _attempt(self.log, lambda: self.api.find(CUSTOM_RESOURCE_DEFINITION, WORKSPACE.full_name))
         if crd and not _has_tuning_status(_status_schema(crd)):

@@ -268,6 +268,10 @@ def pending_hint(job: Mapping[str, Any], waiting_for: str | None) -> str | None:
         return f"kubectl create secret {kind} {missing[2]} -n {namespace} …; the pod goes on by itself"
     if "exceeded quota" in waiting_for:
         return f"kubectl describe quota -n {namespace} shows what is used"
+    if lost := re.search(r"a new pod begins when .* on node (\S+) is gone", waiting_for):
+        return (
+            f"takes it long, is the node lost? kubectl get node {lost[1]}; kubectl delete node {lost[1]} lets go of it"
+        )
     if "security context constraint" in waiting_for:
         return "OpenShift has its own uids: --patch with runAsUser, runAsGroup and fsGroup null (docs/kubernetes.md)"
     if "violates PodSecurity" in waiting_for:

@@ -24,7 +24,7 @@ from tuner.cluster.api import (
     WORKSPACE,
     Api,
     Resource,
-    ServerVersion,
+    refuse_old_server,
     resource_of,
 )
 from tuner.cluster.api_errors import ForbiddenError, NotFoundError
@@ -43,7 +43,6 @@ NAME = "tuner-controller"
 APP = "app.kubernetes.io/name"
 INSTANCE = "app.kubernetes.io/instance"  # the namespace: which of several installations an object is of
 
-OLDEST_SERVER = ServerVersion(1, 29)  # messageExpression and fieldPath in a CRD's rules
 
 Say = Callable[[str], None]
 
@@ -153,8 +152,7 @@ def install(api: Api, options: InstallOptions, say: Say) -> None:
             hint="build the target `run` of the Dockerfile and push it; --controller-image names the slim one",
         )
     manifests = installation(options)
-    if (version := api.server_version()) < OLDEST_SERVER:
-        raise ConfigError(f"this is Kubernetes {version}; the CRD's rules need {OLDEST_SERVER} or newer")
+    refuse_old_server(api)
     refuse_beside_kaito(api)
     for manifest in manifests:
         resource, title = resource_of(manifest), _title(manifest)

@@ -111,6 +111,9 @@ def view_job(job: Object, pods: Sequence[Object], events: Sequence[Object] = ())
         return replace(view, phase="suspended", waiting_for=_suspended(job))
     if newest and _phase(newest) == "Succeeded":
         return replace(view, stage=_stage(newest), is_ending=True)
+    if newest and not alive and _phase(newest) not in ("Failed", "Succeeded"):
+        # podReplacementPolicy: Failed. On a node that does not answer this is for ever.
+        return replace(view, phase="waiting", waiting_for=_is_going_away(newest))
     if newest is None or not alive:
         refused = _event_note(events, "Job", _name(job), ("FailedCreate",))
         reason = f"its pod is refused: {refused}" if refused else None if view.last else NO_NODE_YET
@@ -310,6 +313,11 @@ def _suspended(job: Object) -> str:
     if queue:
         return f"queued by Kueue in {queue}"
     return f'suspended; to go on: kubectl patch job {_name(job)} --type merge -p \'{{"spec":{{"suspend":false}}}}\''
+
+
+def _is_going_away(pod: Object) -> str:
+    node = pod["spec"].get("nodeName")
+    return f"a new pod begins when {_name(pod)}{f' on node {node}' if node else ''} is gone"
 
 
 def _why_pod_waits(pod: Object) -> str | None:

@@ -246,7 +246,7 @@ def _plan_revision(
     overtaken = [job for job in jobs if _is_ours(job, observed.workspace) and _revision_of(job) < number]
     if any(_is_ours(job, observed.workspace) and _revision_of(job) > number for job in jobs):
         return Plan()  # our picture of the Workspace is the older one: a newer is on its way
-    if foreign:
+    if foreign and not settled(observed.workspace, number):
         return with_status(Standing("waiting", message=about_foreign(foreign, observed.workspace)))
     if overtaken:
         going = [

@@ -25,6 +25,7 @@ from tuner.cluster.api import (
     Api,
     Object,
     Resource,
+    refuse_old_server,
     resource_of,
 )
 from tuner.cluster.api_errors import AlreadyExistsError, ConflictError, ForbiddenError, NotFoundError, UnavailableError
@@ -356,6 +357,7 @@ def submit(
     live = api.find(JOB, name)
     if live is not None:
         return _there_already(api, objects, live)
+    refuse_old_server(api)
     refuse_missing_namespace(api)  # without one nothing else is worth a look
     missing, unread = missing_things(api, objects)
     for line in unread:
