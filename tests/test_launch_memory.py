@@ -90,7 +90,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_one_process_out_of_memory_gives_the_losses_of_an_undisturbed_run(
     faulty: str, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work_dir, _ = train_with(tmp_path / "run", faulty, monkeypatch)
+    work_dir, said = train_with(tmp_path / "run", faulty, monkeypatch)
+    assert said.count("out of memory: going on with") == len(faulty.strip("(),").split(","))
     for disturbed, calm in zip(metrics(work_dir), metrics(undisturbed), strict=True):
         assert disturbed == pytest.approx(calm, rel=1e-4)
     one, other = (Trained.load(path / "trained.json") for path in (work_dir, undisturbed))

@@ -9,6 +9,7 @@ push       package, blobs, manifest by digest, tag                never retrains
 
 import fcntl
 import hashlib
+import logging
 import os
 import shlex
 import shutil
@@ -512,7 +513,14 @@ def _help_train(spec: RunSpec, work_dir: Path) -> None:
     prepared = _left(Prepared, work_dir / PREPARED, spec)
     checkpoints = checkpoints_of(inputs_digest(fetched), work_dir, world_size())
     with TemporaryDirectory() as nowhere, Stop(lambda _: None).listening() as stop:
-        optimise(spec, prepared, work_dir, Path(nowhere), checkpoints, stop, Silent())
+        optimise(spec, prepared, work_dir, Path(nowhere), checkpoints, stop, _ToLog())
+
+
+class _ToLog(Silent):
+    """What only this process warns of, such as a GPU that is fuller than the others, on stderr: its rank-N.log."""
+
+    def warn(self, line: str) -> None:
+        logging.getLogger(__name__).warning(line)
 
 
 def checkpoints_of(inputs: str, work_dir: Path, processes: int) -> Path:
