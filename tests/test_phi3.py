@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,6 +66,107 @@ def test_swiglu_is_silu_of_gate_times_up() -> None:
     by_gate_up, again = phi3.swiglu_backward(gate_up.detach(), given["by_hidden"])
     torch.testing.assert_close(by_gate_up, gate_up.grad)
     torch.testing.assert_close(again, expected.detach())
+
+
+# ── whole models ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "a sliding window": ("phi-3-mini-4k-instruct", {"sliding_window": 8}, {}),
+    "grouped heads, longrope": ("phi-3-medium-128k-instruct", {}, {}),
+    "heads turned in part": ("phi-4-mini-instruct", {}, {}),
+    "LoRA on two layers, of other ranks and factors": (
+        "phi-4",
+        {},
+        {
+            "target_modules": ["qkv_proj", "down_proj"],
+            "rank_pattern": {"qkv_proj": 3},
+            "alpha_pattern": {"down_proj": 40},
+        },
+    ),
+    "embeddings that are trained": ("phi-3-mini-4k-instruct", {}, {"modules_to_save": ["embed_tokens"]}),
+}
+
+
+def model_of(kind: str, directory: Path) -> Any:
+    """A tiny 4-bit model of this kind with LoRA, B not zero, that trains."""
+    from peft import LoraConfig, get_peft_model
+    from test_kernels import tiny_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from tuner.pipeline.kernels import DOCUMENT_ATTENTION
+
+    preset, changes, lora = KINDS[kind]
+    tiny_model(preset, "sdpa", **changes).save_pretrained(directory)
+    base = AutoModelForCausalLM.from_pretrained(
+        directory,
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+        dtype=torch.float32,
+        device_map="cpu",
+        attn_implementation=DOCUMENT_ATTENTION,
+    )
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # see load_base_model
+            module.support_avx512bf16_for_cpu = False
+    plain = {"r": 8, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    model = get_peft_model(base, LoraConfig(**(plain | lora)))
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1, generator=generator)
+    return model.train()
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("recomputes", [None, False, True], ids=["kept", "recomputed", "recomputed, reentrant"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_phi_has_the_loss_and_gradients_of_transformers_blocks(
+    kind: str, recomputes: bool | None, tmp_path: Path
+) -> None:
+    """And again the very same when it is put back; another batch than packed documents goes transformers' way."""
+    from test_kernels import documents, packed
+
+    from tuner.pipeline.kernels import LOOPED_ATTENTION, fuse_lora, summed_nll, unfuse_lora
+
+    model = model_of(kind, tmp_path)
+    base = model.get_base_model()
+    if recomputes is not None:
+        base.enable_input_require_grads()
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": recomputes})
+    batch = packed(documents(17, 5, 33, 2))
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        loss = summed_nll(base, batch)
+        loss.backward()
+        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        return found | {"loss": loss.detach()}
+
+    plain = gradients()
+    assert len(plain) > 5
+    fuse_lora(base)
+    assert phi3.why_not(base) is None
+    phi3.take_parts(base)
+    for attention in (None, LOOPED_ATTENTION):
+        if attention:
+            base.set_attn_implementation(attention)
+        joined = gradients()
+        assert joined.keys() == plain.keys()
+        for name, gradient in plain.items():
+            assert (joined[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+    model.eval()
+    with model.disable_adapter(), torch.no_grad():
+        assert not torch.allclose(summed_nll(base, batch), plain["loss"])
+    two_rows = torch.arange(5, 25).view(2, 10)
+    with torch.no_grad():
+        joined_logits = base(input_ids=two_rows, use_cache=False).logits
+        phi3.give_back(base)
+        unfuse_lora(base)
+        torch.testing.assert_close(joined_logits, base(input_ids=two_rows, use_cache=False).logits)
+    model.train()
+    assert all(torch.equal(gradient, plain[name]) for name, gradient in gradients().items())
+
+
+# ── the kernels ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def kernels_of(given: dict[str, torch.Tensor]) -> list[torch.Tensor]:
