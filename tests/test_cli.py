@@ -567,9 +567,13 @@ def test_an_unknown_ca_gets_the_flag_as_hint_and_the_flag_helps(
         path = write_workspace(tmp_path / "w.yaml", [str(data)], output={"image": f"{registry.host}/x:1"})
         refused = tuner("check", "--smoke", path)
         allowed = tuner("check", "--smoke", path, "--ca", certificate.certificate)
+        other = make_certificate(tmp_path).certificate
+        wrong = tuner("check", "--smoke", path, "--ca", other)
     assert refused.code in (69, 77, 78)
     assert "--ca" in refused.err
     assert allowed.code == 0
+    assert wrong.code == refused.code
+    assert f"hint: {other} has not the CA that signed it" in wrong.err
 
 
 # ── a run ────────────────────────────────────────────────────────────────────────────────────────────────────────────

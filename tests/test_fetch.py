@@ -777,9 +777,14 @@ def test_a_certificate_for_another_name_is_refused(
     tls_server: HttpServer, fetching: Fetching, certificate: Path
 ) -> None:
     transfer = replace(QUICK, resolve=lambda host: ["127.0.0.1"], attempts=1)
-    with pytest.raises(ServiceError, match="CERTIFICATE_VERIFY_FAILED"):
+    with pytest.raises(ServiceError, match="CERTIFICATE_VERIFY_FAILED") as caught:
         fetching(f"https://other.example:{tls_server.port}/t.jsonl", network=trusting(certificate), transfer=transfer)
     assert tls_server.requests == []
+    assert caught.value.hint is None  # another authority would not help
+    unknown = Network(allow_cidrs=("127.0.0.0/8",))
+    with pytest.raises(ServiceError, match="CERTIFICATE_VERIFY_FAILED") as caught:
+        fetching(f"https://data.example:{tls_server.port}/t.jsonl", network=unknown, transfer=transfer)
+    assert caught.value.hint == "--ca FILE trusts a certificate authority of your own"
 
 
 def test_a_redirect_from_https_to_http_is_refused(

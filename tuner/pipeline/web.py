@@ -345,10 +345,13 @@ class Web:
             except _ForbiddenError as error:
                 raise ConfigError(f"{shown}: {where}{error}") from None
             except _WIRE_ERRORS as error:
-                if isinstance(_first_cause(error), ssl.SSLCertVerificationError):
-                    raise ServiceError(
-                        f"{shown}: {where}{_words(error)}", hint="--ca FILE trusts a certificate authority of your own"
-                    ) from error
+                if isinstance(cause := _first_cause(error), ssl.SSLCertVerificationError):
+                    hint = None
+                    if cause.verify_code in _UNKNOWN_AUTHORITY:
+                        hint = "--ca FILE trusts a certificate authority of your own"
+                    if hint and self._ca_file:
+                        hint = f"{self._ca_file} has not the authority that signed its certificate"
+                    raise ServiceError(f"{shown}: {where}{_words(error)}", hint=hint) from error
                 raise TransientError(f"cannot be reached: {_words(error)}") from error
             try:
                 location = response.headers.get("location")
@@ -423,6 +426,10 @@ def _proxy_for(url: str) -> str | None:
     if not proxy or proxy_bypass(parts.netloc):
         return None
     return proxy if "://" in proxy else f"http://{proxy}"
+
+
+# X509_V_ERR_* of OpenSSL: self-signed, or of an issuer that is not known. Others are an old date or another name.
+_UNKNOWN_AUTHORITY = (18, 19, 20, 21)
 
 
 @lru_cache(maxsize=4)  # reading all the certificates takes a while

@@ -113,6 +113,7 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
         self.repository = reference.repository
         self.host = reference.api_host
         self._root = f"{self.prefix}://{self.host}"
+        self._ca_file = ca_file
         self._credentials = tuple(credentials)
         self._candidates = [*credentials, ANONYMOUS]
         self._known_credentials = known_credentials
@@ -653,9 +654,14 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
         text = str(error)
         if isinstance(error, requests.exceptions.SSLError):
             if "CERTIFICATE_VERIFY_FAILED" in text:
+                reason = re.search(r"certificate verify failed: ([^('\"]+)", text)
+                hint = "name the CA that signed it with --ca FILE"
+                if self._ca_file:
+                    hint = f"{self._ca_file} has not the CA that signed it"
                 raise ConfigError(
-                    f"{host}: its TLS certificate is not one that this machine trusts",
-                    hint="name the CA that signed it with --ca FILE",
+                    f"{host}: its TLS certificate is not one that this machine trusts"
+                    + (f": {reason[1].strip()}" if reason else ""),
+                    hint=hint if reason is None or "self" in reason[1] or "issuer" in reason[1] else None,
                 ) from None
             if re.search("WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE|HTTP_REQUEST", text):
                 raise ConfigError(
@@ -688,7 +694,10 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
         if self._credentials:
             hint = "check the user's rights on the repository and whether the password or token has expired"
         else:
-            hint = f"{self._known_credentials} for {self.host}: give an imagePushSecret or --docker-config"
+            hint = (
+                f"{self._known_credentials} for {self.host}: docker login {self.host}, an imagePushSecret, or a "
+                "--docker-config with an entry for it"
+            )
             if self._known_credentials != "no credentials":
                 hint = f"no key matches {self.host}/{self.repository}; there are {self._known_credentials}"
         return DeniedError(f"{self.host}: may not {act} {self.repository} with {who}: {refusal}", hint=hint)
