@@ -2,16 +2,18 @@
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from registries import docker_config
 from test_cluster_job import workspace
-from tiny import Heard
+from tiny import Heard, make_job, rows_of
 
 from tests.fake_registry import FakeRegistry, fake_registry
-from tuner.errors import ServiceError
+from tuner.cli import main
+from tuner.errors import InterruptedRunError, ServiceError
 from tuner.pipeline.checkpoints import CHECKPOINTS, LEVERS, is_whole, seal
 from tuner.pipeline.registry_checkpoints import Uploads, checkpoint_reference, restore
 from tuner.request import Request, build_run
@@ -19,6 +21,7 @@ from tuner.runspec import ImageDestination, Network, RunSpec, Secrets
 from tuner.workspace import parse_objects
 
 FOLDER = "0123456789ab-2"
+OPEN = Network(plain_http=True, allow_private_urls=True)
 
 
 @pytest.fixture
@@ -30,12 +33,17 @@ def registry() -> Iterator[FakeRegistry]:
 def spec_of(registry: FakeRegistry, **changes: object) -> RunSpec:
     run = build_run(parse_objects(workspace()), Request(place="pod"), Path("nowhere"), {})
     destination = ImageDestination(reference=f"{registry.host}/adapters/tickets:1")
-    network = Network(plain_http=True, allow_private_urls=True)
-    return run.spec.model_copy(update={"destination": destination, "network": network, **changes})
+    return run.spec.model_copy(update={"destination": destination, "network": OPEN, **changes})
 
 
 def secrets_of(registry: FakeRegistry) -> Secrets:
     return Secrets(docker_configs=(docker_config(registry.host),))
+
+
+def write_docker_config(directory: Path, registry: FakeRegistry) -> Path:
+    path = directory / "config.json"
+    path.write_text(docker_config(registry.host))
+    return path
 
 
 def checkpoint(work_dir: Path, step: int) -> Path:
@@ -177,3 +185,63 @@ def test_when_the_adapter_is_pushed_it_is_deleted_where_that_is_allowed(registry
     again.forget()
     reference = checkpoint_reference(spec_of(registry))
     assert f"{reference} is of no use any more; the registry lets nobody delete it with this Secret" in heard.notes
+
+
+# ── on a box ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.train
+def test_a_run_whose_machine_is_lost_goes_on_on_another_one(registry: FakeRegistry, tmp_path: Path) -> None:
+    from test_train import StopAtOnce
+
+    from tuner.pipeline.run import run
+
+    job = make_job(
+        tmp_path / "job",
+        rows_of("messages", 30),
+        {"TrainingArguments": {"max_steps": 6, "logging_steps": 1, "learning_rate": 0.01}},
+        output=f"{registry.host}/adapters/tickets:1",
+        docker_config=write_docker_config(tmp_path, registry),
+        network=OPEN,
+    )
+
+    def attempt(name: str, keeps: bool = True) -> tuple[Heard, str]:
+        heard = Heard()
+        result = run(
+            job.spec, job.secrets, tmp_path / name, heard, on_stage=lambda stage: None, registry_checkpoints=keeps
+        )
+        return heard, result.image.rpartition("@")[2]
+
+    stop = StopAtOnce().stop
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tuner.pipeline.train.Stop", lambda warn: stop)
+        with pytest.raises(InterruptedRunError):
+            attempt("lost")
+    (tag,) = tags(registry)
+    assert tag.startswith("checkpoint-")
+    heard, digest = attempt("another")
+    assert "the checkpoint of step 1 is back from the registry" in heard.notes
+    assert "resuming after step 1 of 6" in heard.notes
+    assert tags(registry) == ["1"]
+    assert attempt("unbroken", keeps=False)[1] == digest
+
+
+@pytest.mark.train
+def test_a_thread_uploads_while_the_box_trains(
+    registry: FakeRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tuner.pipeline.registry_checkpoints._LOOK_EACH_S", 0.05)
+    ours = uploads(registry, tmp_path)
+    with ours.beside():
+        checkpoint(tmp_path, 5)
+        ends = time.monotonic() + 30
+        while not tags(registry):
+            assert time.monotonic() < ends
+            time.sleep(0.01)
+
+
+def test_a_flag_without_a_registry_is_refused(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    words = ["--model", "phi-3-mini-4k-instruct", "--data", str(rows), "--output", str(tmp_path / "adapter")]
+    assert main(["run", "--smoke", *words, "--registry-checkpoints"]) == 64

@@ -50,6 +50,7 @@ from tuner.workspace import (
     UrlInput,
     VolumeInput,
     VolumeOutput,
+    Workspace,
     WorkspaceFile,
     cluster_problems,
     is_local_file,
@@ -67,7 +68,7 @@ JOB_PATCH_ANNOTATION = "tuner/job-patch"  # <ConfigMap>/<key>
 RETRY_ANNOTATION = "tuner/retry"  # says nothing: with another value of it the same is run once more
 # Claims, as --results-volume and --weights-volume have them.
 RESULTS_VOLUME_ANNOTATION, WEIGHTS_VOLUME_ANNOTATION = "tuner/results-volume", "tuner/weights-volume"
-CHECKPOINTS_ANNOTATION = "tuner/checkpoints"  # "registry": as --registry-checkpoints
+CHECKPOINTS_ANNOTATION, IN_REGISTRY = "tuner/checkpoints", "registry"  # as --registry-checkpoints
 _ANNOTATIONS = (
     *(SOURCES_ANNOTATION, REQUIRE_ANNOTATION, DISABLE_ANNOTATION, JOB_PATCH_ANNOTATION, RETRY_ANNOTATION),
     *(RESULTS_VOLUME_ANNOTATION, WEIGHTS_VOLUME_ANNOTATION, CHECKPOINTS_ANNOTATION),
@@ -992,3 +993,14 @@ def _notes(tuning: Tuning, training: TrainingConfig, request: Request, work_dir:
         return
     if _model_directory(tuning) is None and not request.base_model and Path(name).is_dir():
         yield f"{name} is taken for the preset or Hugging Face id; the directory here would be ./{name}"
+
+
+def annotated_checkpoints(workspace: Workspace) -> bool:
+    """Whether the Workspace has the registry keep the newest checkpoint. Raises ConfigError for another place."""
+    written = workspace.metadata.annotations.get(CHECKPOINTS_ANNOTATION)
+    if written not in (None, IN_REGISTRY):
+        path = f"metadata.annotations[{CHECKPOINTS_ANNOTATION}]"
+        raise ConfigError.of(
+            [Problem(f"{written!r} keeps no checkpoints", path=path, hint=f"{IN_REGISTRY}, or leave it out")]
+        )
+    return written is not None

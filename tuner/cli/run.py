@@ -48,7 +48,7 @@ from tuner.cli.options import (
     WorkspaceArgument,
     app,
 )
-from tuner.errors import ConfigError, InputMissingError
+from tuner.errors import ConfigError, InputMissingError, UsageError
 
 if TYPE_CHECKING:
     from tuner.request import Request, Run
@@ -85,19 +85,40 @@ def run(
     push_deadline: PushDeadline = 1800,
     modelpack: ModelPack = False,
     provenance: Provenance = False,
+    registry_checkpoints: Annotated[
+        bool,
+        typer.Option(
+            "--registry-checkpoints",
+            help="keep the last checkpoint in the output's repository: another machine goes on from it",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Download, train, package and push: the whole Workspace on this machine."""
     from tuner.pipeline.run import run as run_stages
+    from tuner.request import annotated_checkpoints
+    from tuner.runspec import ImageDestination
 
     request = _request(locals())
     options = parse_push_options(compression, chunk_size, push_deadline, modelpack, provenance)
     file = read_workspace_file(workspace, model, data, method, request)
     built, directory = build(file, request, work_dir)
     check_digest_file(digest_file, built.spec.destination)
+    pushes = isinstance(built.spec.destination, ImageDestination)
+    if registry_checkpoints and not pushes:
+        raise UsageError("--registry-checkpoints: no image is pushed, so no registry can keep them")
+    keeps = pushes and (registry_checkpoints or annotated_checkpoints(file.workspace))
     with open_talk() as talk:
         _introduce(built, talk)
-        result = run_stages(built.spec, built.secrets, directory, talk, on_stage=talk.stage, options=options)
+        result = run_stages(
+            built.spec,
+            built.secrets,
+            directory,
+            talk,
+            on_stage=talk.stage,
+            options=options,
+            registry_checkpoints=keeps,
+        )
         talk.note(
             f"done in {result.seconds:,.0f} s: {result.steps:,} steps, loss {result.train_loss:.4g}" + _held_out(result)
         )

@@ -31,6 +31,7 @@ from tuner.request import (
     SOURCES_ANNOTATION,
     WEIGHTS_VOLUME_ANNOTATION,
     Run,
+    annotated_checkpoints,
 )
 from tuner.runspec import (
     DirectoryDestination,
@@ -72,7 +73,6 @@ SECRET_MODE = 0o440  # fsGroup reads it
 _OBJECT_BYTES = 2**20  # what the API server takes of a ConfigMap or Secret
 _APPLY_BYTES = 250_000  # kubectl apply keeps the whole object in one annotation of at most 256 KiB
 _HASH_CHARACTERS = 10
-IN_REGISTRY = "registry"  # the one value of CHECKPOINTS_ANNOTATION
 _QUEUE_PREFIX = "kueue.x-k8s.io/"
 _DISRUPTION = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
 # What the clouds put on nodes that may go away at any time; Amazon leaves the taint to the cluster's owner.
@@ -164,7 +164,7 @@ def _with_annotations(workspace: Workspace, options: JobOptions) -> JobOptions:
         options,
         results_volume=options.results_volume or written.get(RESULTS_VOLUME_ANNOTATION),
         weights_volume=options.weights_volume or written.get(WEIGHTS_VOLUME_ANNOTATION),
-        registry_checkpoints=options.registry_checkpoints or CHECKPOINTS_ANNOTATION in written,
+        registry_checkpoints=options.registry_checkpoints or annotated_checkpoints(workspace),
     )
 
 
@@ -321,10 +321,8 @@ def _checkpoint_problems(ask: _Ask) -> Iterator[Problem]:
     """Whether the registry can keep checkpoints, and need."""
     if not ask.options.registry_checkpoints:
         return
-    written = ask.workspace.metadata.annotations.get(CHECKPOINTS_ANNOTATION)
-    path = f"metadata.annotations[{CHECKPOINTS_ANNOTATION}]" if written is not None else "--registry-checkpoints"
-    if written not in (None, IN_REGISTRY):
-        yield Problem(f"{written!r} keeps no checkpoints", path=path, hint=f"{IN_REGISTRY}, or leave it out")
+    written = annotated_checkpoints(ask.workspace)
+    path = f"metadata.annotations[{CHECKPOINTS_ANNOTATION}]" if written else "--registry-checkpoints"
     if ask.output_volume or ask.options.results_volume:
         yield Problem("checkpoints are on a volume, which outlives the pod", path=path, hint="one of the two is enough")
     elif not isinstance(ask.spec.destination, ImageDestination):

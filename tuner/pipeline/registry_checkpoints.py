@@ -1,17 +1,20 @@
-"""A run's newest checkpoint, in the registry that its adapter goes to: what is on a pod's own disk dies with the pod.
+"""A run's newest checkpoint, in the registry that its adapter goes to: what is on a machine's own disk dies with it.
 
     trainer     writes and seals checkpoint-N ──► pusher    packages it, and moves the tag checkpoint-RUN
     preflight   of the pod that replaces it: pulls the tag ──► trainer goes on from there
 
-The trainer has no credential and knows nothing of it. What is pulled is taken for what its seal says.
+In a pod the trainer has no credential and knows nothing of it; on a box a thread beside it is the pusher. What is
+pulled is taken for what its seal says.
 """
 
 import os
 import re
 import shutil
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tuner.errors import DataError, InputMissingError, TunerError
@@ -49,6 +52,7 @@ class Uploads:
     reporter: Reporter
     _uploaded: str = ""
     _next_look: float = 0.0
+    _one_at_a_time: threading.Lock = field(default_factory=threading.Lock)
 
     def look(self) -> None:
         """Upload the newest checkpoint that is not there yet; does nothing when it has just looked."""
@@ -61,6 +65,26 @@ class Uploads:
     def finish(self) -> None:
         """The last one, in the seconds that are left."""
         self._upload(LAST_S)
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Uploads in a thread of its own while the block trains, and the last one when it is interrupted."""
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.wait(_LOOK_EACH_S / 5):
+                self.look()
+
+        thread = threading.Thread(target=watch, name="checkpoints", daemon=True)
+        thread.start()
+        try:
+            yield
+        except BaseException:
+            over.set()
+            thread.join(LAST_S)
+            self.finish()
+            raise
+        over.set()  # the checkpoints of a finished training are gone: what is on its way is of no use
 
     def forget(self) -> None:
         """The adapter is pushed: its checkpoint is of no use any more."""
@@ -79,6 +103,10 @@ class Uploads:
 
     def _upload(self, within_s: float) -> bool:
         """Whether all is there that could be."""
+        with self._one_at_a_time:
+            return self._upload_newest(within_s)
+
+    def _upload_newest(self, within_s: float) -> bool:
         newest = _newest_sealed(self.work_dir)
         if newest is None or str(newest) == self._uploaded:
             return True

@@ -15,7 +15,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ from tuner.pipeline.launch import end_with_parent, is_worker, rank, train_in_pro
 from tuner.pipeline.libraries import check_packages, quiet
 from tuner.pipeline.package import LOCK, PACKAGED_FILES, adapter_image
 from tuner.pipeline.prepare import prepare
+from tuner.pipeline.registry_checkpoints import Uploads, restore
 from tuner.pipeline.startup import TOTAL, StartUp
 from tuner.pipeline.tracking import check_trackers, tracked
 from tuner.pod import SENTINEL
@@ -84,11 +85,16 @@ def run(
     *,
     on_stage: Callable[[StageName], None],
     options: PushOptions | None = None,
+    registry_checkpoints: bool = False,
 ) -> RunResult:
-    """Everything, in one process. `on_stage` is told as each stage begins. Raises the TunerError of what failed."""
+    """Everything, in one process. `on_stage` is told as each stage begins. Raises the TunerError of what failed.
+
+    `registry_checkpoints`: the registry of the destination, which must be an image, keeps the newest one.
+    """
     started = time.monotonic()
+    uploads = Uploads(spec, work_dir, lambda: secrets, reporter) if registry_checkpoints else None
     with _alone_in(work_dir):
-        return _run(spec, secrets, work_dir, reporter, on_stage, options, started)
+        return _run(spec, secrets, work_dir, reporter, on_stage, options, uploads, started)
 
 
 @contextmanager
@@ -112,6 +118,7 @@ def _run(
     reporter: Reporter,
     on_stage: Callable[[StageName], None],
     options: PushOptions | None,
+    uploads: Uploads | None,
     started: float,
 ) -> RunResult:
     startup = StartUp()
@@ -130,10 +137,16 @@ def _run(
     with startup.part("tokens"):
         prepared = prepare(spec, fetched, work_dir, reporter)
     on_stage("train")
-    trained = train(spec, fetched, prepared, work_dir, reporter, startup)
+    if uploads and not finished_adapter(inputs_digest(fetched), work_dir):
+        restore(spec, secrets, work_dir, reporter)
+    with uploads.beside() if uploads else nullcontext():
+        trained = train(spec, fetched, prepared, work_dir, reporter, startup)
     check_gates(spec, trained, work_dir, reporter)
     on_stage("push")
-    return push(spec, secrets, trained, work_dir, reporter, started=started, options=options)
+    result = push(spec, secrets, trained, work_dir, reporter, started=started, options=options)
+    if uploads:
+        uploads.forget()
+    return result
 
 
 def run_stage(
