@@ -496,6 +496,21 @@ def test_a_job_that_somebody_else_made_is_left_alone_and_said():
     assert "deletionTimestamp" not in cluster.store["Job", "phi-3"]["metadata"]
 
 
+def test_a_change_of_a_finished_workspace_that_is_not_valid_is_said_in_an_event_and_its_end_stays():
+    cluster, controller = begun()
+    cluster.step_job("phi-3", "starts")
+    cluster.step_job("phi-3", "succeeds")
+    controller.settle()
+    before = copy.deepcopy(status_of(cluster))
+    cluster.edit_workspace(lambda it: it["tuning"]["preset"].update(name="no-such-preset"))
+    for _ in range(2):
+        controller.look()
+        controller.reconcile()
+    (said,) = [event for event in cluster.events if event["reason"] == "Invalid"]
+    assert said["note"].startswith("the change is not valid: tuning.preset.name: no preset is called")
+    assert status_of(cluster) == before
+
+
 def test_a_finished_workspace_stays_so_when_somebody_else_makes_a_job_of_its_name():
     cluster, controller = begun()
     cluster.step_job("phi-3", "starts")

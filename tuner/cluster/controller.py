@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -180,6 +180,7 @@ class Controller:
         self._stopping = threading.Event()
         self._asked: dict[str, _Asked] = {}
         self._errors: dict[str, str] = {}
+        self._said: defaultdict[str, set[str]] = defaultdict(set)  # the names of Events that are there
         self._default_config_maps: dict[str, tuple[float, Object | None]] = {}
         self._turned_at = time.monotonic()
         self._leadership = Leadership(self.api, self.options.home, LEASE_NAME, self.options.identity, self.log)
@@ -367,6 +368,7 @@ class Controller:
         if observed is None:
             self._asked.pop(key, None)
             self._errors.pop(key, None)
+            self._said.pop(key, None)
             self._queue.done(key)
             self._queue.forget(key)
             return "gone"
@@ -540,15 +542,19 @@ class Controller:
 
     def _emit(self, key: str, event: Mapping[str, Any], namespace: str) -> None:
         event = {**event, "reportingInstance": self.options.identity[:128]}
+        if event["metadata"]["name"] in self._said[key]:
+            return
         try:
             self.api.create(event, namespace)
         except AlreadyExistsError:
+            self._said[key].add(event["metadata"]["name"])
             return
         except (ThrottledError, UnavailableError):
             raise
         except ApiError as error:  # refused for good: no reason to leave the rest undone
             self.log("warning", "event", workspace=key, error=error.message)
             return
+        self._said[key].add(event["metadata"]["name"])
         self.log("info", "event", workspace=key, type=event["type"], reason=event["reason"], note=event["note"])
 
     def _apply_status(self, workspace: Object, status: Mapping[str, Any], version: str) -> str:

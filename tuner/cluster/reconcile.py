@@ -219,7 +219,11 @@ def _plan_new_revision(observed: Observed, settings: Settings, current: int, wan
     except TunerError as error:
         sentence = say(error)
         if current:
-            return _plan_revision(observed, settings, current, (), now, notice=f"the change is not valid: {sentence}")
+            notice = f"the change is not valid: {sentence}"
+            if settled(observed.workspace, current):  # whose status is about what has finished, and stays
+                said = event_manifest(observed.workspace, current, "Warning", "Invalid", notice, now)
+                return Plan((Emit(said),), Standing("settled", revision=current))
+            return _plan_revision(observed, settings, current, (), now, notice=notice)
         return _plan_status(observed, settings, Standing("invalid", message=sentence), now)
     return _plan_revision(observed, settings, number, _begin(observed, number, wanted), now, rendered=rendered)
 

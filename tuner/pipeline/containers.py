@@ -391,7 +391,8 @@ class Container:
             raise self._not_pushed(error) from error
         if pushed.exit_code:
             self.on_stage("push")
-            kind = NotPushedError if pushed.exit_code in _WOULD_TRAIN_AGAIN else KINDS[pushed.exit_code]
+            final = pushed.exit_code not in _WOULD_TRAIN_AGAIN
+            kind = KINDS.get(pushed.exit_code, NotPushedError) if final else NotPushedError
             raise kind(pushed.message, hint=pushed.hint)
         return {key: value for key, value in pushed.values.items() if key == "image"}
 
