@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -731,6 +732,19 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"loss is not finite at step \d") as caught:
         tried.train()
     assert "learning_rate" in str(caught.value.hint)
+
+
+def test_a_tokenizer_with_code_of_its_own_is_trusted_in_training_too(tmp_path: Path) -> None:
+    base = Path(shutil.copytree(tiny_base(), tmp_path / "base"))
+    code = (
+        "from transformers import PreTrainedTokenizerFast\n\n\nclass OwnTokenizer(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    (base / "tokenization_own.py").write_text(code)
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    own = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}}
+    (base / "tokenizer_config.json").write_text(json.dumps(config | own))
+    outcome = trial(tmp_path, arguments(max_steps=1), base_model=base, trust_remote_code=True).train()
+    assert outcome.steps == 1
 
 
 REFUSED: dict[str, Sections] = {

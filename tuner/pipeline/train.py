@@ -500,7 +500,7 @@ def _optimise(
     keep_best = KeepBest(Rule.of(spec.training), model, checkpoints)
     first_step = _FirstStep(startup, device, reporter)
     callbacks = [recorder, keep_best, first_step]
-    trainer = _trainer(model, exact, arguments, pieces, prepared, work_dir, callbacks, reporter)
+    trainer = _trainer(model, exact, arguments, pieces, prepared, work_dir, callbacks, reporter, spec.trust_remote_code)
     trainer.keep_best = keep_best
     with startup.part("levers"):
         chosen = _take_levers(trainer, exact, device, spec, pieces, checkpoints)
@@ -651,8 +651,11 @@ def _trainer(
     work_dir: Path,
     callbacks: list[TrainerCallback],
     reporter: Reporter,
+    trust_remote_code: bool = False,
 ) -> _Trainer:
-    tokenizer = AutoTokenizer.from_pretrained(work_dir / prepared.tokenizer_dir, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        work_dir / prepared.tokenizer_dir, local_files_only=True, trust_remote_code=trust_remote_code
+    )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     values = [parameter.data for parameter in trained]
     with _refusals("TrainingArguments"):
