@@ -439,6 +439,42 @@ def test_a_resumed_run_takes_the_decision_it_began_with(tmp_path: Path, monkeypa
         run()
 
 
+_TWO_RANKS = """
+import sys
+from datetime import timedelta
+from pathlib import Path
+import torch
+from tuner.pipeline.levers import Choice
+from tuner.pipeline.train import _decided, _of_first_rank
+
+rank, directory = int(sys.argv[1]), Path(sys.argv[2])
+store = torch.distributed.FileStore(str(directory / "store"), 2)
+torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+for machine in ("large", "small"):
+    one = _of_first_rank(_decided(directory / "levers.json", machine if rank == 0 else "small"))
+    print(one.machine if one else "decide again", end=", ")
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.train
+def test_two_kinds_of_gpu_take_what_the_first_decided(tmp_path: Path) -> None:
+    """And both decide again where the first one does."""
+    from tuner.pipeline.levers import Choice
+
+    Choice(machine="large", on={}, off={}, tokens=64, recomputes=False).save(tmp_path / "levers.json")
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", _TWO_RANKS, str(rank), str(tmp_path)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert said == ["large, decide again, "] * 2
+
+
 @pytest.mark.train
 @pytest.mark.parametrize("lever", [PACKING, "learnt-head", FUSED_LORA, FUSED_PROJECTIONS])
 def test_each_lever_turned_off_gives_the_same_losses(lever: str, tmp_path: Path) -> None:

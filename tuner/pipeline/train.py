@@ -607,11 +607,8 @@ def _take_levers(
     """Decide which short cuts are taken, or read what this run decided when it began, and put them on the model."""
     decided = checkpoints / LEVERS
     machine = ", ".join([device.name, *(f"{name} {number}" for name, number in versions().items())])
-    try:
-        chosen = Choice.load(decided)
-    except (InputMissingError, ConfigError):
-        chosen = None
-    if chosen is None or chosen.machine != machine:
+    chosen = _of_first_rank(_decided(decided, machine))
+    if chosen is None:
         chosen = choose(
             trainer,
             exact,
@@ -628,6 +625,24 @@ def _take_levers(
     apply(chosen, trainer, exact, device)
     trainer.chosen = chosen
     return chosen
+
+
+def _decided(file: Path, machine: str) -> Choice | None:
+    """What was decided for this machine; None: nothing."""
+    try:
+        chosen = Choice.load(file)
+    except (InputMissingError, ConfigError):
+        return None
+    return chosen if chosen.machine == machine else None
+
+
+def _of_first_rank(chosen: Choice | None) -> Choice | None:
+    """The first rank's for all: one with another kind of GPU, which alone would decide again, would wait for ever."""
+    if not torch.distributed.is_initialized():
+        return chosen
+    said = [chosen.model_dump() if chosen else None]
+    torch.distributed.broadcast_object_list(said)
+    return Choice.model_validate(said[0]) if said[0] else None
 
 
 def _agreed(chosen: Choice) -> Choice:
