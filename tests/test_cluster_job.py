@@ -13,16 +13,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tuner.cluster.beside import helper_name, render_check_job, render_retry_push
 from tuner.cluster.checks import job_problems
-from tuner.cluster.job import (
-    JobObjects,
-    JobOptions,
-    count_gpus,
-    helper_name,
-    render_check_job,
-    render_job,
-    render_retry_push,
-)
+from tuner.cluster.job import JobObjects, render_job
+from tuner.cluster.job_options import JobOptions, count_gpus
 from tuner.cluster.sizes import read_sizes
 from tuner.cluster.templates import container, containers, dump_manifests, load_template, pod_spec, volume
 from tuner.errors import ConfigError

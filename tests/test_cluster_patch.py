@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cluster_job import NAME, render, workspace
 
+from tuner.cluster.beside import render_check_job, render_retry_push
 from tuner.cluster.checks import job_problems, restricted_problems
-from tuner.cluster.job import render_check_job, render_retry_push
 from tuner.cluster.patch import apply_patches, merge, parse_patches
 from tuner.cluster.templates import container, containers, pod_spec, volume
 from tuner.errors import ConfigError

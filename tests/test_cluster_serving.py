@@ -9,7 +9,7 @@ import pytest
 from test_cluster_job import CLAIM, NAME, config_with, workspace
 
 from tuner.cluster.checks import quantity, restricted_problems
-from tuner.cluster.job import JobOptions
+from tuner.cluster.job_options import JobOptions
 from tuner.cluster.serving import LORA_RANKS, Server, Serving, ServingOptions, render_serving, service_name
 from tuner.cluster.templates import container, containers, has_volume, pod_spec, volume
 from tuner.errors import ConfigError

@@ -24,7 +24,7 @@ from tuner.cluster.api import WORKSPACE, Api, Listing
 from tuner.cluster.api_errors import GoneError
 from tuner.cluster.controller import LEASE_NAME, Controller, ControllerOptions
 from tuner.cluster.crd import COLUMNS, custom_resource_definition
-from tuner.cluster.job import JobOptions
+from tuner.cluster.job_options import JobOptions
 from tuner.cluster.lease import Leadership
 from tuner.cluster.reconcile import Rendered, Settings
 from tuner.cluster.revision import RevisionRenderer

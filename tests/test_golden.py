@@ -15,8 +15,8 @@ import yaml
 from tests.fake_kubernetes import FakeKubernetes
 from tuner.cli import main
 from tuner.cluster.api import Api
+from tuner.cluster.beside import render_retry_push
 from tuner.cluster.checks import job_problems, restricted_problems
-from tuner.cluster.job import render_retry_push
 from tuner.cluster.templates import containers, dump_manifests, load_templates
 from tuner.data import data_dir
 from tuner.workspace import parse_workspace_text

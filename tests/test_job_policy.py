@@ -8,7 +8,9 @@ import pytest
 from kubelet import decide
 
 from tuner import pod
-from tuner.cluster.job import JobOptions, render_check_job, render_job, render_retry_push
+from tuner.cluster.beside import render_check_job, render_retry_push
+from tuner.cluster.job import render_job
+from tuner.cluster.job_options import JobOptions
 from tuner.cluster.templates import containers
 from tuner.errors import EXIT_INTERNAL, KINDS
 from tuner.request import Request, build_run

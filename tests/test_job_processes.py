@@ -33,7 +33,9 @@ from registries import (
 )
 from tiny import tiny_base
 
-from tuner.cluster.job import JobObjects, JobOptions, render_check_job, render_job, render_retry_push
+from tuner.cluster.beside import render_check_job, render_retry_push
+from tuner.cluster.job import JobObjects, render_job
+from tuner.cluster.job_options import JobOptions
 from tuner.cluster.templates import container
 from tuner.presets import find_preset
 from tuner.reference import parse_reference

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from tests.cluster_objects import make_config_map, make_workspace
-from tuner.cluster.job import JobOptions
+from tuner.cluster.job_options import JobOptions
 from tuner.cluster.reconcile import Rendered
 from tuner.cluster.revision import RevisionRenderer
 from tuner.errors import ConfigError, TunerError

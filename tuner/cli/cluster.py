@@ -56,7 +56,7 @@ from tuner.errors import UsageError
 from tuner.pod import PUSH_HOLD_S
 
 if TYPE_CHECKING:
-    from tuner.cluster.job import JobOptions
+    from tuner.cluster.job_options import JobOptions
     from tuner.request import Run
     from tuner.workspace import WorkspaceFile
 
@@ -122,7 +122,8 @@ def render(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Print the Kubernetes objects of a run, for `kubectl apply -f -`: ConfigMap, Secrets, Job."""
-    from tuner.cluster.job import render_check_job, render_job
+    from tuner.cluster.beside import render_check_job
+    from tuner.cluster.job import render_job
     from tuner.cluster.templates import dump_manifests
 
     given = {"--diff": shows_diff, "--check-job": shows_check, "--serving": serving is not None}
@@ -166,7 +167,8 @@ def _diff(file: "WorkspaceFile", run: "Run", options: "JobOptions", rendered: st
     """Unified, from what the Workspace alone gives."""
     import difflib
 
-    from tuner.cluster.job import JobOptions, render_job
+    from tuner.cluster.job import render_job
+    from tuner.cluster.job_options import JobOptions
     from tuner.cluster.templates import dump_manifests
 
     alone = JobOptions(

@@ -12,7 +12,7 @@ from tuner.errors import ConfigError, InputMissingError, UsageError
 
 if TYPE_CHECKING:
     from tuner.cluster.api import Api
-    from tuner.cluster.job import JobOptions
+    from tuner.cluster.job_options import JobOptions
     from tuner.request import Run
     from tuner.workspace import WorkspaceFile
 
@@ -118,7 +118,7 @@ def read_cluster_run(
 
     `decide` completes file and options with what only the cluster knows. Raises the TunerError of what is wrong.
     """
-    from tuner.cluster.job import JobOptions, count_gpus, written_instance_type
+    from tuner.cluster.job_options import JobOptions, count_gpus, written_instance_type
     from tuner.cluster.patch import load_patches
     from tuner.request import Request
 

@@ -65,7 +65,7 @@ def controller(
 
     from tuner.cluster.api import Api
     from tuner.cluster.controller import Controller, ControllerOptions, log_json
-    from tuner.cluster.job import JobOptions
+    from tuner.cluster.job_options import JobOptions
     from tuner.cluster.reconcile import CheckJob, Settings
     from tuner.cluster.revision import RevisionRenderer
     from tuner.request import Request

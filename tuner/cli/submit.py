@@ -60,7 +60,7 @@ from tuner.pod import PUSH_HOLD_S
 if TYPE_CHECKING:
     from tuner.cluster.api import Api
     from tuner.cluster.follow import Status
-    from tuner.cluster.job import JobOptions
+    from tuner.cluster.job_options import JobOptions
     from tuner.workspace import WorkspaceFile
 
 
@@ -124,7 +124,8 @@ def submit(
 
     from tuner.cluster import submit as submission
     from tuner.cluster.follow import POLL_S
-    from tuner.cluster.job import render_job, written_instance_type
+    from tuner.cluster.job import render_job
+    from tuner.cluster.job_options import written_instance_type
 
     if wait and dry_run:
         raise UsageError("--wait and --dry-run are both given", hint="choose one")

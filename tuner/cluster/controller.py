@@ -43,7 +43,8 @@ from tuner.cluster.api_errors import (
     ThrottledError,
     UnavailableError,
 )
-from tuner.cluster.job import WORKSPACE_LABEL, helper_name
+from tuner.cluster.beside import helper_name
+from tuner.cluster.job_options import WORKSPACE_LABEL
 from tuner.cluster.kaito import refuse_beside_kaito
 from tuner.cluster.lease import Leadership
 from tuner.cluster.metrics import Labels, Metrics, serve_pages

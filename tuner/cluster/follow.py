@@ -14,7 +14,8 @@ from typing import Any
 from tuner import pod
 from tuner.cluster.api import EVENT, JOB, NAMESPACE, POD, WORKSPACE, Api, Object
 from tuner.cluster.api_errors import ApiError, BadRequestError, ForbiddenError, NotFoundError, UnavailableError
-from tuner.cluster.job import GPU, INSTANCE_TYPE_LABEL, WORKSPACE_LABEL, helper_name
+from tuner.cluster.beside import helper_name
+from tuner.cluster.job_options import GPU, INSTANCE_TYPE_LABEL, WORKSPACE_LABEL
 from tuner.cluster.observe import (
     QUEUE_LABEL,
     Ending,

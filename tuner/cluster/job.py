@@ -9,71 +9,47 @@ import base64
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from tuner import __version__, pod
+from tuner import pod
 from tuner.cluster import templates
 from tuner.cluster.checks import job_problems, restricted_problems
+from tuner.cluster.job_options import (
+    DIGEST_ANNOTATION,
+    GPU,
+    INSTANCE_TYPE_LABEL,
+    QUEUE_PREFIX,
+    REVISION_ANNOTATION,
+    Ask,
+    JobOptions,
+    machine_of,
+    option_problems,
+    with_annotations,
+    written_instance_type,
+)
 from tuner.cluster.patch import apply_patches, parse_patches
 from tuner.cluster.sizes import UNKNOWN_WEIGHTS_GIB, Sizes, read_sizes
 from tuner.cluster.templates import EXAMPLE_NAME, Manifest
-from tuner.errors import ConfigError, InputMissingError, Problem
-from tuner.instance_types import GIB, Machine, find_instance_type
+from tuner.errors import ConfigError, InputMissingError
+from tuner.instance_types import GIB, Machine
 from tuner.plan import make_plan
-from tuner.reference import parse_reference
-from tuner.request import (
-    CHECKPOINTS_ANNOTATION,
-    HF_TOKEN,
-    JOB_PATCH_ANNOTATION,
-    RESULTS_VOLUME_ANNOTATION,
-    SOURCES_ANNOTATION,
-    WEIGHTS_VOLUME_ANNOTATION,
-    Run,
-    annotated_checkpoints,
-)
-from tuner.runspec import (
-    DirectoryDestination,
-    HubModel,
-    ImageDestination,
-    ImageModel,
-    ImageSource,
-    RunSpec,
-    UrlSource,
-    VolumeSource,
-)
+from tuner.request import HF_TOKEN, JOB_PATCH_ANNOTATION, RESULTS_VOLUME_ANNOTATION, Run
+from tuner.runspec import HubModel, ImageSource
 from tuner.workspace import (
-    LABEL,
-    LABEL_CHARACTERS,
-    NOT_A_LABEL,
-    NOT_AN_OBJECT_NAME,
-    OBJECT_NAME_CHARACTERS,
-    SUBDOMAIN,
     TRAINING_CONFIG_KEY,
-    ImageInput,
-    ImageOutput,
     Secret,
-    Tuning,
-    VolumeOutput,
     Workspace,
     WorkspaceFile,
     is_reserved_label,
     require_tuning,
 )
 
-WORKSPACE_LABEL = "kaito.sh/workspace"
-REVISION_ANNOTATION = "workspace.kaito.io/revision"
-DIGEST_ANNOTATION = "tuner/run-digest"
-INSTANCE_TYPE_LABEL = "node.kubernetes.io/instance-type"
-GPU = "nvidia.com/gpu"
-CHECK_DATA_BYTES = 256 * 2**20  # larger data are left to the run itself
 SECRET_MODE = 0o440  # fsGroup reads it
 
 _OBJECT_BYTES = 2**20  # what the API server takes of a ConfigMap or Secret
 _APPLY_BYTES = 250_000  # kubectl apply keeps the whole object in one annotation of at most 256 KiB
 _HASH_CHARACTERS = 10
-_QUEUE_PREFIX = "kueue.x-k8s.io/"
 _DISRUPTION = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
 # What the clouds put on nodes that may go away at any time; Amazon leaves the taint to the cluster's owner.
 _SPOT_TAINTS = {
@@ -82,46 +58,6 @@ _SPOT_TAINTS = {
     "eks.amazonaws.com/capacityType": "SPOT",
     "karpenter.sh/capacity-type": "spot",
 }
-
-
-@dataclass(frozen=True)
-class JobOptions:
-    """What of a Job no Workspace says. `gpus` and `instance_type` win over the Workspace's instanceType.
-
-    `labels_preferred`: no node carries the labels yet, so they must not be required. `owner` is an ownerReference.
-    `config_text` is training_config.yaml as --config has it, `ca_text` what --ca names. `patch_annotation`: whether
-    the Workspace may name a patch; who renders with other rights than its author's must not let it.
-    """
-
-    image: str
-    namespace: str | None = None
-    gpus: int | None = None
-    instance_type: str | None = None
-    service_account: str | None = None
-    workload_identity: bool = False
-    spot: bool = False
-    queue: str | None = None
-    queue_priority: str | None = None
-    priority_class: str | None = None
-    scheduler: str | None = None
-    runtime_class: str | None = None
-    image_pull_secrets: tuple[str, ...] = ()
-    results_volume: str | None = None
-    registry_checkpoints: bool = False
-    weights_volume: str | None = None
-    push_hold_s: int = pod.PUSH_HOLD_S
-    backoff_limit: int = 3
-    ttl_s: int | None = None
-    deadline_s: int | None = None
-    image_volume: bool = False
-    disruption_ok: bool = False
-    labels_preferred: bool = False
-    patches: tuple[Mapping[str, Any], ...] = ()
-    patch_annotation: bool = False
-    revision: int = 1
-    owner: Mapping[str, Any] | None = None
-    config_text: str | None = None
-    ca_text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -143,8 +79,8 @@ def render_job(file: WorkspaceFile, run: Run, options: JobOptions) -> JobObjects
 
     Raises ConfigError with all that Kubernetes would refuse, InputMissingError for a patch that is not there.
     """
-    ask = _Ask(file, require_tuning(file), run, _with_annotations(file.workspace, options))
-    problems = list(_option_problems(ask))
+    ask = Ask(file, require_tuning(file), run, with_annotations(file.workspace, options))
+    problems = list(option_problems(ask))
     if problems:
         raise ConfigError.of(problems)
     config_map = _config_map(ask)
@@ -157,209 +93,7 @@ def render_job(file: WorkspaceFile, run: Run, options: JobOptions) -> JobObjects
     return JobObjects(config_map, secrets, job, tuple(_notes(ask, config_map, job)))
 
 
-def _with_annotations(workspace: Workspace, options: JobOptions) -> JobOptions:
-    """What outlives the pod, as the Workspace's annotations say, where no flag says otherwise."""
-    written = workspace.metadata.annotations
-    return replace(
-        options,
-        results_volume=options.results_volume or written.get(RESULTS_VOLUME_ANNOTATION),
-        weights_volume=options.weights_volume or written.get(WEIGHTS_VOLUME_ANNOTATION),
-        registry_checkpoints=options.registry_checkpoints or annotated_checkpoints(workspace),
-    )
-
-
-def count_gpus(workspace: Workspace, options: JobOptions, *, smoke: bool = False) -> int:
-    """The pod's GPUs: as typed, those of the instance type, else one; a smoke run has none.
-
-    Raises ConfigError for an instance type on which nothing can be trained.
-    """
-    if smoke:
-        return 0
-    machine = _machine(workspace, options)
-    if options.gpus is not None:
-        return options.gpus
-    return machine.gpus if machine else 1
-
-
-def written_instance_type(workspace: Workspace, options: JobOptions) -> str | None:
-    """The one to ask for, --instance-type before the Workspace's."""
-    return options.instance_type or workspace.resource.instance_type
-
-
-def _machine(workspace: Workspace, options: JobOptions) -> Machine | None:
-    """What is known of the instance type; None for none, and for one that is in no table."""
-    name = written_instance_type(workspace, options)
-    if name is None:
-        return None
-    try:
-        machine = find_instance_type(name)
-    except ConfigError:
-        return None
-    if problem := machine.gpu.problem:
-        path = "--instance-type" if options.instance_type else "resource.instanceType"
-        hint = "another one wins over the Workspace's: --instance-type Standard_NC24ads_A100_v4"
-        raise ConfigError.of([Problem(f"{name}: {problem}", path=path, hint=hint)])
-    return machine
-
-
-@dataclass(frozen=True)
-class _Ask:
-    """All that was asked for, and what follows from it in a word."""
-
-    file: WorkspaceFile
-    tuning: Tuning
-    run: Run
-    options: JobOptions
-
-    @property
-    def spec(self) -> RunSpec:
-        return self.run.spec
-
-    @property
-    def name(self) -> str:
-        return self.spec.name
-
-    @property
-    def workspace(self) -> Workspace:
-        return self.file.workspace
-
-    @property
-    def gpus(self) -> int:
-        return count_gpus(self.workspace, self.options, smoke=self.spec.smoke)
-
-    @property
-    def input_volume(self) -> Mapping[str, Any] | None:
-        """The volume that the data are on; None where they are fetched."""
-        return next((each.source for each in self.spec.sources if isinstance(each, VolumeSource)), None)
-
-    @property
-    def output_volume(self) -> Mapping[str, Any] | None:
-        """The volume that the adapter goes to; None where it becomes an image."""
-        if isinstance(self.spec.destination, DirectoryDestination) and isinstance(self.tuning.output, VolumeOutput):
-            return self.tuning.output.volume_source
-        return None
-
-    @property
-    def push_secret(self) -> str | None:
-        pushes = isinstance(self.spec.destination, ImageDestination) or self.spec.probe
-        return self.tuning.output.image_push_secret if pushes and isinstance(self.tuning.output, ImageOutput) else None
-
-    @property
-    def input_pull_secrets(self) -> tuple[str, ...]:
-        return self.tuning.input.image_pull_secrets if isinstance(self.tuning.input, ImageInput) else ()
-
-    @property
-    def pull_secrets(self) -> tuple[str, ...]:
-        """Those that our own puller reads, each once."""
-        names: list[str] = []
-        if isinstance(self.spec.base_model, ImageModel):
-            names += self.tuning.preset.preset_options.image_pull_secrets
-        if any(isinstance(source, ImageSource) for source in self.spec.sources):
-            names += self.input_pull_secrets
-        return tuple(dict.fromkeys(names))
-
-    @property
-    def hub_secret(self) -> str | None:
-        urls = [source.url for source in self.spec.sources if isinstance(source, UrlSource)]
-        asks = isinstance(self.spec.base_model, HubModel) or any("://huggingface.co/" in url for url in urls)
-        return self.tuning.preset.preset_options.model_access_secret if asks else None
-
-    @property
-    def headers_secret(self) -> str | None:
-        return self.workspace.metadata.annotations.get(SOURCES_ANNOTATION)
-
-    def metadata(self, name: str) -> Manifest:
-        """Of an object of this run."""
-        metadata: Manifest = {"name": name}
-        if namespace := self.options.namespace or self.workspace.metadata.namespace:
-            metadata["namespace"] = namespace
-        metadata["labels"] = self.labels
-        if self.options.owner:
-            metadata["ownerReferences"] = [dict(self.options.owner)]
-        return metadata
-
-    @property
-    def labels(self) -> dict[str, str]:
-        return {
-            WORKSPACE_LABEL: self.name,
-            "app.kubernetes.io/name": "tuner",
-            "app.kubernetes.io/instance": self.name,
-            "app.kubernetes.io/component": "tuning",
-            "app.kubernetes.io/managed-by": "tuner",
-            "app.kubernetes.io/version": __version__,
-        }
-
-
-def _option_problems(ask: _Ask) -> Iterator[Problem]:
-    """Options that contradict each other or the Workspace."""
-    options = ask.options
-    if options.gpus is not None and options.gpus < 1:
-        yield Problem(f"{options.gpus} GPUs: at least one trains", path="--gpus", hint="--smoke needs none")
-    if ask.output_volume and options.results_volume:
-        yield Problem(
-            "the output is a volume already, and checkpoints go there",
-            path="--results-volume",
-            hint="leave out --results-volume, or tuning.output.volumeSource",
-        )
-    yield from _checkpoint_problems(ask)
-    if options.image_volume and not isinstance(ask.tuning.input, ImageInput):
-        yield Problem("the input is no image", path="--image-volume")
-    if options.workload_identity and not options.service_account:
-        yield Problem(
-            "whose identity? It is given to a service account",
-            path="--workload-identity",
-            hint="--service-account NAME, which the identity is federated with",
-        )
-    if ask.headers_secret and not _is_object_name(ask.headers_secret):
-        yield Problem(NOT_AN_OBJECT_NAME, path=f"metadata.annotations[{SOURCES_ANNOTATION}]")
-    if options.queue_priority and not options.queue:
-        yield Problem("there is no queue for it", path="--queue-priority", hint="--queue NAME, too")
-    yield from _name_problems(options, ask.workspace)
-
-
-def _checkpoint_problems(ask: _Ask) -> Iterator[Problem]:
-    """Whether the registry can keep checkpoints, and need."""
-    if not ask.options.registry_checkpoints:
-        return
-    written = annotated_checkpoints(ask.workspace)
-    path = f"metadata.annotations[{CHECKPOINTS_ANNOTATION}]" if written else "--registry-checkpoints"
-    if ask.output_volume or ask.options.results_volume:
-        yield Problem("checkpoints are on a volume, which outlives the pod", path=path, hint="one of the two is enough")
-    elif not isinstance(ask.spec.destination, ImageDestination):
-        yield Problem("no image is pushed, so there is no registry to keep them in", path=path)
-
-
-def _name_problems(options: JobOptions, workspace: Workspace) -> Iterator[Problem]:
-    """Names that no object of Kubernetes can have, and an image that no kubelet can pull."""
-    annotated = workspace.metadata.annotations
-    try:
-        parse_reference(options.image)
-    except ConfigError as error:
-        yield Problem(error.message, path="--set-image", hint=error.hint)
-    if options.namespace and not (len(options.namespace) <= LABEL_CHARACTERS and LABEL.fullmatch(options.namespace)):
-        yield Problem(NOT_A_LABEL.format(repr(options.namespace)), path="--namespace")
-    names = {
-        "--service-account": options.service_account,
-        "--results-volume": options.results_volume,
-        "--weights-volume": options.weights_volume,
-        "--queue": options.queue,
-        "--queue-priority": options.queue_priority,
-        "--priority-class": options.priority_class,
-        "--scheduler": options.scheduler,
-        "--runtime-class": options.runtime_class,
-    }
-    for flag, name in (*names.items(), *(("--image-pull-secret", name) for name in options.image_pull_secrets)):
-        if name is not None and not _is_object_name(name):
-            annotation = f"tuner/{flag.removeprefix('--')}"
-            origin = f"metadata.annotations[{annotation}]" if annotated.get(annotation) == name else flag
-            yield Problem(NOT_AN_OBJECT_NAME, path=f"{origin} {name!r}")
-
-
-def _is_object_name(name: str) -> bool:
-    return len(name) <= OBJECT_NAME_CHARACTERS and SUBDOMAIN.fullmatch(name) is not None
-
-
-def _annotations_patches(ask: _Ask) -> list[Manifest]:
+def _annotations_patches(ask: Ask) -> list[Manifest]:
     """Those in the ConfigMap that the Workspace's annotation names."""
     written = ask.workspace.metadata.annotations.get(JOB_PATCH_ANNOTATION)
     if written is None or not ask.options.patch_annotation:
@@ -380,7 +114,7 @@ def _annotations_patches(ask: _Ask) -> list[Manifest]:
 # ── the ConfigMap and the Secrets ────────────────────────────────────────────────────────────────────────────────────
 
 
-def _config_map(ask: _Ask) -> Manifest:
+def _config_map(ask: Ask) -> Manifest:
     """What every container reads; its name says what is in it, so an edit is another object."""
     data = {pod.RUN_JSON: ask.spec.model_dump_json(indent=2)}
     if ask.options.config_text is not None:
@@ -402,12 +136,12 @@ def _config_map(ask: _Ask) -> Manifest:
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "immutable": True, "data": data}
 
 
-def _owner_uid(ask: _Ask) -> str:
+def _owner_uid(ask: Ask) -> str:
     """In the names: what an earlier Workspace of this name leaves behind is about to be collected, and not as good."""
     return str(ask.options.owner["uid"]) if ask.options.owner else ""
 
 
-def _own_secret(ask: _Ask) -> Manifest | None:
+def _own_secret(ask: Ask) -> Manifest | None:
     """Signed queries and the headers that were given on the command line; None where there are none."""
     data: dict[str, str] = {}
     if ask.run.secrets.queries:
@@ -425,7 +159,7 @@ def _own_secret(ask: _Ask) -> Manifest | None:
     return {**secret, "data": encoded}
 
 
-def _carried_secrets(ask: _Ask) -> Iterator[Manifest]:
+def _carried_secrets(ask: Ask) -> Iterator[Manifest]:
     """Secrets of the Workspace's file that the pod mounts: without them in the cluster it would wait for ever."""
     needed = (ask.push_secret, *ask.pull_secrets, ask.hub_secret, ask.headers_secret, *_kubelet_secrets(ask))
     for name in dict.fromkeys(needed):
@@ -433,7 +167,7 @@ def _carried_secrets(ask: _Ask) -> Iterator[Manifest]:
             yield _as_manifest(ask.file.secrets[name], ask)
 
 
-def _as_manifest(secret: Secret, ask: _Ask) -> Manifest:
+def _as_manifest(secret: Secret, ask: Ask) -> Manifest:
     metadata: Manifest = {"name": secret.metadata.name}
     if namespace := ask.options.namespace or secret.metadata.namespace or ask.workspace.metadata.namespace:
         metadata["namespace"] = namespace
@@ -449,7 +183,7 @@ def _as_manifest(secret: Secret, ask: _Ask) -> Manifest:
 # ── the Job ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _job(ask: _Ask, config_map_name: str, own_secret_name: str | None) -> Manifest:
+def _job(ask: Ask, config_map_name: str, own_secret_name: str | None) -> Manifest:
     job = templates.load_template("job-volume-output.yaml" if ask.output_volume else "job.yaml")
     sizes = read_sizes(ask.spec, ask.gpus)
     _set_names(job, ask)
@@ -465,13 +199,13 @@ def _job(ask: _Ask, config_map_name: str, own_secret_name: str | None) -> Manife
     return job
 
 
-def _data_container(ask: _Ask) -> str:
+def _data_container(ask: Ask) -> str:
     """By KAITO's names: images are pulled, all else is downloaded."""
     pulls = any(isinstance(source, ImageSource) for source in ask.spec.sources)
     return pod.PULLER if pulls else pod.DATA_DOWNLOADER
 
 
-def _set_names(job: Manifest, ask: _Ask) -> None:
+def _set_names(job: Manifest, ask: Ask) -> None:
     digest = {DIGEST_ANNOTATION: ask.spec.digest}
     job["metadata"] = ask.metadata(ask.name)
     templates.annotate(job, {REVISION_ANNOTATION: str(ask.options.revision), **digest})
@@ -484,7 +218,7 @@ def _set_names(job: Manifest, ask: _Ask) -> None:
         container["image"] = ask.options.image
 
 
-def _set_policy(job: Manifest, ask: _Ask) -> None:
+def _set_policy(job: Manifest, ask: Ask) -> None:
     """How often, how long, in which queue."""
     options, spec = ask.options, templates.pod_spec(job)
     job["spec"]["backoffLimit"] = options.backoff_limit
@@ -494,13 +228,13 @@ def _set_policy(job: Manifest, ask: _Ask) -> None:
         job["spec"]["activeDeadlineSeconds"] = options.deadline_s
     # A queue that the Workspace's own labels name is the Job's.
     written = ask.workspace.metadata
-    templates.label(job, {key: value for key, value in written.labels.items() if key.startswith(_QUEUE_PREFIX)})
-    placement = {key: value for key, value in written.annotations.items() if key.startswith(f"{_QUEUE_PREFIX}podset-")}
+    templates.label(job, {key: value for key, value in written.labels.items() if key.startswith(QUEUE_PREFIX)})
+    placement = {key: value for key, value in written.annotations.items() if key.startswith(f"{QUEUE_PREFIX}podset-")}
     templates.annotate(templates.pod_template(job), placement)
     if options.queue:
-        templates.label(job, {f"{_QUEUE_PREFIX}queue-name": options.queue})
+        templates.label(job, {f"{QUEUE_PREFIX}queue-name": options.queue})
     if options.queue_priority:
-        templates.label(job, {f"{_QUEUE_PREFIX}priority-class": options.queue_priority})
+        templates.label(job, {f"{QUEUE_PREFIX}priority-class": options.queue_priority})
     for key, value in (
         ("priorityClassName", options.priority_class),
         ("schedulerName", options.scheduler),
@@ -514,7 +248,7 @@ def _set_policy(job: Manifest, ask: _Ask) -> None:
             del annotations[key]
 
 
-def _set_place(job: Manifest, ask: _Ask) -> None:
+def _set_place(job: Manifest, ask: Ask) -> None:
     """On which nodes: labels, instance type, preferred nodes, taints."""
     spec = templates.pod_spec(job)
     if ask.options.spot:
@@ -567,7 +301,7 @@ def _label_expressions(workspace: Workspace) -> Iterator[Manifest]:
             yield {"key": each.key, "operator": each.operator, **values}
 
 
-def _set_identity(job: Manifest, ask: _Ask) -> None:
+def _set_identity(job: Manifest, ask: Ask) -> None:
     """A service account where asked for; its token is mounted nowhere, and a cloud's identity not in the trainer."""
     spec, options = templates.pod_spec(job), ask.options
     if options.service_account:
@@ -581,7 +315,7 @@ def _set_identity(job: Manifest, ask: _Ask) -> None:
             templates.annotate(template, {key: ask.name})
 
 
-def _kubelet_secrets(ask: _Ask) -> tuple[str, ...]:
+def _kubelet_secrets(ask: Ask) -> tuple[str, ...]:
     """With what the kubelet pulls: our own image, and an image volume."""
     names = list(ask.options.image_pull_secrets)
     if ask.input_volume and "image" in ask.input_volume:
@@ -589,7 +323,7 @@ def _kubelet_secrets(ask: _Ask) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def _set_data(job: Manifest, ask: _Ask, sizes: Sizes) -> None:
+def _set_data(job: Manifest, ask: Ask, sizes: Sizes) -> None:
     volume = ask.input_volume
     if volume is None:
         templates.set_volume(job, pod.DATA_VOLUME, {"emptyDir": {"sizeLimit": f"{sizes.data_limit_gib}Gi"}})
@@ -598,7 +332,7 @@ def _set_data(job: Manifest, ask: _Ask, sizes: Sizes) -> None:
     templates.make_read_only(job, pod.DATA_VOLUME)
 
 
-def _set_weights(job: Manifest, ask: _Ask, sizes: Sizes) -> None:
+def _set_weights(job: Manifest, ask: Ask, sizes: Sizes) -> None:
     claim = ask.options.weights_volume
     if claim:
         templates.set_volume(job, pod.WEIGHTS_VOLUME, {"persistentVolumeClaim": {"claimName": claim}})
@@ -607,7 +341,7 @@ def _set_weights(job: Manifest, ask: _Ask, sizes: Sizes) -> None:
     templates.set_volume(job, pod.WEIGHTS_VOLUME, {"emptyDir": limit})
 
 
-def _set_results(job: Manifest, ask: _Ask, sizes: Sizes) -> None:
+def _set_results(job: Manifest, ask: Ask, sizes: Sizes) -> None:
     """The user's volume, a claim, or the pod's own, at output_dir."""
     source: Mapping[str, Any] = {"emptyDir": {"sizeLimit": f"{sizes.results_limit_gib}Gi"}}
     if ask.options.results_volume:
@@ -622,7 +356,7 @@ def _set_results(job: Manifest, ask: _Ask, sizes: Sizes) -> None:
         templates.container(job, pod.PREFLIGHT)["args"] += kept
 
 
-def _set_secrets(job: Manifest, ask: _Ask, own_secret_name: str | None) -> None:
+def _set_secrets(job: Manifest, ask: Ask, own_secret_name: str | None) -> None:
     """Each Secret whole and read-only, in the containers that need it and in no other; none in the trainer."""
     before = (pod.PREFLIGHT, _data_container(ask))
     if name := ask.push_secret:
@@ -660,7 +394,7 @@ def _secret_volume(name: str) -> Manifest:
     return {"secret": {"secretName": name, "defaultMode": SECRET_MODE}}
 
 
-def _set_resources(job: Manifest, ask: _Ask, sizes: Sizes) -> None:
+def _set_resources(job: Manifest, ask: Ask, sizes: Sizes) -> None:
     """Requests: what the scheduler, Kueue and the order of eviction go by. The pusher's own are in the template.
 
     No limit on a container's disk: each volume has its own, and one that is passed evicts the pod as well.
@@ -686,124 +420,13 @@ def _set_resources(job: Manifest, ask: _Ask, sizes: Sizes) -> None:
     templates.set_volume(job, pod.TMP_VOLUME, {"emptyDir": {"sizeLimit": f"{sizes.tmp_limit_gib}Gi"}})
 
 
-# ── Jobs that are made of a Job ──────────────────────────────────────────────────────────────────────────────────────
-
-
-def render_check_job(job: Mapping[str, Any], *, max_data_bytes: int = CHECK_DATA_BYTES) -> Manifest:
-    """The Job that asks on a CPU what would stop this one: `preflight`, then data and rows where they are not large."""
-    preflight = deepcopy(templates.container(job, pod.PREFLIGHT))
-    fetch = deepcopy(_data_container_of(job))
-    for container in (preflight, fetch):
-        templates.unmount(container, pod.RESULTS_VOLUME)
-    check = templates.load_template("job-check.yaml")
-    main = templates.container(check, pod.CHECK)
-    main["image"], main["volumeMounts"] = fetch["image"], fetch["volumeMounts"]
-    main["args"] = ["stage", "check", "--pod", "--max-data", str(max_data_bytes)]
-    for variable in fetch["env"]:
-        templates.put(main["env"], variable)
-    templates.pod_spec(check)["initContainers"] = [preflight]
-    sized = templates.pod_spec(check)["volumes"]
-    own = {pod.WEIGHTS_VOLUME, pod.TMP_VOLUME}  # the tokenizer is all that is fetched of a model
-    if "emptyDir" in templates.volume(job, pod.DATA_VOLUME):
-        own.add(pod.DATA_VOLUME)
-    used = {mount["name"] for container in (preflight, main) for mount in container["volumeMounts"]}
-    templates.pod_spec(check)["volumes"] = [
-        next((each for each in sized if each["name"] in own and each["name"] == volume["name"]), deepcopy(volume))
-        for volume in templates.pod_spec(job)["volumes"]
-        if volume["name"] in used
-    ]
-    return _made_of(job, check, pod.CHECK_JOB)
-
-
-def render_retry_push(job: Mapping[str, Any]) -> Manifest:
-    """The Job that pushes the adapter which this one left on its claim.
-
-    Raises ConfigError where it has no pusher, or nothing outlives its pod.
-    """
-    name = job["metadata"]["name"]
-    if not templates.has_container(job, pod.PUSHER):
-        raise ConfigError(f"Job {name!r} pushes nothing: its adapter goes to a volume")
-    results = templates.volume(job, pod.RESULTS_VOLUME)
-    if "persistentVolumeClaim" not in results:
-        raise ConfigError(
-            f"Job {name!r} kept its adapter in the pod, which is gone",
-            hint=f"with --results-volume CLAIM, or the annotation {RESULTS_VOLUME_ANNOTATION}, the next run keeps it",
-        )
-    retry = templates.load_template("job-retry-push.yaml")
-    pusher = deepcopy(templates.container(job, pod.PUSHER))
-    pusher["args"] = ["stage", "push", "--pod"]
-    pusher.pop("restartPolicy", None)  # a sidecar no more: here its end is the Job's
-    templates.unmount(pusher, pod.RUN_VOLUME)
-    templates.pod_spec(retry)["containers"] = [pusher]
-    used = {mount["name"] for mount in pusher["volumeMounts"]}
-    templates.pod_spec(retry)["volumes"] = [
-        deepcopy(volume) for volume in templates.pod_spec(job)["volumes"] if volume["name"] in used
-    ]
-    return _made_of(job, retry, pod.PUSH_JOB)
-
-
-# Of a pod's fields those that decide whether it may run, with whose rights and what it can reach, not where.
-_POD_FIELDS = (
-    *("serviceAccountName", "imagePullSecrets", "securityContext", "priorityClassName", "schedulerName"),
-    *("hostAliases", "dnsConfig", "dnsPolicy"),
-)
-
-
-def _data_container_of(job: Mapping[str, Any]) -> Manifest:
-    name = pod.PULLER if templates.has_container(job, pod.PULLER) else pod.DATA_DOWNLOADER
-    return templates.container(job, name)
-
-
-def _made_of(job: Mapping[str, Any], made: Manifest, end: str) -> Manifest:
-    """`made` with the names, labels, owner and identity of `job`."""
-    metadata, template = job["metadata"], job["spec"]["template"]
-    made["metadata"]["name"] = helper_name(metadata["name"], end)
-    for key in ("namespace", "ownerReferences"):
-        if key in metadata:
-            made["metadata"][key] = deepcopy(metadata[key])
-    component = {"app.kubernetes.io/component": end.strip("-")}
-    made["metadata"]["labels"] = {**_ours(metadata["labels"]), **component}
-    made["metadata"]["annotations"] = _ours(metadata.get("annotations", {}))
-    templates.pod_template(made)["metadata"]["labels"] = {**_ours(template["metadata"]["labels"]), **component}
-    annotations = template["metadata"].get("annotations", {})
-    templates.annotate(
-        templates.pod_template(made), {key: annotations[key] for key in (DIGEST_ANNOTATION,) if key in annotations}
-    )
-    for key in _POD_FIELDS:
-        if key in template["spec"]:
-            templates.pod_spec(made)[key] = deepcopy(template["spec"][key])
-    return made
-
-
-def _ours(labels: Mapping[str, str]) -> dict[str, str]:
-    """Not those of the queue: a check costs no quota; nor what the Job controller adds to a live Job."""
-    prefixes = (_QUEUE_PREFIX, "batch.kubernetes.io/", "kubectl.kubernetes.io/", "deployment.kubernetes.io/")
-    return {
-        key: value
-        for key, value in labels.items()
-        if not key.startswith(prefixes) and key not in ("controller-uid", "job-name")
-    }
-
-
-def helper_name(name: str, end: str) -> str:
-    """Of a Job beside that of Workspace `name`; `end` is pod.CHECK_JOB or pod.PUSH_JOB.
-
-    A Job's name has at most 63 characters: a long one's end becomes a hash, and a third dash, before which no name can
-    end, keeps these apart from the others.
-    """
-    if len(name) + len(end) <= LABEL_CHARACTERS:
-        return name + end
-    digest = hashlib.sha256(name.encode()).hexdigest()[:12]
-    return f"{name[: LABEL_CHARACTERS - len(end) - 14]}-{digest}-{end}"
-
-
 # ── what is worth a line ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _notes(ask: _Ask, config_map: Mapping[str, Any], job: Mapping[str, Any]) -> Iterator[str]:
+def _notes(ask: Ask, config_map: Mapping[str, Any], job: Mapping[str, Any]) -> Iterator[str]:
     options, spec = ask.options, ask.spec
     instance_type = written_instance_type(ask.workspace, options)
-    machine = None if spec.smoke else _machine(ask.workspace, options)
+    machine = None if spec.smoke else machine_of(ask.workspace, options)
     for other in ask.file.other_kinds:
         yield f"{other} stands in the Workspace's file and is not rendered: apply it yourself"
     if spec.smoke:
@@ -843,7 +466,7 @@ def _notes(ask: _Ask, config_map: Mapping[str, Any], job: Mapping[str, Any]) -> 
         yield f"the ConfigMap has {size_bytes:,} bytes: kubectl apply takes it with --server-side only"
 
 
-def _fit_notes(ask: _Ask, machine: Machine | None) -> Iterator[str]:
+def _fit_notes(ask: Ask, machine: Machine | None) -> Iterator[str]:
     """Whether the GPU holds it, where both are known; and what is not known."""
     if not ask.spec.preset.weights_gib and not ask.options.weights_volume and isinstance(ask.spec.base_model, HubModel):
         yield f"{ask.spec.preset.name} is no preset: room for {UNKNOWN_WEIGHTS_GIB} GiB of weights is asked for"

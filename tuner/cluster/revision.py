@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tuner.cluster.job import CHECK_DATA_BYTES, JobOptions, count_gpus, render_check_job, render_job
+from tuner.cluster.beside import CHECK_DATA_BYTES, render_check_job
+from tuner.cluster.job import render_job
+from tuner.cluster.job_options import JobOptions, count_gpus
 from tuner.cluster.observe import QUEUE_LABEL, Object
 from tuner.cluster.reconcile import Rendered, owner_reference
 from tuner.request import Request, build_run

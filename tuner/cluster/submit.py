@@ -29,6 +29,7 @@ from tuner.cluster.api import (
     resource_of,
 )
 from tuner.cluster.api_errors import AlreadyExistsError, ConflictError, ForbiddenError, NotFoundError, UnavailableError
+from tuner.cluster.beside import render_check_job, render_retry_push
 from tuner.cluster.follow import (
     POLL_S,
     JobFailedError,
@@ -40,16 +41,8 @@ from tuner.cluster.follow import (
     refuse_missing_namespace,
     required_labels,
 )
-from tuner.cluster.job import (
-    DIGEST_ANNOTATION,
-    GPU,
-    INSTANCE_TYPE_LABEL,
-    JobObjects,
-    JobOptions,
-    render_check_job,
-    render_retry_push,
-    written_instance_type,
-)
+from tuner.cluster.job import JobObjects
+from tuner.cluster.job_options import DIGEST_ANNOTATION, GPU, INSTANCE_TYPE_LABEL, JobOptions, written_instance_type
 from tuner.errors import ConfigError, InputMissingError
 from tuner.request import HF_TOKEN
 from tuner.runspec import Reporter
@@ -570,7 +563,8 @@ def delete_run(api: Api, name: str) -> tuple[str, ...]:
 
     Raises InputMissingError when there is nothing of it.
     """
-    from tuner.cluster.job import WORKSPACE_LABEL, helper_name
+    from tuner.cluster.beside import helper_name
+    from tuner.cluster.job_options import WORKSPACE_LABEL
 
     job = api.find(JOB, name)
     gone: list[str] = []
