@@ -1076,8 +1076,11 @@ def test_an_unreachable_hub_is_a_service_error(
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
-        with pytest.raises(ServiceError, match="cannot be reached"):
+        with pytest.raises(ServiceError, match="cannot be reached") as caught:
             fetch_hub_model(tmp_path, reporter)
+    assert caught.value.hint == "is the network up? run again: it goes on from here"
+    (warning,) = reporter.warnings  # once, whatever the number of tries
+    assert warning.endswith("the Hub cannot be reached or is busy; trying again")
 
 
 def test_a_broken_hub_does_not_matter_when_the_cache_has_the_model(
@@ -1087,7 +1090,7 @@ def test_a_broken_hub_does_not_matter_when_the_cache_has_the_model(
     online = fetch_hub_model(tmp_path, reporter)
     hub.serve("/api/models/org/tiny/revision/main", Answer(status=503))
     assert fetch_hub_model(tmp_path, reporter) == online
-    assert "the Hub answered 503" in reporter.warnings[0]
+    assert "the Hub answered 503" in reporter.warnings[-1]
 
 
 def a_local_model(directory: Path) -> LocalModel:

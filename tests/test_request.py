@@ -406,6 +406,12 @@ def test_what_the_runs_length_does_not_decide_is_a_gate(build: Build) -> None:
     assert build(require=("steps >= 100",), smoke=True).spec.require == ("steps >= 100",)
 
 
+def test_a_rank_beyond_the_models_width_is_refused(build: Build) -> None:
+    with pytest.raises(ConfigError, match=r"LoraConfig\.r \(--set\): 3,073 is more than the model is wide, 3,072"):
+        build(overrides=("LoraConfig.r=3073",))
+    assert build(overrides=("LoraConfig.r=3072",)).spec.training.value("LoraConfig", "r") == 3072
+
+
 def test_a_misspelt_annotation_of_ours_is_refused(build: Build) -> None:
     with pytest.raises(ConfigError, match=r"metadata\.annotations\[tuner/requre\]: unknown annotation") as caught:
         build(annotations={"tuner/requre": "eval_loss < 3", "other.io/x": "y"})

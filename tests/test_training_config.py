@@ -358,6 +358,7 @@ def test_kaito_fault_17_the_beginning_of_a_key_is_no_key(key: str) -> None:
         ("TrainingArguments: {learning_rate: fast}", "must be a number, not 'fast'"),
         ("TrainingArguments: {learning_rate: .inf}", "must be a finite number"),
         ("TrainingArguments: {num_train_epochs: -1}", "must be greater than 0"),
+        ("TrainingArguments: {max_steps: 0}", "must be greater than 0, or -1 for epochs, not 0"),
         ("TrainingArguments: {lr_scheduler_type: cosin}", 'did you mean "cosine"?'),
         ("LoraConfig: {init_lora_weights: pissa}", "'pissa' makes the adapter begin with another model"),
         ("LoraConfig: {init_lora_weights: loftq}", "makes the adapter begin with another model"),
@@ -433,6 +434,7 @@ def test_what_is_below_a_misspelt_root_is_checked_too() -> None:
         ("lora.r=8", "write LoraConfig.r"),
         ("epochs=1", "write TrainingArguments.num_train_epochs"),
         ("zzz=1", "for example --set LoraConfig.r=32"),
+        ("ModelConfig.chat_template={{ x", "--set ModelConfig.chat_template=FILE takes it from a file"),
     ],
 )
 def test_a_typed_key_without_its_section_is_told_it(typed: str, hint: str) -> None:

@@ -298,6 +298,14 @@ def _training(
         world_size=request.world_size,
     )
     training = resolve(config_map=source)
+    rank, width = training.value("LoraConfig", "r"), preset.hidden_size
+    if width and rank > width:
+        origin = training.settings["LoraConfig"]["r"].origin
+        raise ConfigError(
+            f"LoraConfig.r ({origin}): {rank:,} is more than the model is wide, {width:,}: such an adapter is larger "
+            "than what it adapts",
+            hint="16 to 64 is usual",
+        )
     if request.in_pod and source:
         # Once more, for origins as the pod has them: the same run wherever its file lies, no path of this machine.
         training = resolve(config_map=ConfigSource(source.text, pod.TRAINING_CONFIG))
@@ -507,10 +515,12 @@ def _base_model(tuning: Tuning, preset: Preset, training: TrainingConfig, reques
         return model
     if request.smoke:
         if not preset.config:
-            raise ConfigError(
-                f"tuning.preset.name: {preset.name} is no preset, so --smoke cannot make its architecture small",
+            problem = Problem(
+                f"{preset.name} is no preset, so --smoke cannot make its architecture small",
+                path="tuning.preset.name",
                 hint="use one of `tuner presets`, or give --base-model DIR",
             )
+            raise ConfigError.of([problem])
         return SmokeModel()
     if directory:
         return LocalModel(path=str(directory), sha256=model_digest(directory, with_code=request.trust_remote_code))

@@ -91,6 +91,7 @@ BOUNDS: Mapping[str, Bound] = MappingProxyType(
         "TrainingArguments.per_device_eval_batch_size": ABOVE_ZERO,
         "TrainingArguments.gradient_accumulation_steps": ABOVE_ZERO,
         "TrainingArguments.max_length": ABOVE_ZERO,
+        "TrainingArguments.max_steps": (lambda number: number > 0 or number == -1, "greater than 0, or -1 for epochs"),
         "TrainingArguments.warmup_steps": NOT_NEGATIVE,
         "TrainingArguments.weight_decay": NOT_NEGATIVE,
         "TrainingArguments.seed": NOT_NEGATIVE,
@@ -462,7 +463,8 @@ class _Reading:
                 node = loader.get_single_node() or yaml.ScalarNode("tag:yaml.org,2002:null", "")
                 self._accept(section, key, node, loader, place)
             except (yaml.YAMLError, RecursionError) as error:
-                self._refuse(_yaml_fault(error, value)[0], path, place)
+                hint = f"--set {path}=FILE takes it from a file" if path == "ModelConfig.chat_template" else None
+                self._refuse(_yaml_fault(error, value)[0], path, place, hint)
 
     def _accept(self, section: str, key: str, node: yaml.Node, loader: _Loader, place: _Place) -> None:
         path = f"{section}.{key}"

@@ -49,6 +49,9 @@ def hub_headers(token: str | None) -> tuple[SourceHeaders, ...]:
     return (SourceHeaders(parts.scheme, parts.hostname or "", port, "", {"Authorization": f"Bearer {token}"}),)
 
 
+_UNREACHED = "is the network up? run again: it goes on from here"
+
+
 def dataset_files(url: str, token: str | None, transfer: Transfer, stop: threading.Event) -> tuple[str, list[HubFile]]:
     """The path in a hf://datasets/… URL, and every file of that dataset at the commit its revision is now."""
     from huggingface_hub.errors import HfHubHTTPError
@@ -66,7 +69,7 @@ def dataset_files(url: str, token: str | None, transfer: Transfer, stop: threadi
         # None: the Hub's own text may name signed addresses
         raise _hub_error(f"datasets/{name}", revision, error, token) from None
     except httpx2.TransportError:
-        raise ServiceError(f"{url}: the Hub cannot be reached", hint="run again: it goes on from here") from None
+        raise ServiceError(f"{url}: the Hub cannot be reached", hint=_UNREACHED) from None
     return unquote(parsed["path"] or ""), files
 
 
@@ -141,7 +144,9 @@ class HubRepository:
 
         try:
             with disk_errors(self._cache):
-                directory = patiently(lambda: self._fetch_online(transfer.hub_connections), transfer, stop)
+                directory = patiently(
+                    lambda: self._fetch_online(transfer.hub_connections), transfer, stop, self._tell_of_retry
+                )
         except OfflineModeIsEnabled:
             directory = self._from_cache("HF_HUB_OFFLINE is set")
         except (HfHubHTTPError, httpx2.TransportError, LocalEntryNotFoundError) as error:
@@ -154,9 +159,12 @@ class HubRepository:
             try:
                 directory = self._from_cache(reason)
             except InputMissingError as missing:
-                raise ServiceError(missing.message, hint="run again: it goes on from here") from None
+                raise ServiceError(missing.message, hint=_UNREACHED) from None
             self._reporter.warn(f"{self._model.id}: {reason}; what the cache holds is used")
         return directory, directory.name  # the cache names it by its commit
+
+    def _tell_of_retry(self) -> None:
+        self._reporter.warn(f"{self._model.id}: the Hub cannot be reached or is busy; trying again")
 
     def _fetch_online(self, connections: int) -> Path:
         from huggingface_hub import HfApi, try_to_load_from_cache
@@ -212,8 +220,13 @@ class HubRepository:
         )
 
 
-def patiently(action: Callable[[], T], transfer: Transfer, stop: threading.Event) -> T:
-    """Again after failures of the wire, of a busy or of a broken service. InterruptedRunError once `stop` is set."""
+def patiently(
+    action: Callable[[], T], transfer: Transfer, stop: threading.Event, tell: Callable[[], None] = lambda: None
+) -> T:
+    """Again after failures of the wire, of a busy or of a broken service; `tell` is called after the first.
+
+    Raises InterruptedRunError once `stop` is set.
+    """
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     for failures in range(1, transfer.attempts):
@@ -222,6 +235,8 @@ def patiently(action: Callable[[], T], transfer: Transfer, stop: threading.Event
         except (HfHubHTTPError, httpx2.TransportError, LocalEntryNotFoundError, TransientError) as error:
             if not _may_pass(error):
                 raise
+        if failures == 1:
+            tell()
         if stop.wait(transfer.backoff_s * 2 ** (failures - 1)):
             raise interrupted()
     return action()

@@ -145,7 +145,10 @@ class Labeller:
             ) from error
         head, found, tail = whole.partition(_PROBE_ANSWER)
         if not found or not prompt:
-            raise ConfigError("the chat template does not show the assistant's answer")
+            raise ConfigError(
+                "the chat template does not show the assistant's answer",
+                hint="set ModelConfig.chat_template to one that takes user and assistant turns",
+            )
         shared = _common_prefix(prompt, head)
         if _PROBE_QUESTION not in shared:
             raise ConfigError("the chat template's generation prompt is not how its assistant turn begins")
