@@ -161,6 +161,7 @@ def write_workspace(
         ("check train.jsonl.gz", 64, "train.jsonl.gz is a file or directory of data, and a WORKSPACE is YAML"),
         ("submit train.csv --set-image a/b:1", 64, "--data train.csv"),
         ("run nope.json", 66, "nope.json: there is no such file"),
+        ("run --model nope --data nope.yaml --smoke", 78, "--model: no preset 'nope'"),
         ("presets phi-3-mini-4k", 78, 'did you mean "phi-3-mini-4k-instruct"?'),
         ("init nodir/w.yaml", 66, "nodir: there is no such directory"),
         ("init /proc/w.yaml", 78, "/proc/w.yaml: cannot be written"),

@@ -449,7 +449,7 @@ class WorkspaceFile:
     """The one Workspace of a file and what stands beside it.
 
     `other_kinds` are the objects that were passed over (`PersistentVolumeClaim/my-claim`); `notes` say what in the
-    file is outdated or has no effect, a sentence each.
+    file is outdated or has no effect, a sentence each. `is_typed`: there is no file, flags stand for one.
     """
 
     workspace: Workspace
@@ -457,6 +457,7 @@ class WorkspaceFile:
     secrets: dict[str, Secret] = field(default_factory=dict)
     other_kinds: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    is_typed: bool = False
 
 
 def require_tuning(file: WorkspaceFile) -> Tuning:
@@ -1301,13 +1302,14 @@ def make_workspace(
     document = _Document(value, {}, 1, "")
     workspace, problems = _validated(document, Workspace, _Rules(allowed or Allowed(), local_files), [])
     if workspace is None:
-        raise ConfigError.of([_as_flag(problem) for problem in problems])
+        raise ConfigError.of([as_flag(problem) for problem in problems])
     return workspace
 
 
-def _as_flag(problem: Problem) -> Problem:
+def as_flag(problem: Problem) -> Problem:
+    """The problem with the flag in the place of the field that it stands for."""
     flag = next((flag for path, flag in _FLAG_OF.items() if problem.path.startswith(path)), problem.path)
-    return Problem(problem.message, path=flag, hint=problem.hint)
+    return replace(problem, path=flag)
 
 
 def template_workspace(preset: str = "phi-3-mini-4k-instruct") -> str:

@@ -110,7 +110,8 @@ def read_workspace_file(
             on_box = not request.in_pod
             file = load_workspace_file(workspace, allowed=allowed, local_files=on_box, output_given=output_given)
             return with_data(file, data, allowed, local_files=on_box) if data else file
-        return WorkspaceFile(make_workspace(str(model), data or (), None, method or "qlora", allowed=allowed))
+        made = make_workspace(str(model), data or (), None, method or "qlora", allowed=allowed)
+        return WorkspaceFile(made, is_typed=True)
     except (ConfigError, InputMissingError) as error:
         raise all_at_once([error, *flag_errors(request)]) from error
 
@@ -131,9 +132,15 @@ def _is_data(path: Path) -> bool:
 
 def build(file: "WorkspaceFile", request: "Request", work_dir: Path | None) -> tuple["Run", Path]:
     from tuner.request import build_run
+    from tuner.workspace import as_flag
 
     directory = work_dir.expanduser() if work_dir else Path("tuner-work") / file.workspace.metadata.name
-    return build_run(file, request, directory, os.environ), directory
+    try:
+        return build_run(file, request, directory, os.environ), directory
+    except ConfigError as error:
+        if not (file.is_typed and error.problems):
+            raise
+        raise ConfigError.of([as_flag(problem) for problem in error.problems]) from error
 
 
 def parse_push_options(
