@@ -350,6 +350,24 @@ def test_a_pusher_that_is_killed_while_training_goes_on_is_started_again_and_pus
     assert result_of(outcome, "pusher").values["image"] == result_of(outcome, NAME).values["image"]
 
 
+def test_a_pusher_that_fails_while_it_waits_has_not_failed_to_push(
+    make: Make, finished: Finished, registry: RunningRegistry
+) -> None:
+    cluster = make(tag="stumbles", results_volume=CLAIM, volume=finished.volume)
+    stumbles = (
+        "import sys; from pathlib import Path; from tuner.cli import main; from tuner.pipeline.turns import Turns; "
+        "real, once = Turns.wait_for_adapter, Path('/run/tuner/once'); "
+        "Turns.wait_for_adapter = lambda *it: real(*it) if once.exists() else (once.touch(), 1 / 0); "
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    clumsy = deepcopy(cluster.job)
+    container(clumsy, "pusher")["command"] = [sys.executable, "-c", stumbles]
+    outcome = cluster.node.run_job(clumsy)
+    assert (outcome.condition, len(outcome.pods)) == ("Complete", 1)
+    assert "ZeroDivisionError" in outcome.last.containers["pusher"].log
+    assert digest_in(registry, "stumbles") == finished.digest
+
+
 def test_a_pusher_that_is_killed_in_every_push_ends_the_job_with_the_adapter_kept(
     make: Make, finished: Finished, registry: RunningRegistry
 ) -> None:

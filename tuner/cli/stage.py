@@ -76,9 +76,12 @@ def stage(
             return
 
     def leave(last: "StageResult") -> None:
-        """The last words; a sidecar's are the trainer's to end with, and it stays for as long as the pod does."""
+        """The last words; of a push they are the trainer's to end with, and the sidecar stays as long as the pod does.
+
+        One that fails before there was anything to push is started again, and says nothing of it.
+        """
         _leave(last, in_pod)
-        if turns is not None:
+        if turns is not None and turns.has_adapter:
             turns.tell(last)
             _stay()
 

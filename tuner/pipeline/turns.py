@@ -86,6 +86,10 @@ class Turns:
             time.sleep(_POLL_S)
         return finished
 
+    @property
+    def has_adapter(self) -> bool:
+        return self._trained.exists()
+
     def seconds_since_adapter(self) -> float:
         """For how long the adapter has waited, over all starts of the pusher."""
         return max(0.0, time.time() - self._trained.stat().st_mtime)
