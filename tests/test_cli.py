@@ -831,6 +831,11 @@ def test_all_commands_are_there() -> None:
 
 
 @pytest.mark.parametrize("path", COMMANDS)
+def test_the_short_flag_helps_too(tuner: Tuner, path: str) -> None:
+    assert tuner(*path.split(), "-h").out == tuner(*path.split(), "--help").out
+
+
+@pytest.mark.parametrize("path", COMMANDS)
 def test_every_help_ends_with_an_example_that_parses(tuner: Tuner, path: str) -> None:
     ended = tuner(*path.split(), "--help")
     assert ended.code == 0

@@ -190,6 +190,16 @@ def test_a_check_without_a_probe_needs_no_secret_that_is_in_a_cluster(build: Bui
     ]
 
 
+def test_it_is_said_where_a_docker_config_was_looked_for(build: Build) -> None:
+    for env, place in (
+        ({"HOME": "/home/me"}, "/home/me/.docker/config.json"),
+        ({"HOME": "/home/me", "DOCKER_CONFIG": "/ci"}, "/ci/config.json"),
+        ({}, "docker config"),
+    ):
+        with pytest.raises(InputMissingError, match=f"and there is no {place}$"):
+            build(tuning=WITH_SECRET, env=env)
+
+
 def test_no_secret_and_no_docker_config_pushes_as_nobody(build: Build) -> None:
     run = build()
     assert run.secrets.docker_configs == ()

@@ -654,7 +654,7 @@ def _push_credentials(
     if name and not request.needs_push_secret:
         return _Found(origin=_elsewhere(name))
     if name:
-        raise _no_push_secret(name, parse_reference(target.reference).registry, request)
+        raise _no_push_secret(name, parse_reference(target.reference).registry, request, env)
     return _Found(origin="anonymous")
 
 
@@ -688,7 +688,7 @@ def _pull_credentials(
     if names and not found and not request.needs_pull_secret:
         return _Found(origin=_elsewhere(names[0]))
     if names and not found:
-        raise _no_secret("imagePullSecrets", names[0], _WAYS.format(registry=""))
+        raise _no_secret("imagePullSecrets", names[0], env, _WAYS.format(registry=""))
     texts = tuple(text for each in found for text in each.texts)
     return _Found(texts, ", ".join(each.origin for each in found) or "anonymous")
 
@@ -774,7 +774,7 @@ def _in_cluster(file: WorkspaceFile, names: Sequence[str], check: Callable[[Secr
 _WAYS = "put the Secret into the file, run docker login{registry}, or give --docker-config FILE"
 
 
-def _no_push_secret(name: str, registry: str, request: Request) -> InputMissingError:
+def _no_push_secret(name: str, registry: str, request: Request, env: Mapping[str, str]) -> InputMissingError:
     """With the way to go on for who has the Secret in a cluster only."""
     ways = _WAYS.format(registry=f" {registry}")
     if request.only_checks:
@@ -783,12 +783,13 @@ def _no_push_secret(name: str, registry: str, request: Request) -> InputMissingE
         other = "--no-preflight leaves the registry out"
     else:
         other = "--output DIR keeps the adapter here, tuner submit runs where the cluster has the Secret"
-    return _no_secret("tuning.output.imagePushSecret", name, f"{ways}; {other}")
+    return _no_secret("tuning.output.imagePushSecret", name, env, f"{ways}; {other}")
 
 
-def _no_secret(field_path: str, name: str, hint: str) -> InputMissingError:
+def _no_secret(field_path: str, name: str, env: Mapping[str, str], hint: str) -> InputMissingError:
+    looked_for = _users_docker_config_path(env) or "docker config"
     return InputMissingError(
-        f"{field_path}: Secret {name!r} is not in the Workspace's file, and there is no docker config", hint=hint
+        f"{field_path}: Secret {name!r} is not in the Workspace's file, and there is no {looked_for}", hint=hint
     )
 
 
@@ -803,10 +804,15 @@ def docker_configs_for(docker_config: Path | None, env: Mapping[str, str]) -> tu
 
 
 def _users_docker_config(env: Mapping[str, str]) -> Path | None:
-    """The docker CLI's file, where it would look for it."""
-    directory = env.get("DOCKER_CONFIG") or (env.get("HOME") and f"{env['HOME']}/.docker")
-    path = Path(directory) / "config.json" if directory else None
+    """The docker CLI's file, if there is one."""
+    path = _users_docker_config_path(env)
     return path if path and path.is_file() else None
+
+
+def _users_docker_config_path(env: Mapping[str, str]) -> Path | None:
+    """Where the docker CLI would look for it."""
+    directory = env.get("DOCKER_CONFIG") or (env.get("HOME") and f"{env['HOME']}/.docker")
+    return Path(directory) / "config.json" if directory else None
 
 
 def _config_file(path: Path) -> Path:

@@ -10,6 +10,7 @@ app = typer.Typer(
     help="Run the tuning section of a KAITO Workspace: data in, 4-bit QLoRA, a pushed adapter image out.",
     epilog="Example: tuner run workspace.yaml",
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
