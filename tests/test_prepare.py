@@ -1,13 +1,14 @@
 """Fetched files → token rows: every row that is not trained on is counted and listed."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny import Heard, make_job, prepared_job, rows_of, tiny_base
 
-from tuner.errors import DataError
+from tuner.errors import ConfigError, DataError
 from tuner.pipeline.adapter import file_digests
 from tuner.pipeline.labels import FALLBACK_CHAT_TEMPLATE
 from tuner.runspec import Prepared
@@ -163,6 +164,17 @@ def test_more_than_the_context_is_warned_about(tmp_path: Path) -> None:
     heard = Heard()
     prepared(tmp_path, rows_of("text", 24), {"TrainingArguments": {"max_length": 5000}}, heard)
     assert any("5,000 is more than the 4,096" in line for line in heard.warnings)
+
+
+def test_a_token_that_the_model_has_no_embedding_of_stops_the_run(tmp_path: Path) -> None:
+    """It would end training on a GPU without a word of why."""
+    base = Path(shutil.copytree(tiny_base(), tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    result, work_dir = prepared(tmp_path / "whole", rows_of("messages", 24), base_model=base)
+    largest = max(max(row["input_ids"]) for row in tokens_of(result, work_dir))
+    (base / "config.json").write_text(json.dumps(config | {"vocab_size": largest}))
+    with pytest.raises(ConfigError, match=f"token {largest:,}, and its config.json has a vocab_size of {largest:,}"):
+        prepared(tmp_path / "short", rows_of("messages", 24), base_model=base)
 
 
 # ── rows that teach nothing ──────────────────────────────────────────────────────────────────────────────────────────

@@ -114,6 +114,7 @@ def make_tokens(spec: RunSpec, fetched: Fetched, work_dir: Path, reporter: Repor
     if straddles:
         reporter.warn(f"in {straddles:,} answers the first token begins in the prompt: the template ends it mid-word")
     held_out = tallies["held-out"].rows
+    _check_vocabulary([*rows, *held_out], work_dir / base_dir)
     needing = next((gate for gate in spec.gates if gate.needs_held_out_rows), None)
     if needing and not held_out:
         raise DataError(
@@ -266,9 +267,26 @@ def load_tokenizer(spec: RunSpec, directory: Path, *, conversations: bool) -> An
 
 def context_length(spec: RunSpec, base_dir: Path) -> int:
     """Tokens the model can attend to: config.json's word, which a --base-model may have other than the preset."""
-    config = json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
-    config = config.get("text_config", config)
+    config = _text_config(base_dir)
     return int(config.get("max_position_embeddings") or spec.preset.context_length or LONGEST_DEFAULT)
+
+
+def _text_config(base_dir: Path) -> dict[str, Any]:
+    """config.json, or its part about text."""
+    config: dict[str, Any] = json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
+    text: dict[str, Any] = config.get("text_config", config)
+    return text
+
+
+def _check_vocabulary(rows: Sequence[TokenRow], base_dir: Path) -> None:
+    """Raises ConfigError for a token that the model has no embedding of: on a GPU that ends a run without a word."""
+    words = _text_config(base_dir).get("vocab_size")
+    largest = max(int(row.input_ids.max()) for row in rows)
+    if words is not None and largest >= words:
+        raise ConfigError(
+            f"{base_dir}: its tokenizer gives token {largest:,}, and its config.json has a vocab_size of {words:,}",
+            hint="tokens were added to the tokenizer and not to the model: take both from one place",
+        )
 
 
 @dataclass(frozen=True)
