@@ -764,6 +764,17 @@ def test_the_readmes_workspace_on_a_laptop_is_told_what_is_next_and_checked_with
     assert "LoraConfig.r " in ended.out
 
 
+def test_what_init_writes_is_told_what_to_replace_when_it_is_checked_as_it_is(
+    tuner: Tuner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "fresh"))
+    tuner("init", "new.yaml")
+    ended = tuner("check", "new.yaml")
+    assert ended.code == 66
+    notes = re.findall(r"^note: new\.yaml:\d+ (\S+): \S*example\.com is an example's host", ended.err, re.MULTILINE)
+    assert notes == ["tuning.input.urls[0]", "tuning.output.image"]
+
+
 def test_what_init_writes_checks_clean_once_it_is_edited_as_it_says(tuner: Tuner, tmp_path: Path, data: Path) -> None:
     assert tuner("init", "w.yaml").code == 0
     path = tmp_path / "w.yaml"

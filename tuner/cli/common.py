@@ -9,7 +9,7 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tuner.errors import ConfigError, InputMissingError, UsageError
+from tuner.errors import ConfigError, InputMissingError, TunerError, UsageError
 
 if TYPE_CHECKING:
     from tuner.registry.push_state import PushOptions
@@ -137,8 +137,10 @@ def build(file: "WorkspaceFile", request: "Request", work_dir: Path | None) -> t
     directory = work_dir.expanduser() if work_dir else Path("tuner-work") / file.workspace.metadata.name
     try:
         return build_run(file, request, directory, os.environ), directory
-    except ConfigError as error:
-        if not (file.is_typed and error.problems):
+    except TunerError as error:
+        for line in file.notes:  # what would be said at the start of a run: a placeholder may be the cause
+            say(f"note: {line}")
+        if not (file.is_typed and isinstance(error, ConfigError) and error.problems):
             raise
         raise ConfigError.of([as_flag(problem) for problem in error.problems]) from error
 
