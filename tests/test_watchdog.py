@@ -38,6 +38,13 @@ def test_a_loss_that_is_no_number_is_told_with_its_step(name: str, value: float)
         check_finite([{"step": 7, name: value}])
 
 
+def test_a_base_without_a_loss_is_not_for_want_of_a_lower_rate() -> None:
+    for step, hint in ((0, "weights are damaged"), (7, "learning_rate")):
+        with pytest.raises(ConfigError) as raised:
+            check_finite([{"step": step, "eval_loss": math.nan}])
+        assert hint in str(raised.value.hint)
+
+
 def test_a_loss_of_zero_from_the_beginning_is_the_datas_fault() -> None:
     watch(logged(*[0.0] * 9, 1.0, *[0.0] * 9), 100)
     with pytest.raises(DataError, match="loss is 0 from the first log to step 10"):

@@ -23,7 +23,7 @@ from tuner.pipeline.labels import IGNORED
 from tuner.pipeline.packing import divide, pack
 from tuner.runspec import perplexity
 
-_EVALUATED_AT_ONCE = 64  # documents, so that packing finds what fits together
+_EVALUATED_AT_ONCE = 64  # documents of each rank, so that packing finds what fits together
 
 Document = dict[str, npt.NDArray[np.int64]]  # input_ids and labels (n,)
 
@@ -159,7 +159,8 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         sums = torch.zeros(2, dtype=torch.float64)
         with torch.no_grad():
             rows = self.eval_dataset if eval_dataset is None else eval_dataset
-            for documents in DataLoader(rows, batch_size=_EVALUATED_AT_ONCE, collate_fn=list):
+            at_once = _EVALUATED_AT_ONCE * self.accelerator.num_processes
+            for documents in DataLoader(rows, batch_size=at_once, collate_fn=list):
                 for bin_ in self._micro_batches(self._share(documents)):
                     with self.compute_loss_context_manager():
                         nll = self.model(**micro_batch(bin_, self.args.device, packed=self.packs))

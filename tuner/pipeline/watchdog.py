@@ -42,7 +42,9 @@ def check_finite(newest: Entries) -> None:
                 held_out = "held-out " if name == "eval_loss" else ""
                 raise ConfigError(
                     f"the {held_out}loss is not finite at step {int(entry['step'])}",
-                    hint="lower TrainingArguments.learning_rate",
+                    hint="lower TrainingArguments.learning_rate"
+                    if entry["step"]
+                    else "nothing was trained yet: the base's weights are damaged, or too large for fp16",
                 )
 
 
