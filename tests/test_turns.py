@@ -55,6 +55,7 @@ def test_each_gets_what_the_other_has_said(tmp_path: Path) -> None:
 
 def test_a_pusher_that_dies_and_is_started_again_is_waited_for(tmp_path: Path) -> None:
     process = pusher(tmp_path)
+    Turns(tmp_path).begin_push()
     result: list[StageResult] = []
     waiting = threading.Thread(target=lambda: result.append(Turns(tmp_path).wait_for_push(away_s=4)))
     waiting.start()
@@ -76,8 +77,17 @@ def test_a_pusher_that_stays_away_is_waited_for_only_so_long(tmp_path: Path) -> 
     process = pusher(tmp_path)
     process.kill()
     process.communicate()
-    with pytest.raises(NotPushedError, match="is not started again"):
+    with pytest.raises(NotPushedError, match="does not begin to push"):
         Turns(tmp_path).wait_for_push(away_s=0.1)
+
+
+def test_a_pusher_that_lives_and_never_begins_holds_the_gpu_only_so_long(tmp_path: Path) -> None:
+    """As one that fails at its very start, again and again."""
+    process = pusher(tmp_path)
+    with pytest.raises(NotPushedError, match="does not begin to push"):
+        Turns(tmp_path).wait_for_push(away_s=0.1)
+    process.kill()
+    process.communicate()
 
 
 def test_kubelets_pause_before_they_start_a_container_again_is_no_staying_away() -> None:

@@ -78,10 +78,10 @@ def stage(
     def leave(last: "StageResult") -> None:
         """The last words; of a push they are the trainer's to end with, and the sidecar stays as long as the pod does.
 
-        One that fails before there was anything to push is started again, and says nothing of it.
+        One that fails before it has begun to push is started again, and says nothing of it.
         """
         _leave(last, in_pod)
-        if turns is not None and turns.has_adapter:
+        if turns is not None and turns.has_begun:
             turns.tell(last)
             _stay()
 

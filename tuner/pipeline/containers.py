@@ -403,14 +403,14 @@ class Container:
             uploads = Uploads(self.spec, self.work_dir, partial(read_secrets, self.env), self.reporter)
         if how.waits:
             finished = self._wait_for_adapter(uploads)
-            trained = left_to_push(self.spec, self.work_dir)
-            if finished != Finished(run_digest=trained.run_digest, inputs_digest=trained.inputs_digest):
-                raise TunerError(f"{self.work_dir}: not the adapter that the trainer of this pod has finished")
             self.on_stage("push")
             try:
                 self.turns.begin_push()
             except NotPushedError as error:
                 raise self._not_pushed(error) from error
+            trained = left_to_push(self.spec, self.work_dir)
+            if finished != Finished(run_digest=trained.run_digest, inputs_digest=trained.inputs_digest):
+                raise TunerError(f"{self.work_dir}: not the adapter that the trainer of this pod has finished")
             hold_s = max(1.0, hold_s - self.turns.seconds_since_adapter()) if hold_s else 0
         else:
             self.on_stage("push")

@@ -52,14 +52,17 @@ class Turns:
         finished.save(self._trained)
 
     def wait_for_push(self, away_s: float = pod.PUSHER_AWAY_S) -> StageResult:
-        """How the push ended. Raises NotPushedError when for `away_s` in a row nobody is there who would push."""
+        """How the push ended. Raises NotPushedError when for `away_s` in a row nobody is there who pushes.
+
+        One that dies again and again before it has begun is nobody; one that does after that gives up by itself.
+        """
         seen = time.monotonic()
         while (result := _load(StageResult, self._pushed)) is None:
-            if self._has_pusher():
+            if self.has_begun and self._has_pusher():
                 seen = time.monotonic()
             elif time.monotonic() - seen > away_s:
                 raise NotPushedError(
-                    f"trained, but not pushed: the container {pod.PUSHER!r} has ended and is not started again"
+                    f"trained, but not pushed: the container {pod.PUSHER!r} has ended, or does not begin to push"
                 )
             time.sleep(_POLL_S)
         return result
@@ -87,8 +90,9 @@ class Turns:
         return finished
 
     @property
-    def has_adapter(self) -> bool:
-        return self._trained.exists()
+    def has_begun(self) -> bool:
+        """Whether a push was begun in this pod."""
+        return self._starts.exists()
 
     def seconds_since_adapter(self) -> float:
         """For how long the adapter has waited, over all starts of the pusher."""
