@@ -288,6 +288,28 @@ def test_a_step_that_does_not_fit_the_memory_is_taken_in_smaller_pieces(
     assert any("out of memory: going on with" in line for line in heard.warnings)
 
 
+def test_held_out_rows_that_do_not_fit_together_are_evaluated_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from tuner.pipeline import trainer
+
+    config = arguments(max_steps=2) | {"DatasetConfig": {"train_test_split": 0.5}}
+    plain, small = (trial(tmp_path / name, config) for name in ("plain", "small"))
+    plain.train()
+    make = trainer.micro_batch
+
+    def of_a_small_gpu(documents: Any, device: Any, **options: Any) -> dict[str, Any]:
+        if len(documents) > 1 and not torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory (a test says so)")
+        return make(documents, device, **options)
+
+    monkeypatch.setattr(trainer, "micro_batch", of_a_small_gpu)
+    small.train()
+    assert held_out(small) == pytest.approx(held_out(plain), rel=1e-6)
+
+
 def test_adapters_are_optimized_in_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """TRL casts the adapters of a quantized model to bf16, where small updates round to nothing."""
     import torch

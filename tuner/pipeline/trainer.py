@@ -162,9 +162,7 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
             at_once = _EVALUATED_AT_ONCE * self.accelerator.num_processes
             for documents in DataLoader(rows, batch_size=at_once, collate_fn=list):
                 for bin_ in self._micro_batches(self._share(documents)):
-                    with self.compute_loss_context_manager():
-                        nll = self.model(**micro_batch(bin_, self.args.device, packed=self.packs))
-                    sums += torch.tensor([nll.item(), sum(map(_learnt, bin_))], dtype=torch.float64)
+                    sums += torch.tensor([self._summed_loss(bin_), sum(map(_learnt, bin_))], dtype=torch.float64)
         total, count = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
         loss = total / max(count, 1)
         figures = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": perplexity(loss)}
@@ -172,6 +170,19 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
         self.model.train(training)
         return figures
+
+    def _summed_loss(self, documents: Sequence[Document]) -> float:
+        """Their loss without a gradient, one after the other where the memory does not hold them together."""
+        try:
+            with self.compute_loss_context_manager():
+                nll: torch.Tensor = self.model(**micro_batch(documents, self.args.device, packed=self.packs))
+            return float(nll)
+        except torch.OutOfMemoryError:
+            if len(documents) == 1:
+                raise
+        gc.collect()
+        torch.cuda.empty_cache()
+        return sum(self._summed_loss([document]) for document in documents)
 
     # ── what SFTTrainer and Trainer do about padded batches ──────────────────────────────────────────────────────────
 
