@@ -176,6 +176,9 @@ def write_workspace(
         ("push nodir oci:x:y --digest-file nodir/d", 78, "--digest-file nodir/d: cannot be written"),
         ("pull oci:nodir:x out", 66, "not an OCI image layout"),
         ("pull UPPER/x:1 out", 78, "lower case"),
+        ("verify .", 64, ". is a file or directory here, and no image"),
+        ("run w.yaml --output ''", 64, "--output: is empty"),
+        ("data preview w.yaml", 65, "w.yaml: YAML is no data"),
         ("pull adapter out", 78, "names no registry, which means docker.io/library/adapter:latest"),
         ("verify adapter:1", 78, "myregistry.azurecr.io/adapter:1; a layout on disk is oci:DIR:TAG"),
         ("stage nope --spec x", 64, "'nope' is no stage"),
@@ -643,6 +646,20 @@ def test_who_pushes_a_work_directory_is_told_where_its_adapter_is(tuner: Tuner, 
     ended = tuner("push", finished / "work", "oci:layout:v1")
     assert ended.code == 66
     assert f"hint: below it: {adapter_of(finished)}\n" in ended.err
+
+
+@pytest.mark.train
+def test_a_file_in_the_place_of_a_directory_is_said(tuner: Tuner, tmp_path: Path, finished: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    adapter = adapter_of(finished)
+    pushed = tuner("push", adapter, "oci:taken:x")
+    assert (pushed.code, "a file is where the layout's directory would be" in pushed.err) == (78, True)
+    pulled = tuner("pull", f"oci:{finished}/work/image:smoke", "taken/x")
+    assert (pulled.code, "a file is where a directory would be" in pulled.err) == (78, True)
+    named = tuner("push", adapter / "adapter_model.safetensors", "oci:layout:x")
+    assert (named.code, f"hint: name its directory: {adapter}\n" in named.err) == (66, True)
+    merged = tuner("merge", adapter / "adapter_config.json", "merged")
+    assert (merged.code, "cannot be read: Not a directory" in merged.err) == (66, True)
 
 
 @pytest.mark.train

@@ -80,6 +80,8 @@ def read_workspace_file(
     from tuner.urls import Allowed
     from tuner.workspace import WorkspaceFile, load_workspace_file, make_workspace
 
+    if request.output is not None and not request.output.strip():
+        raise UsageError("--output: is empty", hint="a variable of the shell that is not set?")
     if workspace and str(workspace).lower().startswith(("http:/", "https:/")):
         raise UsageError("a WORKSPACE is a file on this machine, not a URL", hint="download it first")
     if workspace and _is_data(workspace):

@@ -101,10 +101,10 @@ def verify(
     from tuner.reference import LayoutReference, parse_destination
     from tuner.registry import client_for
     from tuner.registry.verify import verify_image
-    from tuner.request import check_names_registry, docker_configs_for
+    from tuner.request import docker_configs_for
 
+    _check_image(image)
     reference = parse_destination(image)
-    check_names_registry(image, "IMAGE")
     if load:
         load = load.expanduser()
         check_model_directory(load, f"--load {load}", trust_remote_code=False)
@@ -121,6 +121,16 @@ def verify(
             _load_with_peft(directory, load)
         talk.note(f"{len(verified.files)} files are what they say" + (", and PEFT loads them" if load else ""))
     print(reference.with_digest(verified.digest))
+
+
+def _check_image(image: str) -> None:
+    """Raises UsageError for a path of this machine, ConfigError for what names no registry."""
+    from tuner.reference import names_registry
+    from tuner.request import check_names_registry
+
+    if not image.startswith("oci:") and not names_registry(image) and Path(image).exists():
+        raise UsageError(f"{image} is a file or directory here, and no image", hint="a layout on disk is oci:DIR:TAG")
+    check_names_registry(image, "IMAGE")
 
 
 def _load_with_peft(adapter: Path, base: Path) -> None:
@@ -145,10 +155,10 @@ def pull(
     from tuner.reference import LayoutReference, parse_destination
     from tuner.registry import client_for
     from tuner.registry.pull import pull_image
-    from tuner.request import check_names_registry, docker_configs_for
+    from tuner.request import docker_configs_for
 
+    _check_image(image)
     reference = parse_destination(image)
-    check_names_registry(image, "IMAGE")
     with open_talk() as talk:
         if isinstance(reference, LayoutReference):
             pulled = pull_image(reference, directory, reporter=talk)

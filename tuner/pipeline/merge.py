@@ -101,7 +101,10 @@ def merge(adapter: Path, target: Path, base: Path | None, reporter: Reporter) ->
     except (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError) as error:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
-        raise ConfigError(f"{adapter}: cannot be merged: {' '.join(str(error).split())[:300]}") from error
+        raise ConfigError(
+            f"{adapter}: cannot be merged: {' '.join(str(error).split())[:300]}",
+            hint=f"is {directory} the base that it was trained on?",
+        ) from error
     _save(merged, partial, adapter)
     del model, tuned, dense, merged
     # Of what is on the disk, not of what was in memory.
@@ -121,7 +124,9 @@ def _read(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         hint = "a directory that tuner wrote has it: it says how the base was quantized" if path.name == LOCK else None
         raise InputMissingError(f"{path}: there is no such file", hint=hint) from error
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        raise InputMissingError(f"{path}: cannot be read: {error.strerror}", hint="name a directory") from error
+    except ValueError as error:
         raise DataError(f"{path}: not JSON: {error}") from error
     if not isinstance(value, dict):
         raise DataError(f"{path}: not a JSON object")

@@ -23,6 +23,8 @@ def adapter_image(directory: Path, compression: Compression = "none") -> Image:
 
     Raises InputMissingError when the two files that every reader needs are not there.
     """
+    if directory.is_file():
+        raise InputMissingError(f"{directory}: is a file", hint=f"name its directory: {directory.parent}")
     if not directory.is_dir():
         raise InputMissingError(f"{directory}: there is no such directory", hint=_ADAPTERS)
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):

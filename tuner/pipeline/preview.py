@@ -180,6 +180,9 @@ def _chat_template(training: TrainingConfig, config: Path | None) -> str | None:
 
 
 def _data_files(paths: Sequence[Path]) -> list[DataFile]:
+    for path in paths:
+        if path.suffix.lower() in (".yaml", ".yml"):
+            raise DataError(f"{path}: YAML is no data", hint=f"tuner check --data {path} looks at a Workspace's data")
     wrong = [path for path in paths if not path.is_file()]
     if wrong:
         hint = "name data files on this machine; what a URL gives must be downloaded first"

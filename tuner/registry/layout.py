@@ -96,6 +96,10 @@ def write_layout(image: Image, reference: LayoutReference, *, on_progress: Calla
         with _locked(directory):  # another process may add its own image now
             index = _with_image(_existing_index(directory), image, reference.tag)
             _write(directory / _INDEX_FILE, canonical_json(index))
+    except (NotADirectoryError, FileExistsError) as error:
+        raise ConfigError(
+            f"{reference.name}: a file is where the layout's directory would be", hint="name another directory"
+        ) from error
     except OSError as error:
         raise ServiceError(
             f"{reference.name}: can not be written: {error.strerror}", hint="free some space or name another directory"

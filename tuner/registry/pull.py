@@ -284,6 +284,8 @@ def _unpack_beside(
             raise DataError(f"no files {place}", hint="an image for KAITO has its files in /data")
         temporary.rename(target)  # over an empty directory, if there is one
         _sync_directory(target.parent)
+    except (NotADirectoryError, FileExistsError) as error:
+        raise ConfigError(f"{target}: a file is where a directory would be", hint="name another directory") from error
     except OSError as error:
         raise ServiceError(f"{target}: can not be written: {error.strerror}") from error
     finally:
