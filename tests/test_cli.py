@@ -778,6 +778,7 @@ def test_the_readmes_workspace_on_a_laptop_is_told_what_is_next_and_checked_with
     ended = tuner("check", "workspace.yaml", "--no-preflight")
     assert ended.code == 0, ended.err
     assert "to push      Secret 'registry-secret', which is not here\n" in ended.out
+    assert "train.parquet: … stands in its query; the whole signed URL is needed\n" in ended.err
     assert "LoraConfig.r " in ended.out
 
 

@@ -195,7 +195,12 @@ def build_run(file: WorkspaceFile, request: Request, work_dir: Path, env: Mappin
         source_headers=headers.texts,
         push_docker_config_file=push.file,
     )
-    notes = (*file.notes, *training.notes, *_notes(tuning, training, request, work_dir))
+    notes = (
+        *file.notes,
+        *_shortened(sources, queries),
+        *training.notes,
+        *_notes(tuning, training, request, work_dir),
+    )
     return Run(spec, secrets, notes, Credentials(push=push.origin, pull=pull.origin, hub=hub.origin))
 
 
@@ -444,6 +449,13 @@ def _url_sources(urls: Sequence[str]) -> tuple[tuple[Source, ...], dict[str, str
     if errors:
         raise _missing(errors)
     return tuple(sources), queries
+
+
+def _shortened(sources: Sequence[Source], queries: Mapping[str, str]) -> Iterator[str]:
+    """What somebody has copied as documentation shows it: no signature has … in it."""
+    for source in sources:
+        if isinstance(source, UrlSource) and "…" in unquote(queries.get(source.name, "")):
+            yield f"{source.url}: … stands in its query; the whole signed URL is needed"
 
 
 def _missing(errors: Sequence[TunerError]) -> TunerError:
