@@ -238,6 +238,7 @@ def test_the_quick_start_is_applied_and_succeeds(
     ))  # fmt: skip
     cluster.patch("pods", cluster.pod_of(NAME)["metadata"]["name"], {"metadata": {"labels": {"touched": "yes"}}})
     until(lambda: status(cluster)["tuning"].get("progressPercentage") == 33)
+    assert status(cluster)["tuning"]["estimatedRemainingSeconds"] == 60
     assert printed(cluster.object("workspaces", NAME) or {}) == [
         "Standard_NC24ads_A100_v4", "True", "", "True", "False", "1", "Running", "33", "1.5",
     ]  # fmt: skip
@@ -246,6 +247,7 @@ def test_the_quick_start_is_applied_and_succeeds(
     cluster.patch("pods", cluster.pod_of(NAME)["metadata"]["name"], {"metadata": {"labels": {"touched": "again"}}})
     until(lambda: status(cluster)["tuning"]["stage"] == "push")
     assert status(cluster)["tuning"]["progressPercentage"] == 33
+    assert "estimatedRemainingSeconds" not in status(cluster)["tuning"]
     cluster.say(NAME, "pusher", result("push", image=image))
     cluster.finish(NAME, NAME, 0, result("train", steps=9, loss=1.25))
     until(lambda: status(cluster)["state"] == "Succeeded")

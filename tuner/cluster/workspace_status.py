@@ -312,7 +312,7 @@ def _figures(standing: Standing, state: State, same_revision: bool, written: Map
         figures |= _of_progress(standing.progress)
     if state == "Succeeded":
         figures["progressPercentage"] = 100
-    if state in ("Succeeded", "Failed"):
+    if state in ("Succeeded", "Failed") or figures.get("stage") == "push":
         figures.pop("estimatedRemainingSeconds", None)
     return figures
 
