@@ -14,7 +14,7 @@ from tests.test_submit import NAME, QUICK_START, meanwhile, push_secret, result,
 from tuner.cli import main
 from tuner.cluster import follow
 from tuner.cluster.api import Api
-from tuner.cluster.follow import describe, duration, follow_run, load_run, pending_hint, read_logs
+from tuner.cluster.follow import JobFailedError, describe, duration, follow_run, load_run, pending_hint, read_logs
 from tuner.runspec import Progress, Silent
 
 
@@ -341,6 +341,18 @@ def test_logs_are_those_of_the_stage_that_failed(cluster: FakeKubernetes, capsys
     assert main(["logs", NAME, "--stage", "push"]) == 66
     assert "its push stage has not begun" in capsys.readouterr().err
     assert main(["logs", NAME, "--stage", "pushing"]) == 64
+
+
+def test_a_job_that_is_deleted_while_it_is_followed_is_said_to_be(cluster: FakeKubernetes, api: Api) -> None:
+    train(cluster)
+    stages = list[str]()
+
+    def delete() -> None:
+        until(lambda: "train" in stages)
+        cluster.remove("jobs", NAME)
+
+    with meanwhile(delete), pytest.raises(JobFailedError, match="was deleted before its end was seen"):
+        follow_run(api, NAME, Heard(), begin_stage=stages.append, poll_s=0.02)
 
 
 def test_followed_logs_go_from_stage_to_stage_and_over_broken_connections(cluster: FakeKubernetes, api: Api) -> None:

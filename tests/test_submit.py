@@ -442,3 +442,8 @@ def test_a_server_that_would_drop_the_sidecar_is_refused_before_anything_is_made
         assert main(["submit", QUICK_START, "--set-image", "i"]) == 78
         assert old.objects("configmaps") == old.objects("jobs") == ()
     assert "1.29 or newer is needed" in capsys.readouterr().err
+
+
+def test_a_job_that_would_be_gone_before_anybody_looked_is_no_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["submit", QUICK_START, "--set-image", "i", "--ttl", "0"]) == 64
+    assert "--ttl" in capsys.readouterr().err

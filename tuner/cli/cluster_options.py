@@ -82,7 +82,7 @@ RuntimeClass = Annotated[
 ]
 Retries = Annotated[int, typer.Option("--retries", min=0, help="new pods after a passing failure")]
 Ttl = Annotated[
-    int | None, typer.Option("--ttl", metavar="S", min=0, help="delete the Job so long after its end [never]")
+    int | None, typer.Option("--ttl", metavar="S", min=60, help="delete the Job so long after its end [never]")
 ]
 Deadline = Annotated[int | None, typer.Option("--deadline", metavar="S", min=1, help="fail the Job after so long")]
 PushHold = Annotated[

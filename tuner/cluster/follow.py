@@ -410,6 +410,11 @@ def follow_run(
     while True:
         try:
             snapshot = load_run(api, name)
+        except InputMissingError as error:
+            if uid is None:
+                raise
+            gone = f"Job {name} was deleted before its end was seen, with its pods and what they said"
+            raise JobFailedError(gone, None, hint=f"tuner events {name}; did its registry get the image?") from error
         except UnavailableError as error:
             if error.is_final:
                 raise
