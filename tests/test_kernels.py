@@ -271,6 +271,25 @@ def test_a_model_whose_attention_is_not_ours_gets_its_own(model_type: str, shape
     assert model.config._attn_implementation in ("sdpa", "eager")
 
 
+@pytest.mark.parametrize("change", [lambda logits: 1.5 * logits, torch.tanh])
+def test_a_model_that_changes_its_logits_in_its_own_way_is_scored_by_itself(
+    change: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small logits have the loss of random tokens, whatever is done to them."""
+    model = of_kind("llama")
+    plain = type(model).forward
+
+    def own(self: Any, *arguments: Any, labels: Any = None, **options: Any) -> Any:
+        result = plain(self, *arguments, **options)
+        result.logits = change(result.logits)
+        if labels is not None:
+            result.loss = self.loss_function(logits=result.logits, labels=labels, vocab_size=self.config.vocab_size)
+        return result
+
+    monkeypatch.setattr(type(model), "forward", own)
+    assert not prove(model).learnt_head
+
+
 def test_a_head_that_is_trained_is_not_short_cut() -> None:
     model = of_kind("llama")
     assert prove(model).learnt_head
