@@ -242,7 +242,7 @@ def prove(model: Any) -> Exact:
         ours = _tried(lambda: summed_nll(model, batch)) if has_plain_head(model) else None
         # Random tokens have much the same loss whatever is done to small logits; the logits themselves have not.
         logits = None if ours is None or alone is None else _logits(model, alone)
-        scored = logits is not None and _agree(logits, whole.logits[0].float(), within=0.01)
+        scored = logits is not None and _agree(logits, whole.logits[0].float(), within=0.02)
     if packs:
         model.set_attn_implementation(DOCUMENT_ATTENTION)
     model.train(training)
