@@ -7,6 +7,7 @@ differs. A trainer is then run by its own `train()`, loop, callbacks and logging
 import random
 import time
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def make_model(bed: Bed) -> Path:
     tokenizer = make_tiny_tokenizer(preset, WORDS, vocabulary=16_384)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     with torch.device(bed.device.device):
-        config = AutoConfig.for_model(**(dict(preset.config) | ids))
+        config = AutoConfig.for_model(**(deepcopy(preset.config) | ids))
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     generator = torch.Generator(bed.device.device).manual_seed(0)
     for parameter in model.parameters():
