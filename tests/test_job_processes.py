@@ -442,7 +442,8 @@ def test_without_a_volume_a_drained_nodes_run_goes_on_from_the_registry(
 
 def test_without_a_volume_a_lost_nodes_run_goes_on_from_the_last_checkpoint_that_the_registry_has(make: Make) -> None:
     """Longer than anybody would wait: neither pod is to end by itself."""
-    cluster = make(tag="lost", steps=100_000, registry_checkpoints=True, settings={"save_steps": 50, "logging_steps": 50})
+    often = {"save_steps": 50, "logging_steps": 50}
+    cluster = make(tag="lost", steps=100_000, registry_checkpoints=True, settings=often)
     first = cluster.start()
     first.wait_for_log("pusher", r"checkpoint-\d+ is in the registry")
     first.terminate(grace_s=0, disruption=True)
