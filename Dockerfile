@@ -51,8 +51,8 @@ LABEL org.opencontainers.image.title="tuner control" \
       org.opencontainers.image.source="${SOURCE}"
 
 FROM base AS run
-# Triton compiles a small C module when a kernel of Liger or torch.compile first runs. torch and bitsandbytes bring their
-# kernels compiled: with EXTRAS=train,track and COMPILER= there is no compiler in the image.
+# Triton compiles a small C module when a kernel of Liger, of ours or torch.compile first runs. torch and bitsandbytes
+# bring their kernels compiled: with EXTRAS=train,track and COMPILER= there is no compiler in the image.
 ARG COMPILER="gcc libc6-dev"
 RUN [ -z "${COMPILER}" ] || { \
         apt-get update -qq && \

@@ -32,9 +32,10 @@ make_environment() {
     .venv/bin/python -m pip install --quiet --disable-pip-version-check \
         --constraint scripts/constraints.txt --editable ".[$extras]"
     if [[ ",$extras," == *,test,* ]]; then
-        # Liger's patch is tested without a GPU, and our own kernels in Triton's interpreter.
+        # Liger's patch is tested without a GPU, and our own kernels in Triton's interpreter. Its version is no constraint:
+        # elsewhere each torch brings the one that it was built with.
         .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
-            "$(grep '^liger-kernel==' scripts/constraints.txt)" "$(grep '^triton==' scripts/constraints.txt)"
+            "$(grep '^liger-kernel==' scripts/constraints.txt)" triton==3.6.0
     fi
     echo "$state" >.venv/installed-"$extras"
 }
