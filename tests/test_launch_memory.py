@@ -83,8 +83,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "faulty",
     [
         "(1,)",  # the very first: nothing of the other process may be left waiting for a second beginning
-        "(2,)",  # gradients of a part of the step are there already
-        "(1, 4)",  # again at the smaller size: activations are recomputed
+        pytest.param("(2,)", marks=pytest.mark.long),  # gradients of a part of the step are there already
+        pytest.param("(1, 4)", marks=pytest.mark.long),  # again at the smaller size: activations are recomputed
     ],
 )
 def test_one_process_out_of_memory_gives_the_losses_of_an_undisturbed_run(
