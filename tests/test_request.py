@@ -430,6 +430,13 @@ def test_a_misspelt_annotation_of_ours_is_refused(build: Build) -> None:
     assert build(annotations=known).spec.require == ("eval_loss < 3",)
 
 
+def test_a_place_that_keeps_no_checkpoints_is_refused(build: Build) -> None:
+    with pytest.raises(ConfigError, match=r"metadata\.annotations\[tuner/checkpoints\]: 'disk' keeps no") as caught:
+        build(annotations={"tuner/checkpoints": "disk"})
+    assert caught.value.hint == "registry, or leave it out"
+    build(annotations={"tuner/checkpoints": "registry"})
+
+
 @pytest.mark.parametrize("smoke", [False, True])
 def test_an_image_without_a_registry_is_refused_as_docker_hubs_own(build: Build, smoke: bool) -> None:
     with pytest.raises(

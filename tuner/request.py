@@ -246,7 +246,7 @@ def _attempt(errors: list[TunerError], step: Callable[P, T], *args: P.args, **kw
 
 
 def _check_annotations(file: WorkspaceFile) -> None:
-    """A misspelt gate would let every adapter pass."""
+    """A misspelt gate would let every adapter pass, and a place that keeps no checkpoints lose a run."""
     problems = [
         Problem(
             "unknown annotation",
@@ -256,6 +256,10 @@ def _check_annotations(file: WorkspaceFile) -> None:
         for name in file.workspace.metadata.annotations
         if name.startswith("tuner/") and name not in _ANNOTATIONS
     ]
+    if file.workspace.metadata.annotations.get(CHECKPOINTS_ANNOTATION, IN_REGISTRY) != IN_REGISTRY:
+        path = f"metadata.annotations[{CHECKPOINTS_ANNOTATION}]"
+        written = file.workspace.metadata.annotations[CHECKPOINTS_ANNOTATION]
+        problems.append(Problem(f"{written!r} keeps no checkpoints", path=path, hint=f"{IN_REGISTRY}, or leave it out"))
     if problems:
         raise ConfigError.of(problems)
 
@@ -1024,11 +1028,5 @@ def _notes(tuning: Tuning, training: TrainingConfig, request: Request, work_dir:
 
 
 def annotated_checkpoints(workspace: Workspace) -> bool:
-    """Whether the Workspace has the registry keep the newest checkpoint. Raises ConfigError for another place."""
-    written = workspace.metadata.annotations.get(CHECKPOINTS_ANNOTATION)
-    if written not in (None, IN_REGISTRY):
-        path = f"metadata.annotations[{CHECKPOINTS_ANNOTATION}]"
-        raise ConfigError.of(
-            [Problem(f"{written!r} keeps no checkpoints", path=path, hint=f"{IN_REGISTRY}, or leave it out")]
-        )
-    return written is not None
+    """Whether the Workspace has the registry keep the newest checkpoint."""
+    return CHECKPOINTS_ANNOTATION in workspace.metadata.annotations
