@@ -726,9 +726,9 @@ def test_a_conflict_is_read_again_and_ends_nothing(cluster: FakeKubernetes, api:
     lost: list[str] = []
     leader = leadership(api, "one", lost)
     assert leader.wait(threading.Event())
-    renewed = cluster.object("leases", "lease", "tuner-system")["spec"]["renewTime"]  # type: ignore[index]
+    renewed = cluster.object("leases", "lease", "tuner-system")["spec"]["renewTime"]
     cluster.fail("PUT", "leases", status=409, reason="Conflict", times=conflicts)
-    until(lambda: cluster.object("leases", "lease", "tuner-system")["spec"]["renewTime"] > renewed)  # type: ignore[index]
+    until(lambda: cluster.object("leases", "lease", "tuner-system")["spec"]["renewTime"] > renewed)
     assert (lost, leader.is_ours) == ([], True)
     leader.release()
 

@@ -162,7 +162,7 @@ def by_hand(tried: Trial, preset: str, steps: int, documents: int, rate: float) 
         tensors = [{name: torch.from_numpy(ids).long()[None] for name, ids in rows[row].items()} for row in batch]
         learnt = [int((document["labels"][:, 1:] != -100).sum()) for document in tensors]
         losses = [model(**document).loss * count / sum(learnt) for document, count in zip(tensors, learnt, strict=True)]
-        sum(losses).backward()  # type: ignore[union-attr]
+        sum(losses).backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         figures.append([sum(loss.item() for loss in losses), norm.item(), scheduler.get_last_lr()[0]])
         optimizer.step()

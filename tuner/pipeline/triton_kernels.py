@@ -12,8 +12,8 @@ _HEADS = 16
 _TILE = 64, 256  # rows and columns that one program adds to: the fastest of seven on an H200
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _swiglu_kernel(gate_up, hidden, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _swiglu_kernel(gate_up, hidden, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -30,8 +30,8 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     return hidden
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _swiglu_backward_kernel(  # type: ignore[no-untyped-def]
+@triton.jit
+def _swiglu_backward_kernel(
     gate_up,
     by_hidden,
     by_gate_up,
@@ -65,8 +65,8 @@ def swiglu_backward(gate_up: torch.Tensor, by_hidden: torch.Tensor) -> tuple[tor
     return by_gate_up, hidden
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _rotate_kernel(  # type: ignore[no-untyped-def]
+@triton.jit
+def _rotate_kernel(
     source,
     source_token,
     source_head,
@@ -129,8 +129,8 @@ def rotate(
         target[..., 2 * half :].copy_(source[..., 2 * half :])
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _add_low_rank_kernel(  # type: ignore[no-untyped-def]
+@triton.jit
+def _add_low_rank_kernel(
     total,
     left,
     right,
