@@ -37,11 +37,11 @@ TUNER = """
     from tuner.pipeline.fetch import fetch
     from tuner.presets import Preset
     from tuner.runspec import Network, RunSpec, Secrets, Silent, SmokeModel, UrlSource
-    from tuner.training_config import TrainingConfig
+    from tuner.training_settings import TrainingConfig
     from tuner.urls import source_name
     spec = RunSpec(
         name="benchmark", method="qlora", preset=Preset(name="tiny", model_id="org/tiny"), preset_as_written="tiny",
-        base_model=SmokeModel(), training=TrainingConfig(method="qlora", settings={}),
+        base_model=SmokeModel(), training=TrainingConfig.of("qlora", {}),
         sources=tuple(UrlSource(name=source_name(i, url), url=url) for i, url in enumerate(sys.argv[2:])),
         destination={"kind": "directory", "path": "/nowhere"}, network=Network(allow_cidrs=("127.0.0.0/8",)),
     )

@@ -24,24 +24,11 @@ from tuner.pipeline.dataset import (
     read_rows,
     split_rows,
 )
-from tuner.training_config import DatasetSettings
+from tuner.training_settings import DatasetSettings
 
 
 def settings(**changes: Any) -> DatasetSettings:
-    values = {
-        "shuffle": True,
-        "shuffle_seed": 42,
-        "train_fraction": None,
-        "messages_column": None,
-        "context_column": None,
-        "response_column": None,
-        "dataset_path": None,
-        "dataset_extension": None,
-        "bad_row_share": 0.1,
-        "over_length": "drop",
-        "max_length": None,
-    }
-    return DatasetSettings(**{**values, **changes})
+    return DatasetSettings(**changes)
 
 
 def origins(rows: list[Any]) -> list[Origin]:

@@ -500,13 +500,13 @@ CHILD = """
     from tuner.pipeline.web import Transfer
     from tuner.presets import Preset
     from tuner.runspec import Network, RunSpec, Secrets, Silent, SmokeModel, UrlSource
-    from tuner.training_config import TrainingConfig
+    from tuner.training_settings import TrainingConfig
     work_dir, limit, *urls = sys.argv[1:]
     if int(limit):
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
     spec = RunSpec(
         name="test", method="qlora", preset=Preset(name="tiny", model_id="org/tiny"), preset_as_written="tiny",
-        base_model=SmokeModel(), training=TrainingConfig(method="qlora", settings={}),
+        base_model=SmokeModel(), training=TrainingConfig.of("qlora", {}),
         sources=tuple(UrlSource(name=f"{i:04d}-t.jsonl", url=url) for i, url in enumerate(urls)),
         destination={"kind": "directory", "path": "/tmp/out"}, network=Network(allow_cidrs=("127.0.0.0/8",)),
     )

@@ -57,7 +57,7 @@ from tuner.runspec import (
     UrlSource,
     VolumeSource,
 )
-from tuner.training_config import TrainingConfig
+from tuner.training_settings import TrainingConfig
 from tuner.urls import source_name, split_url
 
 LOOPBACK = Network(allow_cidrs=("127.0.0.0/8",))
@@ -94,7 +94,7 @@ def a_spec(
         preset=Preset(name="tiny", model_id="org/tiny"),
         preset_as_written="tiny",
         base_model=base_model or SmokeModel(),
-        training=TrainingConfig(method="qlora", settings={}),
+        training=TrainingConfig.of("qlora", {}),
         sources=sources or (VolumeSource(path="/nowhere"),),
         destination={"kind": "directory", "path": "/tmp/out"},
         network=network,

@@ -9,7 +9,8 @@ from tiny import tiny_base
 
 from tuner.errors import ConfigError
 from tuner.presets import find_preset
-from tuner.training_config import ConfigSource, TrainingConfig, resolve_training_config
+from tuner.training_config import ConfigSource, resolve_training_config
+from tuner.training_settings import TrainingConfig
 
 pytestmark = pytest.mark.train
 

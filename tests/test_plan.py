@@ -70,7 +70,7 @@ def test_every_preset_has_an_answer_on_every_instance_type(model: str) -> None:
 )
 def test_evaluations_are_counted(settings: tuple[str, ...], times: int) -> None:
     training = resolve_training_config(method="qlora", preset=find_preset("phi-4"), overrides=settings)
-    assert count_evaluations(training.section("TrainingArguments"), 3200) == times
+    assert count_evaluations(training.arguments, 3200) == times
 
 
 def test_what_evaluations_cost_is_a_share_of_training() -> None:

@@ -299,10 +299,10 @@ def test_config_flag_wins_over_the_config_map_and_set_over_both(build: Build, tm
     in_file = build(written, tuning={"config": "config"})
     flag = build(written, tuning={"config": "config"}, config=path)
     typed = build(written, tuning={"config": "config"}, config=path, overrides=("LoraConfig.r=2",))
-    assert in_file.spec.training.value("LoraConfig", "r") == 8
-    assert flag.spec.training.value("LoraConfig", "r") == 4
-    assert flag.spec.training.value("LoraConfig", "lora_alpha") == 32  # the flag's file stands for all of it
-    assert typed.spec.training.value("LoraConfig", "r") == 2
+    assert in_file.spec.training.lora.r == 8
+    assert flag.spec.training.lora.r == 4
+    assert flag.spec.training.lora.lora_alpha == 32  # the flag's file stands for all of it
+    assert typed.spec.training.lora.r == 2
 
 
 def test_a_config_map_that_is_not_there_is_told_which_are(build: Build) -> None:
@@ -330,7 +330,7 @@ def test_a_chat_template_is_a_text_or_a_path_beside_the_config(
         (tmp_path / place).parent.mkdir(exist_ok=True)
         (tmp_path / place).write_text(text)
     run = build(config_map({"ModelConfig": {"chat_template": written}}), tuning={"config": "config"})
-    assert run.spec.training.value("ModelConfig", "chat_template") == text
+    assert run.spec.training.model.chat_template == text
 
 
 def test_a_typed_chat_template_path_is_relative_to_where_it_was_typed(build: Build, tmp_path: Path) -> None:
@@ -338,14 +338,11 @@ def test_a_typed_chat_template_path_is_relative_to_where_it_was_typed(build: Bui
     (tmp_path / "configs/c.yaml").write_text("training_config: {}")
     (tmp_path / "t.jinja").write_text("{{ here }}")
     run = build(config=tmp_path / "configs/c.yaml", overrides=("ModelConfig.chat_template=t.jinja",))
-    assert run.spec.training.value("ModelConfig", "chat_template") == "{{ here }}"
+    assert run.spec.training.model.chat_template == "{{ here }}"
 
 
 def test_gpus_share_the_sixteen_documents_of_a_step(build: Build) -> None:
-    steps = [
-        build(world_size=gpus).spec.training.value("TrainingArguments", "gradient_accumulation_steps")
-        for gpus in (1, 2, 8)
-    ]
+    steps = [build(world_size=gpus).spec.training.arguments.gradient_accumulation_steps for gpus in (1, 2, 8)]
     assert steps == [16, 8, 2]
 
 
@@ -419,7 +416,7 @@ def test_what_the_runs_length_does_not_decide_is_a_gate(build: Build) -> None:
 def test_a_rank_beyond_the_models_width_is_refused(build: Build) -> None:
     with pytest.raises(ConfigError, match=r"LoraConfig\.r \(--set\): 3,073 is more than the model is wide, 3,072"):
         build(overrides=("LoraConfig.r=3073",))
-    assert build(overrides=("LoraConfig.r=3072",)).spec.training.value("LoraConfig", "r") == 3072
+    assert build(overrides=("LoraConfig.r=3072",)).spec.training.lora.r == 3072
 
 
 def test_a_misspelt_annotation_of_ours_is_refused(build: Build) -> None:
@@ -627,8 +624,8 @@ def test_a_smoke_run_is_short_unless_another_length_was_typed(build: Build) -> N
     written = config_map({"TrainingArguments": {"max_steps": 900}})
     short = build(written, tuning={"config": "config"}, smoke=True).spec.training
     typed = build(smoke=True, overrides=("TrainingArguments.max_steps=2",)).spec.training
-    steps = [training.settings["TrainingArguments"]["max_steps"] for training in (short, typed)]
-    assert [(setting.value, setting.origin) for setting in steps] == [(4, "--smoke"), (2, "--set")]
+    steps = [(each.arguments.max_steps, each.origin("TrainingArguments.max_steps")) for each in (short, typed)]
+    assert steps == [(4, "--smoke"), (2, "--set")]
 
 
 def test_a_smoke_run_of_a_model_nobody_knows_is_refused(build: Build) -> None:
@@ -734,7 +731,7 @@ def test_where_a_setting_is_written_does_not_count(build: Build, tmp_path: Path)
         build(overrides=("LoraConfig.r=8",)),
     ]
     assert len({run.spec.digest for run in runs}) == 1
-    assert len({run.spec.training.settings["LoraConfig"]["r"].origin for run in runs}) == 3
+    assert len({run.spec.training.origin("LoraConfig.r") for run in runs}) == 3
 
 
 # ── private sources ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -868,7 +865,7 @@ def test_a_config_map_cannot_name_a_file_of_whoever_renders(build: Build, tmp_pa
     with pytest.raises(ConfigError, match="names a file, which is not in the pod"):
         build(named, place="pod", tuning={**TO_IMAGE, "config": "config"})
     typed = build(place="pod", tuning=TO_IMAGE, overrides=("ModelConfig.chat_template=template.jinja",))
-    assert typed.spec.training.value("ModelConfig", "chat_template") == "{{ messages }}"
+    assert typed.spec.training.model.chat_template == "{{ messages }}"
 
 
 def test_a_push_without_a_secret_must_be_meant(build: Build) -> None:

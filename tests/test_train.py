@@ -453,8 +453,8 @@ def test_evaluations_are_as_many_as_their_cost_was_reckoned_with(tmp_path: Path,
     tried = trial(tmp_path, arguments(**written))
     tried.train()
     evaluations = [entry for entry in tried.metrics() if "eval_loss" in entry]
-    section = tried.job.spec.training.section("TrainingArguments")
-    assert len(evaluations) == count_evaluations(section, tried.prepared.train.rows)
+    asked = tried.job.spec.training.arguments
+    assert len(evaluations) == count_evaluations(asked, tried.prepared.train.rows)
 
 
 def overshooting(**written: Any) -> dict[str, dict[str, Any]]:

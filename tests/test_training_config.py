@@ -20,11 +20,11 @@ from tuner.training_config import (
     RENAMED,
     SECTIONS,
     ConfigSource,
-    TrainingConfig,
     resolve_target_modules,
     resolve_training_config,
 )
 from tuner.training_fields import TYPES
+from tuner.training_settings import DEFAULT_WARMUP_SHARE, TrainingConfig
 
 PHI3 = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -47,6 +47,12 @@ def resolve(sections: str | None = None, *overrides: str, **options: Any) -> Tra
     if sections is not None:
         source = ConfigSource("training_config:\n" + indent(dedent(sections).lstrip("\n"), "  "), "config.yaml")
     return resolve_training_config(config_map=source, overrides=overrides, **arguments)
+
+
+def setting(config: TrainingConfig, path: str) -> Any:
+    """The value of "Section.key"; None where it is not there."""
+    section, _, key = path.partition(".")
+    return config.sections()[section].get(key)
 
 
 def problems(sections: str | None, *overrides: str, **options: Any) -> list[str]:
@@ -78,55 +84,49 @@ KAITO_TEMPLATE = """
 
 def test_unwritten_values_are_the_defaults_of_the_design() -> None:
     config = resolve()
-    assert config.section("LoraConfig") == {
+    assert config.lora.keywords() == {
         "r": 16,
         "lora_alpha": 32,
         "lora_dropout": 0.0,
         "target_modules": "all-linear",
     }
-    assert config.section("TrainingArguments") == {
-        "output_dir": "/mnt/results",
+    assert config.arguments.keywords() == {
         "num_train_epochs": 3.0,
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": 16,
         "learning_rate": 2e-4,
         "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.03,
         "optim": "adamw_torch_fused",
-        "max_length": None,
         "seed": 42,
         "eval_strategy": "steps",
-        "eval_steps": None,
         "load_best_model_at_end": True,
-        "early_stopping_patience": None,
         "early_stopping_threshold": 0.0,
         "watchdog": True,
     }
-    assert config.section("QuantizationConfig") == {
+    assert config.quantization.keywords() == {
         "load_in_4bit": True,
         "load_in_8bit": False,
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": "bfloat16",
     }
     assert (config.dataset.shuffle, config.dataset.shuffle_seed, config.dataset.over_length) == (True, 42, "drop")
 
 
 def test_kaitos_template_wins_key_by_key_over_our_defaults() -> None:
     config = resolve(KAITO_TEMPLATE)
-    assert config.section("LoraConfig") == {
+    assert config.lora.keywords() == {
         "r": 8,
         "lora_alpha": 8,
         "lora_dropout": 0.0,
         "target_modules": "all-linear",
     }
-    assert config.value("TrainingArguments", "save_strategy") == "no"
-    assert config.value("TrainingArguments", "learning_rate") == 2e-4
+    assert setting(config, "TrainingArguments.save_strategy") == "no"
+    assert setting(config, "TrainingArguments.learning_rate") == 2e-4
 
 
 def test_writing_alpha_leaves_our_r() -> None:
     config = resolve("LoraConfig: {lora_alpha: 8}")
-    assert (config.value("LoraConfig", "r"), config.value("LoraConfig", "lora_alpha")) == (16, 8)
+    assert (setting(config, "LoraConfig.r"), setting(config, "LoraConfig.lora_alpha")) == (16, 8)
 
 
 @pytest.mark.parametrize(
@@ -134,31 +134,31 @@ def test_writing_alpha_leaves_our_r() -> None:
 )
 def test_sixteen_documents_per_optimizer_step_unless_written(written: str, world_size: int, steps: int) -> None:
     config = resolve(f"TrainingArguments: {{per_device_train_batch_size: {written}}}", world_size=world_size)
-    assert config.value("TrainingArguments", "gradient_accumulation_steps") == steps
+    assert setting(config, "TrainingArguments.gradient_accumulation_steps") == steps
 
 
 def test_written_accumulation_stays() -> None:
     config = resolve("TrainingArguments: {gradient_accumulation_steps: 1}")
-    assert config.value("TrainingArguments", "gradient_accumulation_steps") == 1
+    assert setting(config, "TrainingArguments.gradient_accumulation_steps") == 1
 
 
 def test_every_value_knows_where_it_comes_from() -> None:
     config = resolve("LoraConfig:\n  r: 8\n  lora_alpha: 8\n", "LoraConfig.r=4")
-    origins = {path: (value, origin) for path, value, origin in config.origins()}
+    origins = {path: (value, origin) for path, value, origin in config.explained()}
     assert origins["LoraConfig.r"] == (4, "--set")
     assert origins["LoraConfig.lora_alpha"] == (8, "config.yaml:4")
     assert origins["LoraConfig.lora_dropout"] == (0.0, "default")
     assert origins["ModelConfig.revision"] == (Model().revision, "preset")
-    assert config.is_written("LoraConfig", "r")
-    assert not config.is_written("LoraConfig", "lora_dropout")
-    assert not config.is_written("LoraConfig", "use_dora")
+    assert "LoraConfig.r" in config.origins
+    assert "LoraConfig.lora_dropout" not in config.origins
+    assert "LoraConfig.use_dora" not in config.origins
 
 
 def test_line_numbers_are_those_of_the_file_the_text_stands_in() -> None:
     text = "training_config:\n  LoraConfig:\n    target_modules:\n      - qkv_proj\n"
     source = ConfigSource(text, "quickstart.yaml", first_line=39)
     config = resolve_training_config(method="qlora", preset=Model(), config_map=source)
-    assert config.settings["LoraConfig"]["target_modules"].origin == "quickstart.yaml:41"
+    assert config.origin("LoraConfig.target_modules") == "quickstart.yaml:41"
 
 
 def test_config_survives_json() -> None:
@@ -197,13 +197,12 @@ def test_dataset_settings_are_read_where_they_stand() -> None:
           dataset_path: data/train.parquet
           over_length: truncate
           bad_row_share: 0
-        TrainingArguments: {max_length: 512}
         """
     ).dataset
     assert (dataset.shuffle, dataset.shuffle_seed) == (False, 7)
     assert (dataset.context_column, dataset.response_column, dataset.messages_column) == ("question", "answer", None)
     assert (dataset.dataset_extension, dataset.dataset_path) == ("parquet", "data/train.parquet")
-    assert (dataset.over_length, dataset.max_length, dataset.bad_row_share) == ("truncate", 512, 0.0)
+    assert (dataset.over_length, dataset.bad_row_share) == ("truncate", 0.0)
 
 
 # ── LoRA's modules ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -233,25 +232,25 @@ def test_fused_names_adapt_the_split_layers_of_llama() -> None:
 
 @pytest.mark.parametrize("modules", [PHI3, LLAMA])
 def test_kaito_fault_2_without_target_modules_every_linear_layer_is_adapted(modules: tuple[str, ...]) -> None:
-    requested = resolve(None, preset=Model(linear_modules=modules)).value("LoraConfig", "target_modules")
+    requested = resolve(None, preset=Model(linear_modules=modules)).lora.target_modules
     assert resolve_target_modules(requested, modules).modules == modules
 
 
 @pytest.mark.parametrize("written", ["all-linear", '"all-linear"', "[all-linear]"])
 def test_kaito_fault_3_all_linear_stays_a_word(written: str) -> None:
     config = resolve(f"LoraConfig: {{target_modules: {written}}}")
-    assert config.value("LoraConfig", "target_modules") == "all-linear"
+    assert setting(config, "LoraConfig.target_modules") == "all-linear"
 
 
 @pytest.mark.parametrize("written", ["[qkv_proj, o_proj]", '"qkv_proj, o_proj"', '"qkv_proj,o_proj"'])
 def test_target_modules_are_a_list_or_words_with_commas(written: str) -> None:
     config = resolve(f"LoraConfig: {{target_modules: {written}}}")
-    assert config.value("LoraConfig", "target_modules") == ["qkv_proj", "o_proj"]
+    assert setting(config, "LoraConfig.target_modules") == ["qkv_proj", "o_proj"]
 
 
 def test_target_modules_may_be_a_regular_expression() -> None:
     config = resolve('LoraConfig: {target_modules: "(qkv|o)_proj"}')
-    requested = config.value("LoraConfig", "target_modules")
+    requested = setting(config, "LoraConfig.target_modules")
     assert resolve_target_modules(requested, PHI3).modules == ("qkv_proj", "o_proj")
 
 
@@ -263,7 +262,7 @@ def test_module_that_the_preset_has_not_is_refused_in_its_line() -> None:
 
 def test_modules_of_an_unknown_model_are_left_to_the_run() -> None:
     config = resolve("LoraConfig: {target_modules: [Wqkv]}", preset=UNKNOWN_MODEL)
-    assert config.value("LoraConfig", "target_modules") == ["Wqkv"]
+    assert setting(config, "LoraConfig.target_modules") == ["Wqkv"]
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no fault of the strategy
@@ -282,18 +281,18 @@ def test_target_modules_are_layers_of_the_model_and_account_for_every_name(
 
 def test_unwritten_quantization_keys_are_ours() -> None:
     config = resolve("QuantizationConfig: {load_in_4bit: true, bnb_4bit_quant_type: fp4}")
-    assert config.value("QuantizationConfig", "bnb_4bit_quant_type") == "fp4"
-    assert config.value("QuantizationConfig", "bnb_4bit_use_double_quant") is True
+    assert setting(config, "QuantizationConfig.bnb_4bit_quant_type") == "fp4"
+    assert setting(config, "QuantizationConfig.bnb_4bit_use_double_quant") is True
 
 
 def test_eight_bits_take_the_place_of_four() -> None:
-    section = resolve("QuantizationConfig: {load_in_8bit: true}").section("QuantizationConfig")
+    section = resolve("QuantizationConfig: {load_in_8bit: true}").quantization.keywords()
     assert section == {"load_in_4bit": False, "load_in_8bit": True}
 
 
 def test_lora_does_not_quantize() -> None:
     config = resolve("QuantizationConfig: {load_in_4bit: false, bnb_4bit_quant_type: nf4}", method="lora")
-    assert config.section("QuantizationConfig") == {"load_in_4bit": False, "load_in_8bit": False}
+    assert config.quantization.keywords() == {"load_in_4bit": False, "load_in_8bit": False}
     assert any("bnb_4bit_quant_type is ignored" in note for note in config.notes)
 
 
@@ -320,18 +319,18 @@ def test_method_and_quantization_must_agree(method: str, section: str, words: st
 @pytest.mark.parametrize("written", ["2e-4", "2E-4", '"2e-4"', "0.0002", "2.0e-4", ".0002"])
 def test_kaito_fault_17_a_number_is_a_number_however_it_is_written(written: str) -> None:
     config = resolve(f"TrainingArguments: {{learning_rate: {written}}}")
-    assert config.value("TrainingArguments", "learning_rate") == 2e-4
+    assert setting(config, "TrainingArguments.learning_rate") == 2e-4
 
 
 def test_kaito_fault_17_null_means_unset() -> None:
     config = resolve("TrainingArguments: {learning_rate: null, max_steps: null, seed: ~, data_seed: }")
-    assert config.value("TrainingArguments", "learning_rate") == 2e-4
-    assert "max_steps" not in config.section("TrainingArguments")
+    assert setting(config, "TrainingArguments.learning_rate") == 2e-4
+    assert "max_steps" not in config.arguments.keywords()
 
 
 def test_kaito_fault_17_nested_maps_arrive() -> None:
     config = resolve("TrainingArguments: {gradient_checkpointing_kwargs: {use_reentrant: false}}")
-    assert config.value("TrainingArguments", "gradient_checkpointing_kwargs") == {"use_reentrant": False}
+    assert setting(config, "TrainingArguments.gradient_checkpointing_kwargs") == {"use_reentrant": False}
 
 
 @pytest.mark.parametrize("key", ["learning_rat", "learning"])
@@ -459,23 +458,21 @@ def test_what_no_yaml_reader_takes_is_a_problem_with_its_line(value: str) -> Non
 
 @pytest.mark.parametrize("written", ["no", '"no"', "off"])
 def test_a_word_that_yaml_takes_for_false_stays_a_word(written: str) -> None:
-    found = resolve(f"TrainingArguments: {{run_name: {written}}}").value("TrainingArguments", "run_name")
+    found = resolve(f"TrainingArguments: {{run_name: {written}}}").arguments.run_name
     assert found == written.strip('"')
 
 
 @pytest.mark.parametrize("revision", ["1e5", "1e5abc", "0012", "2024-01-01", "main"])
 def test_a_revision_that_looks_like_a_number_stays_a_text(revision: str) -> None:
-    assert resolve(f"ModelConfig: {{revision: {revision}}}").value("ModelConfig", "revision") == revision
+    assert resolve(f"ModelConfig: {{revision: {revision}}}").model.revision == revision
 
 
 def test_kaito_fault_14_a_chat_template_stays_as_written() -> None:
     template = "{% for m in messages %}\n  «{{ m['content'] }}» — Ünïcode 你好 \\n\n{% endfor %}\n"
     text = yaml.safe_dump({"training_config": {"ModelConfig": {"chat_template": template}}}, allow_unicode=True)
     config = resolve_training_config(method="qlora", preset=Model(), config_map=ConfigSource(text, "config.yaml"))
-    assert config.value("ModelConfig", "chat_template") == template
-    assert (
-        TrainingConfig.model_validate_json(config.model_dump_json()).value("ModelConfig", "chat_template") == template
-    )
+    assert setting(config, "ModelConfig.chat_template") == template
+    assert TrainingConfig.model_validate_json(config.model_dump_json()).model.chat_template == template
 
 
 @pytest.mark.parametrize(
@@ -484,7 +481,7 @@ def test_kaito_fault_14_a_chat_template_stays_as_written() -> None:
 )
 def test_output_directory_is_below_mnt(written: str, directory: str) -> None:
     config = resolve(f"TrainingArguments: {{output_dir: {written}}}")
-    assert config.value("TrainingArguments", "output_dir") == directory
+    assert setting(config, "TrainingArguments.output_dir") == directory
 
 
 @pytest.mark.parametrize("written", ["/mnt", "/mnt/", "/tmp/out", "../out", "/mnt/../etc", "/mnt2/out", "."])
@@ -524,20 +521,20 @@ def test_output_directory_elsewhere_is_refused(written: str) -> None:
 )
 def test_renamed_key_is_translated_and_said(written: str, section: str, key: str, value: object) -> None:
     config = resolve(written)
-    assert config.value(section, key) == value
-    assert config.is_written(section, key)
+    assert setting(config, f"{section}.{key}") == value
+    assert f"{section}.{key}" in config.origins
     (note,) = config.notes
     assert f"is now {section}.{key}" in note
 
 
 @pytest.mark.parametrize("written", ["{group_by_length: false}", "{adafactor: false}", "{dataset_text_field: text}"])
 def test_old_key_at_its_default_changes_nothing(written: str) -> None:
-    assert resolve(f"TrainingArguments: {written}").settings == resolve().settings
+    assert resolve(f"TrainingArguments: {written}").sections() == resolve().sections()
 
 
 @pytest.mark.parametrize("written", ["auto", "torch.auto"])
 def test_dtype_auto_is_left_to_the_gpu(written: str) -> None:
-    assert not resolve(f"ModelConfig: {{torch_dtype: {written}}}").is_written("ModelConfig", "dtype")
+    assert resolve(f"ModelConfig: {{torch_dtype: {written}}}").model.dtype is None
 
 
 @pytest.mark.parametrize(("share", "said"), [(0.2, True), (0.5, False), (0.95, False), (1, False)])
@@ -560,14 +557,14 @@ def test_a_key_under_its_old_and_its_new_name_is_refused() -> None:
 def test_ignored_key_is_said_and_changes_nothing(path: str) -> None:
     section, _, key = path.partition(".")
     config = resolve(f"{section}: {{{key}: true}}")
-    assert config.settings == resolve().settings
+    assert config.sections() == resolve().sections()
     (note,) = config.notes
     assert note.startswith(f"{path} is ignored: ")
 
 
 def test_data_collator_is_said_to_be_ours() -> None:
     config = resolve("DataCollator: {mlm: true}")
-    assert config.section("DataCollator") == {}
+    assert "DataCollator" not in config.sections()
     assert config.notes == (
         "DataCollator.mlm is ignored: the assistant's tokens and the end of its turn are learnt, nothing else",
     )
@@ -580,7 +577,7 @@ def test_key_that_would_change_the_run_unseen_is_refused_with_the_way_to_write_i
         resolve(f"{section}: {{{key}: s3cret-value}}")
     assert caught.value.hint
     assert "s3cret-value" not in str(caught.value)
-    assert resolve(f"{section}: {{{key}: false}}").settings == resolve().settings
+    assert resolve(f"{section}: {{{key}: false}}").sections() == resolve().sections()
 
 
 # ── the file as a whole ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -644,11 +641,11 @@ def test_key_written_twice_is_refused() -> None:
 
 def test_merged_maps_are_read_and_the_own_key_wins() -> None:
     config = resolve("LoraConfig:\n  <<: {r: 8, lora_alpha: 4}\n  lora_alpha: 2\n")
-    assert (config.value("LoraConfig", "r"), config.value("LoraConfig", "lora_alpha")) == (8, 2)
+    assert (setting(config, "LoraConfig.r"), setting(config, "LoraConfig.lora_alpha")) == (8, 2)
 
 
 def test_empty_sections_are_allowed() -> None:
-    assert resolve("DataCollator:\nLoraConfig: {}\n").settings == resolve().settings
+    assert resolve("DataCollator:\nLoraConfig: {}\n").sections() == resolve().sections()
 
 
 # ── --set ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -667,14 +664,14 @@ def test_empty_sections_are_allowed() -> None:
 )
 def test_what_is_typed_wins_over_the_file(typed: str, section: str, key: str, value: object) -> None:
     config = resolve("LoraConfig: {r: 8}\nTrainingArguments: {max_length: 10}", typed)
-    assert config.value(section, key) == value
-    assert config.settings[section][key].origin == "--set"
+    assert setting(config, f"{section}.{key}") == value
+    assert config.origin(f"{section}.{key}") == "--set"
 
 
 @pytest.mark.parametrize("typed", ["LoraConfig.r=", "LoraConfig.r=null"])
 def test_a_typed_null_takes_back_what_the_file_says(typed: str) -> None:
     config = resolve("LoraConfig: {r: 8}", typed)
-    assert (config.value("LoraConfig", "r"), config.is_written("LoraConfig", "r")) == (16, False)
+    assert (setting(config, "LoraConfig.r"), ("LoraConfig.r" in config.origins)) == (16, False)
 
 
 @pytest.mark.parametrize("typed", ["r=32", "LoraConfig=3", "LoraConfig.r", "Lora.r=3", "LoraConfig.r=[", ""])
@@ -722,9 +719,9 @@ def test_the_installed_classes_take_our_defaults(tmp_path: Path) -> None:
     from trl import SFTConfig
 
     config = resolve(KAITO_TEMPLATE)
-    LoraConfig(**config.section("LoraConfig"))
-    BitsAndBytesConfig(**config.section("QuantizationConfig"))
+    LoraConfig(**config.lora.keywords())
+    BitsAndBytesConfig(**config.quantization.keywords())
     ours = {*OWN_TYPES["TrainingArguments"], "load_best_model_at_end"}  # what the Trainer is not asked for
-    theirs = {key: value for key, value in config.section("TrainingArguments").items() if key not in ours}
-    arguments = SFTConfig(**theirs | {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False})
-    assert arguments.get_warmup_steps(1000) == 30
+    theirs = {key: value for key, value in config.arguments.keywords().items() if key not in ours}
+    of_the_run = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "warmup_steps": DEFAULT_WARMUP_SHARE}
+    assert SFTConfig(**theirs | of_the_run).get_warmup_steps(1000) == 30

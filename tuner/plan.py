@@ -4,7 +4,7 @@ Needs no GPU, no torch and no download. All in a Plan but parameters, weights an
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations, product
@@ -29,7 +29,8 @@ from tuner.memory import (
 )
 from tuner.presets import Preset
 from tuner.runspec import Prepared, Split
-from tuner.training_config import TrainingConfig, resolve_target_modules
+from tuner.training_config import resolve_target_modules
+from tuner.training_settings import TrainingConfig, TrainingSettings
 
 Verdict = Literal["fits", "does not fit", "cannot run"]
 
@@ -154,18 +155,16 @@ def make_plan(
     shape = read_shape(preset.name, preset.config)
     setup = read_setup(preset, training, shape, machine.gpus)
     workload = _workload(preset, training, prepared)
-    ask = _Ask(setup, workload.longest, _written_checkpointing(training))
+    ask = _Ask(setup, workload.longest, training.arguments.gradient_checkpointing)
     fitting = _fits(shape, ask, machine.gpu.memory_bytes)
     verdict: Verdict = "cannot run" if machine.gpu.problem else "fits" if fitting else "does not fit"
     estimate = fitting or _smallest(shape, ask)
     trained = adapter_parameters(shape, setup)
 
-    arguments = training.section("TrainingArguments")
+    arguments = training.arguments
     documents = documents_per_step(arguments, machine.gpus)
-    epochs = float(arguments["num_train_epochs"])
     steps = count_steps(arguments, workload.rows, machine.gpus)
-    if arguments.get("max_steps", -1) > 0:
-        epochs = steps * documents / workload.rows
+    epochs = steps * documents / workload.rows if arguments.max_steps else arguments.num_train_epochs
     tokens = round(epochs * workload.tokens)
     flops = tokens * flops_per_token(
         shape,
@@ -205,38 +204,29 @@ def make_plan(
 
 def read_setup(preset: Preset, training: TrainingConfig, shape: Shape, gpus: int) -> Setup:
     """What of the configuration memory depends on."""
-    quantization, lora = training.section("QuantizationConfig"), training.section("LoraConfig")
+    lora = training.lora
     linear_modules = tuple(linear.name for linear in shape.linears)
-    targets = resolve_target_modules(lora["target_modules"], linear_modules)
+    targets = resolve_target_modules(lora.target_modules, linear_modules)
     if targets.unmatched:
         raise ConfigError(
             f"LoraConfig.target_modules: no {', '.join(targets.unmatched)} in {preset.name}; "
             f"its linear layers are {', '.join(linear_modules)}"
         )
-    in_fp32 = training.is_written("ModelConfig", "dtype") and training.value("ModelConfig", "dtype") == "float32"
-    compute_bytes = 4 if in_fp32 else 2
-    bits = 4 if quantization["load_in_4bit"] else 8 if quantization["load_in_8bit"] else 8 * compute_bytes
-    layers = lora.get("layers_to_transform")
-    whole = lora.get("modules_to_save") or ()
+    compute_bytes = 4 if training.model.dtype == "float32" else 2
+    bits = training.quantization.bits
+    layers = lora.layers_to_transform
     return Setup(
-        weight_bits=bits,
-        double_quant=bits == 4 and bool(quantization.get("bnb_4bit_use_double_quant")),
+        weight_bits=8 * compute_bytes if bits == 16 else bits,
+        double_quant=bits == 4 and bool(training.quantization.bnb_4bit_use_double_quant),
         compute_bytes=compute_bytes,
-        rank=lora["r"],
+        rank=lora.r,
         modules=targets.modules,
-        adapted_layers=shape.layers if layers is None else len(layers) if isinstance(layers, list) else 1,
-        whole_modules=(whole,) if isinstance(whole, str) else tuple(whole),
-        optimizer=training.value("TrainingArguments", "optim"),
-        has_dropout=lora["lora_dropout"] > 0,
+        adapted_layers=shape.layers if layers is None else len(layers) if isinstance(layers, tuple) else 1,
+        whole_modules=lora.modules_to_save or (),
+        optimizer=training.arguments.optim,
+        has_dropout=lora.lora_dropout > 0,
         gpus=gpus,
     )
-
-
-def _written_checkpointing(training: TrainingConfig) -> bool | None:
-    """What the user wrote, under either of its names."""
-    arguments = training.section("TrainingArguments")
-    written: bool | None = arguments.get("gradient_checkpointing", arguments.get("activation_checkpointing"))
-    return written
 
 
 def _workload(preset: Preset, training: TrainingConfig, prepared: Prepared | None) -> Workload:
@@ -245,33 +235,32 @@ def _workload(preset: Preset, training: TrainingConfig, prepared: Prepared | Non
         longest = max(train.longest, prepared.evaluation.longest if prepared.evaluation else 0)
         return Workload(train.rows, train.tokens, train.supervised_tokens, longest, is_known=True)
     context = preset.context_length or MAX_LENGTH
-    longest = min(training.dataset.max_length or MAX_LENGTH, context)
+    longest = min(training.arguments.max_length or MAX_LENGTH, context)
     tokens = ASSUMED_ROWS * min(ASSUMED_ROW_TOKENS, longest)
     return Workload(ASSUMED_ROWS, tokens, tokens, longest, is_known=False)
 
 
-def count_steps(arguments: Mapping[str, Any], rows: int, gpus: int = 1) -> int:
+def count_steps(arguments: TrainingSettings, rows: int, gpus: int = 1) -> int:
     """Optimizer steps of a whole run, by TrainingArguments."""
-    if arguments.get("max_steps", -1) > 0:
-        return int(arguments["max_steps"])
-    epochs: float = arguments["num_train_epochs"]
-    return math.ceil(epochs * math.ceil(rows / documents_per_step(arguments, gpus)))
+    if arguments.max_steps:
+        return arguments.max_steps
+    return math.ceil(arguments.num_train_epochs * math.ceil(rows / documents_per_step(arguments, gpus)))
 
 
-def documents_per_step(arguments: Mapping[str, Any], gpus: int = 1) -> int:
-    return int(gpus * arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"])
+def documents_per_step(arguments: TrainingSettings, gpus: int = 1) -> int:
+    return gpus * arguments.documents_per_process
 
 
-def steps_between_evaluations(arguments: Mapping[str, Any], steps: int) -> int:
+def steps_between_evaluations(arguments: TrainingSettings, steps: int) -> int:
     """`eval_steps` as written (below 1 a share of the run), else a fifth of the run and no less than ten."""
-    written: float = arguments.get("eval_steps") or max(EVALUATION_STEPS_AT_LEAST, math.ceil(steps / EVALUATIONS))
+    written = arguments.eval_steps or max(EVALUATION_STEPS_AT_LEAST, math.ceil(steps / EVALUATIONS))
     return max(1, math.ceil(written * steps if written < 1 else written))
 
 
-def count_evaluations(arguments: Mapping[str, Any], rows: int) -> int:
+def count_evaluations(arguments: TrainingSettings, rows: int) -> int:
     """How often the held-out rows are evaluated: before the first step, in the run, at its end."""
     steps = count_steps(arguments, rows)
-    match arguments["eval_strategy"]:
+    match arguments.eval_strategy:
         case "no":
             between = steps
         case "epoch":
@@ -281,11 +270,11 @@ def count_evaluations(arguments: Mapping[str, Any], rows: int) -> int:
     return 1 + math.ceil(steps / between)
 
 
-def evaluation_share(arguments: Mapping[str, Any], train: Split, held_out: Split) -> float:
+def evaluation_share(arguments: TrainingSettings, train: Split, held_out: Split) -> float:
     """About how much all evaluations cost, of what training costs."""
-    epochs: float = arguments["num_train_epochs"]
-    if arguments.get("max_steps", -1) > 0:
-        epochs = arguments["max_steps"] * documents_per_step(arguments) / train.rows
+    epochs = arguments.num_train_epochs
+    if arguments.max_steps:
+        epochs = arguments.max_steps * documents_per_step(arguments) / train.rows
     return EVALUATED_TOKEN * count_evaluations(arguments, train.rows) * held_out.tokens / (epochs * train.tokens)
 
 
@@ -410,7 +399,7 @@ def _assumptions(
     if not workload.is_known:
         mean = workload.tokens // workload.rows
         yield f"no prepared.json: {ASSUMED_ROWS:,} rows of {mean} tokens, all of them learnt"
-        written = training.dataset.max_length
+        written = training.arguments.max_length
         why = "max_length" if written else "max_length is not written"
         yield f"the longest document has {workload.longest:,} tokens ({why})"
     if seconds is not None:
@@ -419,7 +408,7 @@ def _assumptions(
             "on every GPU: no download, start-up or evaluation"
         )
     if prepared and prepared.evaluation:
-        arguments = training.section("TrainingArguments")
+        arguments = training.arguments
         share = evaluation_share(arguments, prepared.train, prepared.evaluation)
         times = count_evaluations(arguments, prepared.train.rows)
         yield f"evaluating {prepared.eval_rows:,} held-out rows {times} times costs about {share:.0%} of training"
@@ -428,7 +417,7 @@ def _assumptions(
     if setup.optimizer not in OPTIMIZER_STATE_BYTES and "adamw" not in setup.optimizer:
         yield f"the optimizer {setup.optimizer} is counted as AdamW"
     for key in _UNCOUNTED:
-        if training.is_written("LoraConfig", key) and training.value("LoraConfig", key):
+        if training.lora.passthrough.get(key):
             yield f"LoraConfig.{key} is not counted"
 
 

@@ -13,7 +13,7 @@ from tuner.errors import ConfigError
 
 if TYPE_CHECKING:
     from tuner.runspec import RunSpec
-    from tuner.training_config import TrainingConfig
+    from tuner.training_settings import TrainingConfig
 
 # ── containers ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -60,9 +60,9 @@ def results_dir(spec: "RunSpec") -> Path:
 
 def results_dir_of(training: "TrainingConfig") -> Path:
     """output_dir as the user wrote it, else /mnt/results. Raises ConfigError where the pod has something else there."""
-    if not training.is_written("TrainingArguments", "output_dir"):
+    if training.arguments.output_dir is None:
         return RESULTS_DIR
-    directory = Path(training.value("TrainingArguments", "output_dir"))
+    directory = Path(training.arguments.output_dir)
     for taken in (CONFIG_DIR, DATA_DIR):
         if directory.is_relative_to(taken):
             raise ConfigError(

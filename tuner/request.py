@@ -40,7 +40,8 @@ from tuner.runspec import (
     VolumeSource,
 )
 from tuner.source_headers import SOURCES_KEY, parse_source_headers
-from tuner.training_config import TYPED, ConfigSource, Setting, TrainingConfig, resolve_training_config
+from tuner.training_config import ConfigSource, resolve_training_config
+from tuner.training_settings import TYPED, TrainingConfig
 from tuner.urls import Allowed, redacted, source_name, split_url
 from tuner.workspace import (
     ImageInput,
@@ -307,12 +308,11 @@ def _training(
         world_size=request.world_size,
     )
     training = resolve(config_map=source)
-    rank, width = training.value("LoraConfig", "r"), preset.hidden_size
+    rank, width = training.lora.r, preset.hidden_size
     if width and rank > width:
-        origin = training.settings["LoraConfig"]["r"].origin
         raise ConfigError(
-            f"LoraConfig.r ({origin}): {rank:,} is more than the model is wide, {width:,}: such an adapter is larger "
-            "than what it adapts",
+            f"LoraConfig.r ({training.origin('LoraConfig.r')}): {rank:,} is more than the model is wide, {width:,}: "
+            "such an adapter is larger than what it adapts",
             hint="16 to 64 is usual",
         )
     if request.in_pod and source:
@@ -320,9 +320,9 @@ def _training(
         training = resolve(config_map=ConfigSource(source.text, pod.TRAINING_CONFIG))
     if request.smoke:
         training = _with_smoke_origin(training, request.overrides)
-    if training.value("ModelConfig", "trust_remote_code") and not request.trust_remote_code:
+    if training.model.trust_remote_code and not request.trust_remote_code:
         raise ConfigError(
-            f"ModelConfig.trust_remote_code ({training.settings['ModelConfig']['trust_remote_code'].origin}): "
+            f"ModelConfig.trust_remote_code ({training.origin('ModelConfig.trust_remote_code')}): "
             "code of a model's repository is not run because a file says so",
             hint="read that code first, then give --trust-remote-code; most models need none",
         )
@@ -333,14 +333,9 @@ def _training(
 
 def _with_smoke_origin(training: TrainingConfig, typed: Sequence[str]) -> TrainingConfig:
     """The smoke run's own settings named as such: nobody typed them."""
-    settings = {section: dict(values) for section, values in training.settings.items()}
     written = {override.partition("=")[0].strip() for override in typed}
-    for override in SMOKE_OVERRIDES:
-        name = override.partition("=")[0]
-        section, _, key = name.partition(".")
-        if name not in written:
-            settings[section][key] = Setting(value=settings[section][key].value, origin="--smoke")
-    return training.model_copy(update={"settings": settings})
+    ours = {override.partition("=")[0] for override in SMOKE_OVERRIDES} - written
+    return training.model_copy(update={"origins": training.origins | dict.fromkeys(sorted(ours), "--smoke")})
 
 
 def _config_source(file: WorkspaceFile, tuning: Tuning, request: Request) -> ConfigSource | None:
@@ -375,36 +370,37 @@ def _check_settings(source: ConfigSource | None, overrides: Sequence[str]) -> No
             raise ConfigError.of(problems) from error
 
 
+_CHAT_TEMPLATE = "ModelConfig.chat_template"
+
+
 def _check_template_is_text(training: TrainingConfig, request: Request) -> None:
     """A ConfigMap's path would be read where its author has no right to: from the controller's own files."""
-    setting = training.settings["ModelConfig"]["chat_template"]
-    if setting.value and "{" not in setting.value and setting.origin != TYPED and not request.config:
+    written, origin = training.model.chat_template, training.origin(_CHAT_TEMPLATE)
+    if written and "{" not in written and origin != TYPED and not request.config:
         raise ConfigError(
-            f"ModelConfig.chat_template ({setting.origin}): {setting.value!r} names a file, which is not in the pod",
+            f"{_CHAT_TEMPLATE} ({origin}): {written!r} names a file, which is not in the pod",
             hint="write the template itself, or give --set ModelConfig.chat_template=FILE",
         )
 
 
 def _with_template_text(training: TrainingConfig, beside: Path, work_dir: Path) -> TrainingConfig:
     """KAITO takes a path or a template in ModelConfig.chat_template; a run knows the text."""
-    setting = training.settings["ModelConfig"]["chat_template"]
-    written = setting.value
+    written, origin = training.model.chat_template, training.origin(_CHAT_TEMPLATE)
     if not written or "{" in written:
         return training
     if written.startswith("/mnt/"):
         path = work_dir / written.removeprefix("/mnt/")
     else:
-        path = (Path() if setting.origin == TYPED else beside) / Path(written).expanduser()
+        path = (Path() if origin == TYPED else beside) / Path(written).expanduser()
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputMissingError(
-            f"ModelConfig.chat_template ({setting.origin}): {written!r} is no Jinja template, "
+            f"{_CHAT_TEMPLATE} ({origin}): {written!r} is no Jinja template, "
             f"and {path} cannot be read: {_reason(error)}",
             hint="write the template itself, or a path relative to the config file",
         ) from error
-    model = training.settings["ModelConfig"] | {"chat_template": Setting(value=text, origin=setting.origin)}
-    return training.model_copy(update={"settings": training.settings | {"ModelConfig": model}})
+    return training.model_copy(update={"model": training.model.model_copy(update={"chat_template": text})})
 
 
 # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -520,8 +516,7 @@ def _host_path(volume: Mapping[str, Any], field_path: str, hint: str) -> str:
 
 
 def _base_model(tuning: Tuning, preset: Preset, training: TrainingConfig, request: Request) -> BaseModelSource:
-    is_written = training.is_written("ModelConfig", "revision")
-    revision = training.value("ModelConfig", "revision") if is_written else preset.revision
+    revision = training.model.revision
     directory = _model_directory(tuning)
     if request.base_model:
         given = request.base_model.expanduser().absolute()
@@ -913,10 +908,9 @@ def _gates(file: WorkspaceFile, request: Request, training: TrainingConfig | Non
 
 def _most_of_run(training: TrainingConfig) -> tuple[dict[str, float], str]:
     """How far a run goes at most, by metric, and the setting that says so."""
-    arguments = training.section("TrainingArguments")
-    if (steps := arguments.get("max_steps") or 0) > 0:
+    if steps := training.arguments.max_steps:
         return {"steps": steps}, f"TrainingArguments.max_steps is {steps:,}"
-    epochs = arguments["num_train_epochs"]
+    epochs = training.arguments.num_train_epochs
     return {"epochs": epochs}, f"TrainingArguments.num_train_epochs is {epochs:g}"
 
 
@@ -1015,8 +1009,8 @@ def _has_tag(image: str) -> bool:
 def _notes(tuning: Tuning, training: TrainingConfig, request: Request, work_dir: Path) -> Iterator[str]:
     if request.smoke and request.output:
         yield f"--smoke with --output: an adapter of a tiny random model goes to {request.output}"
-    if training.is_written("TrainingArguments", "output_dir") and not request.in_pod:
-        directory = training.value("TrainingArguments", "output_dir")
+    directory = training.arguments.output_dir
+    if directory and not request.in_pod:
         yield f"TrainingArguments.output_dir {directory}: on this machine checkpoints and adapter are in {work_dir}"
     if isinstance(tuning.output, ImageOutput) and not request.output and not _has_tag(tuning.output.image):
         yield f"tuning.output.image {tuning.output.image}: has no tag, so it is pushed as latest"

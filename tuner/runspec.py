@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from tuner.errors import ConfigError, InputMissingError
 from tuner.gates import Gate, parse_gates
 from tuner.presets import Preset
-from tuner.training_config import TrainingConfig
+from tuner.training_settings import TrainingConfig
 
 StageName = Literal["preflight", "fetch", "prepare", "train", "push"]
 STAGES: tuple[StageName, ...] = ("preflight", "fetch", "prepare", "train", "push")
@@ -227,11 +227,9 @@ class RunSpec(Contract):
         """What the digest is of."""
         inputs = self.model_dump(mode="json", exclude={"destination", "probe", "network", "preflight", "require"})
         del inputs["training"]["notes"]
+        del inputs["training"]["origins"]  # the same value is the same run wherever it was written
         # Whoever turns the watchdog off wants the run that it stopped to go on, not another.
-        inputs["training"]["settings"].get("TrainingArguments", {}).pop("watchdog", None)
-        for settings in inputs["training"]["settings"].values():
-            for setting in settings.values():
-                del setting["origin"]  # the same value is the same run wherever it was written
+        del inputs["training"]["arguments"]["watchdog"]
         for place in (*inputs["sources"], inputs["base_model"]):
             if place["kind"] in ("file", "local"):
                 del place["path"]  # known by content

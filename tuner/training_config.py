@@ -10,20 +10,15 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import yaml
-from pydantic import BaseModel, ConfigDict
 
 from tuner.errors import ConfigError, Problem, did_you_mean
 from tuner.training_fields import CHOICES, TYPES
-
-Method = Literal["lora", "qlora"]
-OverLength = Literal["drop", "truncate", "error"]
+from tuner.training_settings import ALL_LINEAR, PRESET, TYPED, Method, TrainingConfig
 
 DOCUMENTS_PER_STEP = 16  # as in the QLoRA paper (https://arxiv.org/abs/2305.14314)
-ALL_LINEAR = "all-linear"
-DEFAULT, PRESET, TYPED = "default", "preset", "--set"
 ROOT = "training_config"  # the one key that KAITO reads
 
 # The two sections that no library class stands behind, and what a run knows beside TrainingArguments.
@@ -262,76 +257,6 @@ class ConfigSource:
     first_line: int = 1
 
 
-class Setting(BaseModel):
-    """One value and where it comes from: "default", "preset", "--set" or file:line."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    value: Any
-    origin: str
-
-
-@dataclass(frozen=True)
-class DatasetSettings:
-    """What the prepare stage is told. `train_fraction` None holds 5 % out, at most 500 rows; 1.0 holds nothing out."""
-
-    shuffle: bool
-    shuffle_seed: int
-    train_fraction: float | None
-    messages_column: str | None
-    context_column: str | None
-    response_column: str | None
-    dataset_path: str | None
-    dataset_extension: str | None
-    over_length: OverLength
-    max_length: int | None
-    bad_row_share: float
-
-
-class TrainingConfig(BaseModel):
-    """Every value that a run takes from its configuration: section → key → Setting. All sections are there."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    method: Method
-    settings: dict[str, dict[str, Setting]]
-    notes: tuple[str, ...] = ()
-
-    def section(self, name: str) -> dict[str, Any]:
-        """Key → plain value, those that are None too."""
-        return {key: setting.value for key, setting in self.settings[name].items()}
-
-    def value(self, section: str, key: str) -> Any:
-        return self.settings[section][key].value
-
-    def is_written(self, section: str, key: str) -> bool:
-        """Whether the user wrote this key; what we fill in may still follow the machine."""
-        return key in self.settings[section] and self.settings[section][key].origin not in (DEFAULT, PRESET)
-
-    def origins(self) -> Iterator[tuple[str, Any, str]]:
-        """("LoraConfig.r", 16, "default"), … in the order of the sections."""
-        for section, settings in self.settings.items():
-            for key, setting in settings.items():
-                yield f"{section}.{key}", setting.value, setting.origin
-
-    @property
-    def dataset(self) -> DatasetSettings:
-        written = self.section("DatasetConfig")
-        return DatasetSettings(
-            shuffle=written["shuffle_dataset"],
-            shuffle_seed=written["shuffle_seed"],
-            train_fraction=written["train_test_split"],
-            messages_column=written["messages_column"],
-            context_column=written["context_column"],
-            response_column=written["response_column"],
-            dataset_path=written["dataset_path"],
-            dataset_extension=written["dataset_extension"],
-            over_length=written["over_length"],
-            max_length=self.value("TrainingArguments", "max_length"),
-            bad_row_share=written["bad_row_share"],
-        )
-
-
 def resolve_training_config(
     *,
     method: Method,
@@ -354,13 +279,24 @@ def resolve_training_config(
     if reading.problems:
         # in the order of the file, then of the command line
         raise ConfigError.of(sorted(reading.problems, key=lambda problem: (problem.line is None, problem.line or 0)))
-    settings = {}
-    for section, defaults in _defaults(method, preset, reading.written, world_size).items():
-        written = {
-            key: Setting(value=entry.value, origin=str(entry.place)) for key, entry in reading.of(section).items()
-        }
-        settings[section] = defaults | written
-    return TrainingConfig(method=method, settings=settings, notes=tuple(dict.fromkeys(reading.notes)))
+    origins = {path: str(entry.place) for path, entry in reading.written.items()}
+    sections = {section: {key: entry.value for key, entry in reading.of(section).items()} for section in SECTIONS}
+    if method == "qlora":
+        sections["QuantizationConfig"] = _four_bits(sections["QuantizationConfig"])
+    arguments = sections["TrainingArguments"]
+    per_step = arguments.get("per_device_train_batch_size", 1) * world_size
+    arguments.setdefault("gradient_accumulation_steps", math.ceil(DOCUMENTS_PER_STEP / per_step))
+    if preset.revision and "revision" not in sections["ModelConfig"]:
+        sections["ModelConfig"]["revision"] = preset.revision
+        origins["ModelConfig.revision"] = PRESET
+    return TrainingConfig.of(method, sections, origins=origins, notes=tuple(dict.fromkeys(reading.notes)))
+
+
+def _four_bits(written: Mapping[str, Any]) -> dict[str, Any]:
+    """QuantizationConfig of method qlora: NF4 with double quantization, unless the user wrote otherwise."""
+    if written.get("load_in_8bit"):
+        return {"load_in_4bit": False, **written}
+    return {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, **written}
 
 
 # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -751,8 +687,8 @@ def _checked(path: str, value: Any) -> Any:
     if path in WORDS and value not in WORDS[path]:
         near = did_you_mean(value, WORDS[path])
         raise ValueError(f"{_show(value)} is none of {', '.join(WORDS[path])}{f'; {near}' if near else ''}")
-    if path == "ModelConfig.dtype" and value == "auto":
-        return None  # the GPU decides, as when it is not written
+    if (path, value) in (("ModelConfig.dtype", "auto"), ("TrainingArguments.max_steps", -1)):
+        return None  # as when it is not written
     if path == "LoraConfig.target_modules":
         return _module_names(value)
     if path == "LoraConfig.init_lora_weights":
@@ -820,59 +756,6 @@ def _under_mnt(value: str) -> str:
     if not path.startswith("/mnt/"):
         raise ValueError(f"must be a directory below /mnt, not {_show(value)}")
     return path
-
-
-# ── defaults ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _defaults(
-    method: Method, preset: ModelFacts, written: Mapping[str, _Entry], world_size: int
-) -> dict[str, dict[str, Setting]]:
-    """Ours for every key the user did not write; None where the run finds out for itself."""
-    batch = written.get("TrainingArguments.per_device_train_batch_size")
-    per_step = (batch.value if batch else 1) * world_size
-    eight_bit = written.get("QuantizationConfig.load_in_8bit")
-    four_bit = method == "qlora" and not (eight_bit and eight_bit.value)
-    quantization: dict[str, Any] = {"load_in_4bit": four_bit, "load_in_8bit": False}
-    if four_bit:
-        quantization |= {
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_compute_dtype": "bfloat16",
-        }
-    values: dict[str, dict[str, Any]] = {
-        "ModelConfig": {"dtype": "bfloat16", "chat_template": None, "revision": None, "trust_remote_code": False},
-        "QuantizationConfig": quantization,
-        "LoraConfig": {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": ALL_LINEAR},
-        "TrainingArguments": {
-            "output_dir": "/mnt/results",
-            "num_train_epochs": 3.0,
-            "per_device_train_batch_size": 1,
-            "gradient_accumulation_steps": math.ceil(DOCUMENTS_PER_STEP / per_step),
-            "learning_rate": 2e-4,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": 0.03,  # below 1 it is a share of all steps
-            "optim": "adamw_torch_fused",
-            "max_length": None,
-            "seed": 42,
-            "eval_strategy": "steps",
-            "eval_steps": None,
-            "load_best_model_at_end": True,
-            "early_stopping_patience": None,
-            "early_stopping_threshold": 0.0,
-            "watchdog": True,
-        },
-        "DataCollator": {},
-        "DatasetConfig": dict.fromkeys(OWN_TYPES["DatasetConfig"])
-        | {"shuffle_dataset": True, "shuffle_seed": 42, "over_length": "drop", "bad_row_share": 0.1},
-    }
-    settings = {
-        section: {key: Setting(value=value, origin=DEFAULT) for key, value in keys.items()}
-        for section, keys in values.items()
-    }
-    if preset.revision:
-        settings["ModelConfig"]["revision"] = Setting(value=preset.revision, origin=PRESET)
-    return settings
 
 
 # ── which modules LoRA adapts ────────────────────────────────────────────────────────────────────────────────────────

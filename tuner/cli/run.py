@@ -311,14 +311,12 @@ def _gpu_count() -> int:
 
 def _plan(spec: "RunSpec") -> str:
     """`3 epochs, 16 documents a step, 4-bit base model, LoRA rank 16`"""
-    arguments = spec.training.section("TrainingArguments")
-    steps = arguments.get("max_steps") or -1
-    length = f"{steps:,} steps" if steps > 0 else f"{arguments['num_train_epochs']:g} epochs"
-    documents = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
-    quantization = spec.training.section("QuantizationConfig")
-    bits = 4 if quantization["load_in_4bit"] else 8 if quantization["load_in_8bit"] else 16
-    rank = spec.training.value("LoraConfig", "r")
-    return f"{length}, {documents:,} documents a step, {bits}-bit base model, LoRA rank {rank}"
+    arguments, bits = spec.training.arguments, spec.training.quantization.bits
+    length = f"{arguments.max_steps:,} steps" if arguments.max_steps else f"{arguments.num_train_epochs:g} epochs"
+    return (
+        f"{length}, {arguments.documents_per_process:,} documents a step, {bits}-bit base model, "
+        f"LoRA rank {spec.training.lora.r}"
+    )
 
 
 def _print_check(built: "Run", work_dir: Path, prepared: "Prepared | None", as_json: bool) -> None:
@@ -331,7 +329,7 @@ def _print_check(built: "Run", work_dir: Path, prepared: "Prepared | None", as_j
             mode="json", include={"name", "method", "base_model", "sources", "destination", "probe", "smoke", "require"}
         )
         settings = [
-            {"setting": name, "value": value, "origin": origin} for name, value, origin in spec.training.origins()
+            {"setting": name, "value": value, "origin": origin} for name, value, origin in spec.training.explained()
         ]
         found = {
             "run_digest": spec.digest,
@@ -361,17 +359,19 @@ def _print_check(built: "Run", work_dir: Path, prepared: "Prepared | None", as_j
     for name, value in facts:
         print(f"{name if name != said else '':<12} {value}".rstrip())
         said = name
-    rows = [(name, _shown(value), origin) for name, value, origin in spec.training.origins()]
+    rows = [(name, _shown(name, value), origin) for name, value, origin in spec.training.explained()]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     print(f"\n{'SETTING':<{widths[0]}}  {'VALUE':<{widths[1]}}  ORIGIN")
     for name, value, origin in rows:
         print(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {origin}")
 
 
-def _shown(value: object) -> str:
+def _shown(name: str, value: object) -> str:
     """A setting's value on one line; – is what the run finds out for itself."""
+    from tuner.training_settings import UNSET
+
     if value is None:
-        return "–"
+        return f"({UNSET[name]})" if name in UNSET else "–"
     text = str(value).lower() if isinstance(value, bool) else str(value)
     text = text.replace("\n", "\\n")
     return text if len(text) <= 40 else text[:39] + "…"

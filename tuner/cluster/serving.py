@@ -110,7 +110,7 @@ def _problems(server: Server, tuning: Tuning, spec: RunSpec, options: ServingOpt
             hint="serve it with kaito",
         )
     if server == "vllm":
-        yield from _not_in_vllm(spec.training.section("LoraConfig"))
+        yield from _not_in_vllm(spec.training.lora.keywords())
 
 
 def _not_in_vllm(lora: Mapping[str, Any]) -> Iterator[Problem]:
@@ -221,7 +221,7 @@ def _set_server(deployment: Manifest, ask: _Ask) -> None:
         vllm["image"] = ask.options.vllm_image
     gpus = max(1, count_gpus(ask.file.workspace, ask.job))
     model, revision = _model(ask.spec)
-    rank = next(rank for rank in LORA_RANKS if rank >= ask.spec.training.value("LoraConfig", "r"))
+    rank = next(rank for rank in LORA_RANKS if rank >= ask.spec.training.lora.r)
     args = [model, *(["--revision", revision] if revision else []), "--enable-lora", "--max-lora-rank", str(rank)]
     args += ["--lora-modules", f"{ask.spec.name}={ADAPTER_DIR}"]
     if _has_chat_template(ask.spec):
@@ -272,8 +272,7 @@ def _model(spec: RunSpec) -> tuple[str, str | None]:
 
 def _has_chat_template(spec: RunSpec) -> bool:
     """Whether the adapter is known to carry one: a model's whose facts we know, or the one that was written."""
-    written: Mapping[str, Any] = spec.training.section("ModelConfig")
-    return bool(spec.preset.chat_template or written.get("chat_template"))
+    return bool(spec.preset.chat_template or spec.training.model.chat_template)
 
 
 def _notes(server: Server, ask: _Ask) -> Iterator[str]:

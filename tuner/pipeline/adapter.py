@@ -197,11 +197,8 @@ def run_lock(spec: RunSpec, fetched: Fetched, prepared: Prepared, versions: Mapp
             "train_order_sha256": prepared.train.order_sha256,
         },
         "max_length": prepared.max_length,
-        "seed": spec.training.value("TrainingArguments", "seed"),
-        "config": {
-            section: {key: setting.value for key, setting in values.items()}
-            for section, values in spec.training.settings.items()
-        },
+        "seed": spec.training.arguments.seed,
+        "config": spec.training.sections(),
         "versions": {"tuner": __version__, **versions},
     }
 
@@ -212,8 +209,7 @@ def model_card(
     """README.md of the adapter, with the front matter that PEFT and the Hub read."""
     base = fetched.base_model
     name = base.id if base and base.id else None
-    lora = spec.training.section("LoraConfig")
-    arguments = spec.training.section("TrainingArguments")
+    lora, arguments = spec.training.lora, spec.training.arguments
     front = ["---", "library_name: peft", "pipeline_tag: text-generation", f"license: {spec.preset.licence or 'other'}"]
     front += [f"base_model: {name}", "base_model_relation: adapter"] if name else []
     front += ["tags:", "- lora", f"- {spec.method}", "- tuner", "---", ""]
@@ -227,9 +223,9 @@ def model_card(
         "",
         "| | |",
         "|---|---|",
-        f"| LoRA | r {lora.get('r')}, alpha {lora.get('lora_alpha')}, dropout {lora.get('lora_dropout')} |",
+        f"| LoRA | r {lora.r}, alpha {lora.lora_alpha}, dropout {lora.lora_dropout} |",
         f"| covers | {coverage} |",
-        f"| learning rate | {arguments.get('learning_rate')}, {arguments.get('lr_scheduler_type')} |",
+        f"| learning rate | {arguments.learning_rate}, {arguments.lr_scheduler_type} |",
         f"| steps | {figures['steps']}, {_figure(figures['epochs'])} epochs; the adapter is of step "
         f"{figures['kept_step']} |",
         f"| rows | {prepared.train.rows:,} trained on, {prepared.eval_rows:,} held out |",

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tuner.pipeline.checkpoints import room_for
-from tuner.training_config import TrainingConfig
+from tuner.training_settings import TrainingConfig
 
 PATIENT_SHARE = 0.4  # of all steps; that long without a better loss, and at least two evaluations
 _NAME = "best-{}.safetensors"
@@ -38,11 +38,10 @@ class Rule:
 
     @classmethod
     def of(cls, training: TrainingConfig) -> "Rule":
-        written = training.section("TrainingArguments")
         return cls(
-            keeps_best=written["load_best_model_at_end"],
-            patience=written["early_stopping_patience"],
-            threshold=written["early_stopping_threshold"],
+            keeps_best=training.arguments.load_best_model_at_end,
+            patience=training.arguments.early_stopping_patience,
+            threshold=training.arguments.early_stopping_threshold,
         )
 
     def best_step(self, log_history: Sequence[Mapping[str, float]]) -> int | None:

@@ -124,10 +124,10 @@ def check_unfinished(spec: RunSpec, work_dir: Path) -> None:
 def changes(before: RunSpec, now: RunSpec) -> str:
     """`LoraConfig.r 16 → 32, sources`: what makes them two runs."""
     said = []
-    for section, settings in now.training.settings.items():
-        there = before.training.settings.get(section, {})
-        for key in sorted({*settings, *there}):
-            old, new = (each[key].value if key in each else None for each in (there, settings))
+    sections_before = before.training.sections()
+    for section, settings in now.training.sections().items():
+        for key in sorted({*settings, *sections_before[section]}):
+            old, new = sections_before[section].get(key), settings.get(key)
             if old != new:
                 said.append(f"{section}.{key} {_short(old)} → {_short(new)}")
     old_inputs, new_inputs = before.inputs(), now.inputs()

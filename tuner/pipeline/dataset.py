@@ -36,7 +36,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 from tuner.errors import ConfigError, DataError, InputMissingError, did_you_mean
-from tuner.training_config import DatasetSettings
+from tuner.training_settings import DatasetSettings
 
 # ── values ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 

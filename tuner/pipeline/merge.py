@@ -27,7 +27,7 @@ from tuner.pipeline.download import format_bytes
 from tuner.pipeline.model import Device, load_base_model, pick_device
 from tuner.pipeline.package import LOCK
 from tuner.runspec import Reporter
-from tuner.training_config import DEFAULT, Setting, TrainingConfig
+from tuner.training_settings import TrainingConfig
 
 MERGE = "merge.json"  # the drift, for programs; the card says it to people
 SHARD = "5GB"
@@ -200,11 +200,13 @@ def _check_target(target: Path, base: Path) -> None:
 
 def _training(lock: dict[str, Any]) -> TrainingConfig:
     """How the base was loaded in training; computing follows this machine, as it did there."""
-    settings = {
-        section: {key: Setting(value=value, origin=DEFAULT) for key, value in values.items()}
-        for section, values in lock["config"].items()
-    }
-    return TrainingConfig(method=lock["method"], settings=settings)
+    training = TrainingConfig.of(lock["method"], lock["config"])
+    return training.model_copy(
+        update={
+            "model": training.model.model_copy(update={"dtype": None}),
+            "quantization": training.quantization.model_copy(update={"bnb_4bit_compute_dtype": None}),
+        }
+    )
 
 
 def _written_dtype(base_config: dict[str, Any]) -> torch.dtype:

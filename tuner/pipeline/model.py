@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from tuner.errors import ConfigError, DataError, did_you_mean
 from tuner.pipeline.kernels import DOCUMENT_ATTENTION
-from tuner.training_config import HEAD_AND_EMBEDDINGS, OUTSIDE_BLOCKS, TrainingConfig, resolve_target_modules
+from tuner.training_config import HEAD_AND_EMBEDDINGS, OUTSIDE_BLOCKS, resolve_target_modules
+from tuner.training_settings import TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -86,17 +87,17 @@ def _dtype(name: Any) -> torch.dtype:
 
 def quantization_config(training: TrainingConfig, device: Device) -> BitsAndBytesConfig | None:
     """What bitsandbytes is asked for, or None for method lora. An unwritten compute type follows the device."""
-    section = {key: value for key, value in training.section("QuantizationConfig").items() if value is not None}
-    if not (section.get("load_in_4bit") or section.get("load_in_8bit")):
+    if training.quantization.bits == 16:
         return None
+    keywords = training.quantization.keywords()
     for key in ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage"):
-        if isinstance(section.get(key), str):
-            section[key] = _dtype(section[key])
-    written = training.is_written("QuantizationConfig", "bnb_4bit_compute_dtype")
-    if not written or _lacks(device, section["bnb_4bit_compute_dtype"]):
-        section["bnb_4bit_compute_dtype"] = device.dtype
+        if key in keywords:
+            keywords[key] = _dtype(keywords[key])
+    compute_dtype = keywords.get("bnb_4bit_compute_dtype")
+    if compute_dtype is None or _lacks(device, compute_dtype):
+        keywords["bnb_4bit_compute_dtype"] = device.dtype
     try:
-        return BitsAndBytesConfig(**section)
+        return BitsAndBytesConfig(**keywords)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"QuantizationConfig: {error}") from error
 
@@ -108,8 +109,8 @@ def _lacks(device: Device, dtype: torch.dtype) -> bool:
 
 def base_dtype(training: TrainingConfig, device: Device) -> torch.dtype:
     """ModelConfig.dtype where the user wrote one that the device has, else the device's own."""
-    written = training.value("ModelConfig", "dtype") if training.is_written("ModelConfig", "dtype") else "auto"
-    if written == "auto" or not device.is_cuda:  # half precision on a CPU is slow and, for some kernels, missing
+    written = training.model.dtype
+    if written is None or not device.is_cuda:  # half precision on a CPU is slow and, for some kernels, missing
         return device.dtype
     return device.dtype if _lacks(device, _dtype(written)) else _dtype(written)
 
@@ -194,8 +195,7 @@ def attach_lora(model: PreTrainedModel, training: TrainingConfig) -> tuple[PeftM
     Raises ConfigError, listing what is there, when a requested module is nowhere in the model.
     """
     layers = linear_layers(model)
-    section = {key: value for key, value in training.section("LoraConfig").items() if value is not None}
-    targets = resolve_target_modules(section.pop("target_modules", "all-linear"), tuple(layers))
+    targets = resolve_target_modules(training.lora.target_modules, tuple(layers))
     if targets.unmatched:
         hints = [hint for name in targets.unmatched if (hint := did_you_mean(name, layers))]
         hints += [OUTSIDE_BLOCKS for name in targets.unmatched if name in HEAD_AND_EMBEDDINGS]
@@ -204,10 +204,11 @@ def attach_lora(model: PreTrainedModel, training: TrainingConfig) -> tuple[PeftM
             f"its linear layers are {', '.join(layers)}",
             hint=hints[0] if hints else 'leave target_modules out, or write "all-linear"',
         )
-    _check_modules_to_save(model, section.get("modules_to_save") or [])
+    _check_modules_to_save(model, training.lora.modules_to_save or ())
     experts = _fused_experts(model)
     try:
-        config = LoraConfig(target_modules=sorted(targets.modules), task_type="CAUSAL_LM", **section)
+        keywords = training.lora.keywords() | {"target_modules": sorted(targets.modules), "task_type": "CAUSAL_LM"}
+        config = LoraConfig(**keywords)
         adapted: PeftModel = get_peft_model(model, config)
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
         raise ConfigError(f"LoraConfig: {' '.join(str(error).split())}") from error

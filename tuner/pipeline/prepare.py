@@ -5,7 +5,7 @@ import json
 import platform
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -82,7 +82,7 @@ def make_tokens(spec: RunSpec, fetched: Fetched, work_dir: Path, reporter: Repor
     if spec.smoke:
         train, evaluation = train[:SMOKE_TRAIN_ROWS], evaluation[:SMOKE_EVALUATION_ROWS]
     context = context_length(spec, work_dir / base_dir)
-    limit = settings.max_length or min(LONGEST_DEFAULT, context)
+    limit = spec.training.arguments.max_length or min(LONGEST_DEFAULT, context)
     if limit > context:
         reporter.warn(f"max_length {limit:,} is more than the {context:,} tokens that the model attends to")
     tallies = {
@@ -190,8 +190,8 @@ def tokens_key(spec: RunSpec, fetched: Fetched) -> str | None:
         "files": [(file.source, file.sha256) for file in fetched.files],
         "base": fetched.base_model.digest,
         "preset": [spec.preset.chat_template, spec.preset.context_length],
-        "template": spec.training.section("ModelConfig").get("chat_template"),
-        "dataset": asdict(spec.training.dataset),
+        "template": spec.training.model.chat_template,
+        "dataset": spec.training.dataset.values() | {"max_length": spec.training.arguments.max_length},
         "code": [hash_file(Path(__file__).with_name(f"{name}.py")) for name in ("prepare", "labels", "dataset")],
         "trust_remote_code": spec.trust_remote_code,
         "libraries": {name: _version(name) for name in _DECIDE_TOKENS} | {"python": platform.python_version()},
@@ -229,7 +229,7 @@ def _base_model_dir(spec: RunSpec, fetched: Fetched, rows: Sequence[Row], work_d
         return fetched.base_model.path
     from tuner.pipeline.tiny_model import make_tiny_model  # the only torch before training, for smoke runs
 
-    seed = int(spec.training.value("TrainingArguments", "seed"))
+    seed = spec.training.arguments.seed
     make_tiny_model(spec.preset, texts_of(rows[:1000]), work_dir / "smoke-model", seed=seed)
     return "smoke-model"
 
@@ -257,7 +257,7 @@ def load_tokenizer(spec: RunSpec, directory: Path, *, conversations: bool) -> An
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"{directory}: no tokenizer that transformers can load: {error}") from error
-    written = spec.training.section("ModelConfig").get("chat_template")
+    written = spec.training.model.chat_template
     if written:
         tokenizer.chat_template = written
     elif conversations and not tokenizer.chat_template:
@@ -376,7 +376,7 @@ def _write_problems(problems: Sequence[RowProblem], path: Path) -> str | None:
 def _warn_of_evaluation(spec: RunSpec, prepared: Prepared, reporter: Reporter) -> None:
     if prepared.evaluation is None:
         return
-    arguments, rows = spec.training.section("TrainingArguments"), prepared.evaluation.rows
+    arguments, rows = spec.training.arguments, prepared.evaluation.rows
     share = evaluation_share(arguments, prepared.train, prepared.evaluation)
     if share < EVALUATION_WORTH_SAYING:
         return

@@ -22,7 +22,8 @@ from tuner.pipeline.libraries import check_packages, quiet
 from tuner.pipeline.prepare import LONGEST_DEFAULT, MOST_OVER_LENGTH, texts_of
 from tuner.presets import Preset, find_preset, preset_from_directory
 from tuner.runspec import Progress, Reporter
-from tuner.training_config import ConfigSource, DatasetSettings, TrainingConfig, resolve_training_config
+from tuner.training_config import ConfigSource, resolve_training_config
+from tuner.training_settings import DatasetSettings, TrainingConfig
 
 DEFAULT_PRESET = "phi-3-mini-4k-instruct"
 BAD_ROWS_SHOWN = 10
@@ -121,7 +122,7 @@ def load_preview(
     read = _read(data_files, settings)
     tokenizer, described = _tokenizer(facts, base_model, template, read.rows)
     labeller = Labeller(tokenizer)
-    limit = settings.max_length or min(LONGEST_DEFAULT, facts.context_length or LONGEST_DEFAULT)
+    limit = training.arguments.max_length or min(LONGEST_DEFAULT, facts.context_length or LONGEST_DEFAULT)
     tally = _tally(read.rows, labeller, limit, settings, -(-rows // len(read.shapes)), reporter)
     if not tally.lengths:
         raise DataError(f"the chat template serves no row: {tally.bad[0]}", hint="set ModelConfig.chat_template")
@@ -167,7 +168,7 @@ def _training(preset: Preset, config: Path | None) -> TrainingConfig:
 
 def _chat_template(training: TrainingConfig, config: Path | None) -> str | None:
     """The template that the user wrote, read from its file where it is a path, as KAITO takes it."""
-    written: str | None = training.value("ModelConfig", "chat_template")
+    written: str | None = training.model.chat_template
     if config is None or not written or "{" in written:
         return written
     try:

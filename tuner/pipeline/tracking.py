@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from tuner.errors import ConfigError, Problem, ServiceError
 from tuner.runspec import RunSpec
-from tuner.training_config import TrainingConfig
+from tuner.training_settings import TrainingConfig
 
 FOLDER = "tracking"  # in the work directory
 _RUN_ID = "mlflow-run"  # so that a resumed run goes on in the same one
@@ -26,7 +26,7 @@ _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 
 
 def trackers(training: TrainingConfig) -> tuple[str, ...]:
-    return tuple(training.section("TrainingArguments").get("report_to") or ())
+    return training.arguments.report_to or ()
 
 
 def check_trackers(training: TrainingConfig, env: Mapping[str, str]) -> None:
@@ -144,7 +144,7 @@ def _mlflow_run(spec: RunSpec, remembered: Path) -> str:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
     experiment = mlflow.set_experiment(os.environ["MLFLOW_EXPERIMENT_NAME"])
-    name = spec.training.section("TrainingArguments").get("run_name") or spec.name
+    name = spec.training.arguments.run_name or spec.name
     run_id = str(client.create_run(experiment.experiment_id, run_name=name).info.run_id)
     remembered.write_text(run_id, encoding="utf-8")
     return run_id

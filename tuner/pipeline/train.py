@@ -37,7 +37,8 @@ from tuner.pipeline.trainer import PackedTrainer
 from tuner.pipeline.watchdog import Watchdog, check_finite
 from tuner.plan import choose_micro_batch, count_steps, read_setup, steps_between_evaluations
 from tuner.runspec import Prepared, Progress, Reporter, RunSpec, Split
-from tuner.training_config import OWN_TYPES, TrainingConfig
+from tuner.training_config import OWN_TYPES
+from tuner.training_settings import DEFAULT_WARMUP_SHARE, TrainingConfig
 
 CPU_MICRO_BATCH_TOKENS = 2048  # more only costs memory
 # For an architecture whose memory cannot be reckoned: so many that decoding 4-bit weights is a tenth of the work.
@@ -325,13 +326,6 @@ def _load_split(split: Split, work_dir: Path) -> Dataset:
     return dataset.select_columns(["input_ids", "labels"]).with_format("numpy")
 
 
-def written_checkpointing(training: TrainingConfig) -> bool | None:
-    """Whether the user wrote that activations are recomputed; None: nothing was written."""
-    arguments = training.section("TrainingArguments")
-    written: bool | None = arguments.get("activation_checkpointing", arguments.get("gradient_checkpointing"))
-    return written
-
-
 def _longest(prepared: Prepared) -> int:
     """Tokens of the longest row, learnt or held out."""
     return max(split.longest for split in (prepared.train, prepared.evaluation) if split)
@@ -340,7 +334,7 @@ def _longest(prepared: Prepared) -> int:
 def choose_pieces(spec: RunSpec, prepared: Prepared, base_dir: Path, device: Device) -> Pieces:
     """As many tokens as the GPU's free memory holds by the estimate of `tuner plan`, kept activations before recomputed
     ones. An estimate: on a GPU the probe measures it, and PackedTrainer gives way where both are wrong."""
-    written = written_checkpointing(spec.training)
+    written = spec.training.arguments.gradient_checkpointing
     if not device.is_cuda:
         return Pieces(CPU_MICRO_BATCH_TOKENS, bool(written))
     longest = _longest(prepared)
@@ -363,42 +357,38 @@ def training_arguments(
 
     Raises ConfigError in SFTConfig's own words.
     """
+    asked = spec.training.arguments
     own = OWN_TYPES["TrainingArguments"].keys() | _BEST_IS_OURS
-    written = {
-        key: value
-        for key, value in spec.training.section("TrainingArguments").items()
-        if value is not None and key not in own
-    }
+    written = {key: value for key, value in asked.keywords().items() if key not in own}
     recomputes = pieces.recomputes
     written["gradient_checkpointing"] = recomputes
     if "activation_checkpointing" in SFTConfig.__dataclass_fields__:  # its name since transformers 5.20
         written["activation_checkpointing"] = recomputes
     if not device.is_cuda:
         written |= {"bf16": False, "fp16": False, "tf32": None, "dataloader_pin_memory": False}
-        written["optim"] = written["optim"].removeprefix("paged_")  # there is nothing to page out of
-    elif "bf16" not in written and "fp16" not in written:
+        written["optim"] = asked.optim.removeprefix("paged_")  # there is nothing to page out of
+    elif asked.bf16 is None and asked.fp16 is None:
         written |= {"bf16": device.dtype is torch.bfloat16, "fp16": device.dtype is torch.float16}
-    if written.get("report_to"):
-        written.setdefault("run_name", spec.name)
+    if asked.report_to:
+        written["run_name"] = asked.run_name or spec.name
     # Recovery checkpoints come by the clock, and the best adapter is kept anyway.
-    by_steps = "save_steps" in written and written.get("save_strategy") != "epoch"
-    if written.get("save_strategy") in (None, "best"):
-        written["save_strategy"] = "steps" if by_steps else "no"
+    if asked.save_strategy in (None, "best"):
+        written["save_strategy"] = "no" if asked.save_steps is None else "steps"
     if prepared.evaluation is None:
         written["eval_strategy"] = "no"
-    steps = count_steps(written, prepared.train.rows, world_size())
-    written.setdefault("eval_steps", steps_between_evaluations(written, steps))
-    if not spec.training.is_written("TrainingArguments", "warmup_steps"):
+    steps = count_steps(asked, prepared.train.rows, world_size())
+    if asked.eval_steps is None:
+        written["eval_steps"] = steps_between_evaluations(asked, steps)
+    if asked.warmup_steps is None:
         # The first step of a warm-up has a learning rate of 0: rounded up, a run of one step would learn nothing.
-        written["warmup_steps"] = int(written["warmup_steps"] * steps)
-    if "logging_steps" not in written:
+        written["warmup_steps"] = int(DEFAULT_WARMUP_SHARE * steps)
+    if asked.logging_steps is None:
         written["logging_steps"] = max(1, min(10, steps // 20))
-    documents = written["per_device_train_batch_size"] * written["gradient_accumulation_steps"]
-    if written.get("train_sampling_strategy") != "sequential":
+    if asked.train_sampling_strategy != "sequential":
         written.pop("train_sampling_strategy", None)  # no padding, so nothing is won by like lengths
     ours = {
         # A batch is an optimizer step: PackedTrainer divides it by tokens.
-        "per_device_train_batch_size": documents,
+        "per_device_train_batch_size": asked.documents_per_process,
         "gradient_accumulation_steps": 1,
         "output_dir": str(output_dir),
         "dataset_kwargs": {"skip_prepare_dataset": True},
@@ -493,7 +483,7 @@ def _optimise(
     adapter_dir.mkdir(parents=True, exist_ok=True)
     metrics_file = adapter_dir / METRICS
     metrics_file.unlink(missing_ok=True)
-    watches = bool(spec.training.value("TrainingArguments", "watchdog"))
+    watches = spec.training.arguments.watchdog
     watchdog = Watchdog(shuffled=arguments.train_sampling_strategy != "sequential") if watches else None
     evaluates = prepared.evaluation is not None
     recorder = _Recorder(stop, reporter, metrics_file, watchdog=watchdog, evaluates=evaluates)
@@ -572,7 +562,7 @@ def _model(
     spec: RunSpec, prepared: Prepared, work_dir: Path, device: Device, reporter: Reporter, startup: StartUp
 ) -> tuple[PeftModel, Coverage, Exact]:
     """The quantized base with new adapters, and what to know about them said."""
-    seed = int(spec.training.value("TrainingArguments", "seed"))
+    seed = spec.training.arguments.seed
     transformers.set_seed(seed)
     base = startup.base_model() or load_base_model(
         work_dir / prepared.base_model_dir, spec.training, device, trust_remote_code=spec.trust_remote_code
@@ -615,7 +605,7 @@ def _take_levers(
             device,
             disabled=spec.disabled,
             estimated=estimated,
-            checkpointing=written_checkpointing(spec.training),
+            checkpointing=spec.training.arguments.gradient_checkpointing,
             machine=machine,
         )
         chosen = _agreed(chosen)
@@ -720,8 +710,7 @@ def _keep(trainer: _Trainer, prepared: Prepared, reporter: Reporter) -> tuple[fl
 
 def _adapter_dtype(training: TrainingConfig) -> torch.dtype:
     """bf16, which every reader takes and which halves the file; fp32 for who asked for an fp32 model."""
-    asked = training.is_written("ModelConfig", "dtype") and training.value("ModelConfig", "dtype") == "float32"
-    return torch.float32 if asked else torch.bfloat16
+    return torch.float32 if training.model.dtype == "float32" else torch.bfloat16
 
 
 def save_adapter(model: PeftModel, directory: Path, dtype: torch.dtype = torch.bfloat16) -> None:
