@@ -33,6 +33,8 @@ def serve(
     if config:
         document = workspace(tuning={"config": "mine"})
     file = parse_objects(document or workspace(), *others)
+    if "adapter" in options:
+        options["adapter"] = parse_reference(options["adapter"])
     run = build_run(file, Request(place="pod"), Path("nowhere"), {})
     return render_serving(
         server, file, run, JobOptions("reg.example/tuner:1", **(job or {})), ServingOptions(**options)

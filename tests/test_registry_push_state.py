@@ -22,7 +22,7 @@ def test_what_a_later_push_needs_is_written_down_before_the_first_byte(adapter: 
     with fake_registry(on_request=lambda method, path: seen.append(load_push_state(adapter.parent))) as fake:
         deliver(adapter, fake.host, compression="zstd", docker_configs=(docker_config(fake.host, "ci", "hunter2"),))
     first = seen[0]
-    assert (first.reference, first.pushed) == (f"{fake.host}/adapters/phi:v1", False)
+    assert (str(first.reference), first.pushed) == (f"{fake.host}/adapters/phi:v1", False)
     assert first.adapter_path(adapter.parent) == adapter
     assert first.options == PushOptions(compression="zstd")
     assert first.network.plain_http

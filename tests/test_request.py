@@ -584,7 +584,7 @@ def test_weights_in_an_image_are_kaitos_preset_option(build: Build) -> None:
     options = {"image": "reg.azurecr.io/weights:1"}
     model = build(tuning={"preset": {"name": PRESET, "presetOptions": options}}).spec.base_model
     assert isinstance(model, ImageModel)
-    assert (model.reference, model.id) == ("reg.azurecr.io/weights:1", find_preset(PRESET).model_id)
+    assert (str(model.reference), model.id) == ("reg.azurecr.io/weights:1", find_preset(PRESET).model_id)
 
 
 # ── destinations and smoke runs ──────────────────────────────────────────────────────────────────────────────────────

@@ -191,7 +191,7 @@ def test_outdated_parts_of_the_falcon_example_are_named_precisely() -> None:
     assert "Azure no longer offers Standard_NC12s_v3" in notes["resource.instanceType"]
     assert "tiiuae/falcon-7b" in notes["tuning.preset.name"]
     options = require_tuning(file).preset.preset_options
-    assert options.image == "contoso.azurecr.io/kaito-falcon-7b:0.0.4"
+    assert str(options.image) == "contoso.azurecr.io/kaito-falcon-7b:0.0.4"
     assert options.image_pull_secrets == ("contoso-pull",)
 
 

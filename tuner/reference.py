@@ -6,7 +6,7 @@ original takes `MyOrg` for a host name.
 """
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tuner.errors import ConfigError
@@ -39,12 +39,16 @@ AN_IMAGE_ID = "image reference {}: this is an image id, not a name"
 
 @dataclass(frozen=True)
 class ImageReference:
-    """An image in a registry; at least one of `tag` and `digest` is set."""
+    """An image in a registry; at least one of `tag` and `digest` is set.
+
+    `tag_is_implied`: nobody wrote the tag, `latest`.
+    """
 
     registry: str
     repository: str
     tag: str | None = None
     digest: str | None = None
+    tag_is_implied: bool = field(default=False, compare=False, repr=False)
 
     def __str__(self) -> str:
         tag = f":{self.tag}" if self.tag else ""
@@ -55,6 +59,17 @@ class ImageReference:
     def name(self) -> str:
         """`registry/repository`, without tag and digest."""
         return f"{self.registry}/{self.repository}"
+
+    @property
+    def is_docker_official(self) -> bool:
+        """Whether it is one of Docker Hub's own images, which is what a name without a registry means."""
+        return self.registry == _DOCKER_HUB and self.repository.startswith("library/")
+
+    @property
+    def short(self) -> str:
+        """Without `docker.io/library/` and without a tag that nobody wrote."""
+        text = self.name if self.tag_is_implied else str(self)
+        return text.removeprefix(f"{_DOCKER_HUB}/library/")
 
     @property
     def api_host(self) -> str:
@@ -128,9 +143,8 @@ def parse_reference(text: str) -> ImageReference:
         if IMAGE_ID.fullmatch(rest):
             raise ConfigError(AN_IMAGE_ID.format(repr(text)), hint=_EXAMPLE)
         repository = f"library/{repository}"
-    if tag is None and not at:
-        tag = "latest"
-    return ImageReference(registry, repository, tag, digest or None)
+    implied = tag is None and not at
+    return ImageReference(registry, repository, "latest" if implied else tag, digest or None, tag_is_implied=implied)
 
 
 def parse_destination(text: str) -> ImageReference | LayoutReference:

@@ -19,7 +19,7 @@ from tuner.errors import ConfigError, DataError, InputMissingError, Problem, Tun
 from tuner.gates import Gate, parse_gates, split_gates
 from tuner.levers import parse_disabled
 from tuner.presets import HUB_ID, Preset, find_preset, preset_from_directory
-from tuner.reference import LayoutReference, names_registry, parse_destination, parse_reference
+from tuner.reference import ImageReference, LayoutReference, names_registry, parse_destination
 from tuner.runspec import (
     BaseModelSource,
     Destination,
@@ -421,10 +421,10 @@ def _sources(tuning: Tuning, request: Request) -> tuple[tuple[Source, ...], dict
         case UrlInput(urls=urls):
             return _url_sources(urls)
         case ImageInput(image=image) if request.image_volume:
-            volume = {"image": {"reference": str(parse_reference(image))}}
+            volume = {"image": {"reference": str(image)}}
             return (VolumeSource(path=str(pod.DATA_DIR / "data"), source=volume),), {}
         case ImageInput(image=image):
-            return (ImageSource(reference=str(parse_reference(image))),), {}
+            return (ImageSource(reference=image),), {}
         case VolumeInput(volume_source=volume) if request.in_pod:
             return (VolumeSource(path=str(pod.DATA_DIR), source=dict(volume)),), {}
         case VolumeInput(volume_source=volume):
@@ -537,7 +537,7 @@ def _base_model(tuning: Tuning, preset: Preset, training: TrainingConfig, reques
         return LocalModel(path=str(directory), sha256=model_digest(directory, with_code=request.trust_remote_code))
     image = tuning.preset.preset_options.image
     if image:
-        return ImageModel(reference=str(parse_reference(image)), id=preset.model_id, revision=revision)
+        return ImageModel(reference=image, id=preset.model_id, revision=revision)
     return HubModel(id=preset.model_id, revision=revision or preset.hub_revision)
 
 
@@ -569,7 +569,7 @@ def _destination(
     images = results / ".tuner" if results else work_dir.absolute()
     if request.output:
         destination = parse_output(request.output, overwrite=request.overwrite)
-        own = str(parse_reference(tuning.output.image)) if isinstance(tuning.output, ImageOutput) else None
+        own = tuning.output.image if isinstance(tuning.output, ImageOutput) else None
         if request.smoke and isinstance(destination, ImageDestination) and destination.reference == own:
             raise ConfigError(
                 f"--output {request.output}: is the Workspace's own image, and this is a smoke run",
@@ -583,7 +583,7 @@ def _destination(
     match tuning.output:
         case ImageOutput(image=image):
             check_names_registry(image, "tuning.output.image")
-            return ImageDestination(reference=str(parse_reference(image)), overwrite=request.overwrite)
+            return ImageDestination(reference=image, overwrite=request.overwrite)
         case VolumeOutput() if results:
             return DirectoryDestination(path=str(results))
         case VolumeOutput(volume_source=volume):
@@ -593,15 +593,12 @@ def _destination(
             raise ConfigError("tuning.output: is missing", hint="say where the adapter goes: --output DIR or IMAGE")
 
 
-def check_names_registry(image: str, field_path: str) -> None:
+def check_names_registry(image: ImageReference | LayoutReference, field_path: str) -> None:
     """`adapter:1` means Docker Hub's own images, as for docker pull: no adapter is among them."""
-    reference = parse_destination(image)
-    if isinstance(reference, LayoutReference):
-        return
-    if reference.registry == "docker.io" and reference.repository.startswith("library/"):
+    if isinstance(image, ImageReference) and image.is_docker_official:
         raise ConfigError(
-            f"{field_path}: {image!r} names no registry, which means {reference}, one of Docker Hub's own images",
-            hint=f"write yours in front: myregistry.azurecr.io/{image}; a layout on disk is oci:DIR:TAG",
+            f"{field_path}: {image.short!r} names no registry, which means {image}, one of Docker Hub's own images",
+            hint=f"write yours in front: myregistry.azurecr.io/{image.short}; a layout on disk is oci:DIR:TAG",
         )
 
 
@@ -621,13 +618,13 @@ def parse_output(text: str, *, overwrite: bool = True) -> Destination:
         raise ConfigError(f"{text}: names a digest, which only a push can know", hint="leave out @sha256:…, give a tag")
     if isinstance(reference, LayoutReference):
         return LayoutDestination(path=str(reference.path.absolute()), tag=reference.tag, overwrite=overwrite)
-    return ImageDestination(reference=str(reference), overwrite=overwrite)
+    return ImageDestination(reference=reference, overwrite=overwrite)
 
 
 def _probe(tuning: Tuning, request: Request) -> ImageDestination | None:
     """A smoke run pushes elsewhere, but asks whether the real destination would take it."""
     if request.smoke and not request.output and request.preflight and isinstance(tuning.output, ImageOutput):
-        return ImageDestination(reference=str(parse_reference(tuning.output.image)), overwrite=request.overwrite)
+        return ImageDestination(reference=tuning.output.image, overwrite=request.overwrite)
     return None
 
 
@@ -665,7 +662,7 @@ def _push_credentials(
     if name and not request.needs_push_secret:
         return _Found(origin=_elsewhere(name))
     if name:
-        raise _no_push_secret(name, parse_reference(target.reference).registry, request, env)
+        raise _no_push_secret(name, target.reference.registry, request, env)
     return _Found(origin="anonymous")
 
 
@@ -1002,18 +999,14 @@ def _label_problems(file: WorkspaceFile) -> Iterator[Problem]:
 # ── what is worth a line ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _has_tag(image: str) -> bool:
-    return ":" in image.rpartition("/")[2]
-
-
 def _notes(tuning: Tuning, training: TrainingConfig, request: Request, work_dir: Path) -> Iterator[str]:
     if request.smoke and request.output:
         yield f"--smoke with --output: an adapter of a tiny random model goes to {request.output}"
     directory = training.arguments.output_dir
     if directory and not request.in_pod:
         yield f"TrainingArguments.output_dir {directory}: on this machine checkpoints and adapter are in {work_dir}"
-    if isinstance(tuning.output, ImageOutput) and not request.output and not _has_tag(tuning.output.image):
-        yield f"tuning.output.image {tuning.output.image}: has no tag, so it is pushed as latest"
+    if isinstance(tuning.output, ImageOutput) and not request.output and tuning.output.image.tag_is_implied:
+        yield f"tuning.output.image {tuning.output.image.name}: has no tag, so it is pushed as latest"
     name = tuning.preset.name
     if request.in_pod:
         return

@@ -14,11 +14,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+)
 
 from tuner.errors import ConfigError, InputMissingError
 from tuner.gates import Gate, parse_gates
 from tuner.presets import Preset
+from tuner.reference import ImageReference, LayoutReference, parse_destination, parse_reference
 from tuner.training_settings import TrainingConfig
 
 StageName = Literal["preflight", "fetch", "prepare", "train", "push"]
@@ -56,6 +66,21 @@ class Contract(BaseModel):
             ) from None
 
 
+def _reference(value: str | ImageReference) -> ImageReference:
+    return value if isinstance(value, ImageReference) else parse_reference(value)
+
+
+def _image_location(value: str | ImageReference | LayoutReference) -> ImageReference | LayoutReference:
+    return parse_destination(value) if isinstance(value, str) else value
+
+
+# In JSON a reference is its text, in its normal form.
+Reference = Annotated[ImageReference, PlainValidator(_reference), PlainSerializer(str, return_type=str)]
+ImageLocation = Annotated[
+    ImageReference | LayoutReference, PlainValidator(_image_location), PlainSerializer(str, return_type=str)
+]
+
+
 # ── sources ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -84,7 +109,7 @@ class ImageSource(Contract):
     """`tuning.input.image`: the data files are under /data of an OCI image."""
 
     kind: Literal["image"] = "image"
-    reference: str
+    reference: ImageLocation
 
 
 class VolumeSource(Contract):
@@ -123,7 +148,7 @@ class ImageModel(Contract):
     """`presetOptions.image`: an OCI artifact with the weights, as KAITO ships them."""
 
     kind: Literal["image"] = "image"
-    reference: str
+    reference: ImageLocation
     id: str | None = None
     revision: str | None = None
 
@@ -144,7 +169,7 @@ class ImageDestination(Contract):
     """`tuning.output.image`: a registry reference with a tag."""
 
     kind: Literal["image"] = "image"
-    reference: str
+    reference: Reference
     overwrite: bool = True
 
 
@@ -155,6 +180,10 @@ class LayoutDestination(Contract):
     path: str
     tag: str
     overwrite: bool = True
+
+    @property
+    def reference(self) -> LayoutReference:
+        return LayoutReference(Path(self.path), self.tag)
 
 
 class DirectoryDestination(Contract):

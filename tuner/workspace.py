@@ -24,6 +24,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    GetPydanticSchema,
     StrictInt,
     Tag,
     ValidationError,
@@ -32,9 +33,10 @@ from pydantic import (
 )
 from pydantic.alias_generators import to_camel
 from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core.core_schema import no_info_after_validator_function, str_schema
 
 from tuner.errors import ConfigError, InputMissingError, Problem, did_you_mean
-from tuner.reference import names_registry, parse_reference
+from tuner.reference import ImageReference, names_registry, parse_reference
 from tuner.urls import Allowed, url_problem
 
 API_VERSIONS = ("kaito.sh/v1beta1", "kaito.sh/v1alpha1")
@@ -103,24 +105,26 @@ A_URL = "a URL, where an image reference belongs"
 NAMES_DIGEST = "{} names a digest, which only a push can know"
 
 
-def checked_image(image: str) -> str:
+def parsed_image(image: str) -> ImageReference:
     if "://" in image:  # not for parse_reference: its message would show a signed query
         raise _fault(A_URL, "write it like myregistry.azurecr.io/adapters/phi-3:v1")
     try:
-        parse_reference(image)
+        return parse_reference(image)
     except ConfigError as error:
         raise _fault(error.message, error.hint) from error
+
+
+def checked_output_image(image: ImageReference) -> ImageReference:
+    if image.digest:
+        raise _fault(NAMES_DIGEST.format(repr(str(image))), "leave out @sha256:…, give a tag")
     return image
 
 
-def checked_output_image(image: str) -> str:
-    if parse_reference(image).digest:
-        raise _fault(NAMES_DIGEST.format(repr(image)), "leave out @sha256:…, give a tag")
-    return image
-
-
-ImageText = Annotated[str, AfterValidator(checked_image)]
-OptionalImage = Annotated[ImageText | None, BeforeValidator(empty_is_none)]
+Image = Annotated[
+    ImageReference,
+    GetPydanticSchema(lambda *_: no_info_after_validator_function(parsed_image, str_schema())),
+]
+OptionalImage = Annotated[Image | None, BeforeValidator(empty_is_none)]
 
 
 def is_local_file(url: str) -> bool:
@@ -258,7 +262,7 @@ class UrlInput(_FromYaml):
 class ImageInput(_FromYaml):
     """An OCI image with the data files under /data."""
 
-    image: ImageText
+    image: Image
     image_pull_secrets: tuple[ObjectName, ...] = ()
     name: OptionalName = None
 
@@ -271,7 +275,7 @@ class VolumeInput(_FromYaml):
 
 
 class ImageOutput(_FromYaml):
-    image: Annotated[ImageText, AfterValidator(checked_output_image)]
+    image: Annotated[Image, AfterValidator(checked_output_image)]
     image_push_secret: OptionalName = None
 
 
@@ -1063,9 +1067,9 @@ def _example_hosts(tuning: Tuning) -> Iterator[_Fault]:
     if isinstance(tuning.input, UrlInput):
         places += [(("tuning", "input", "urls", index), url) for index, url in enumerate(tuning.input.urls)]
     elif isinstance(tuning.input, ImageInput):
-        places.append((("tuning", "input", "image"), tuning.input.image))
+        places.append((("tuning", "input", "image"), str(tuning.input.image)))
     if isinstance(tuning.output, ImageOutput):
-        places.append((("tuning", "output", "image"), tuning.output.image))
+        places.append((("tuning", "output", "image"), str(tuning.output.image)))
     for location, address in places:
         if found := _EXAMPLE_HOST.match(address):
             yield _Fault(location, f"{found[0]} is an example's host: replace it with your own")

@@ -150,14 +150,14 @@ def render(
 def _serve(server: str, typed: Mapping[str, Any]) -> None:
     from tuner.cluster.serving import SERVERS, ServingOptions, render_serving
     from tuner.cluster.templates import dump_manifests
+    from tuner.reference import parse_reference
 
     known = next((known for known in SERVERS if known == server), None)
     if known is None:
         raise UsageError(f"--serving {server}: must be {' or '.join(SERVERS)}")
     file, run, options = read_cluster_run(typed, needs_image=known == "vllm")
-    serving = render_serving(
-        known, file, run, options, ServingOptions(typed["adapter"], typed["strength"], typed["vllm_image"])
-    )
+    adapter = parse_reference(typed["adapter"]) if typed["adapter"] else None
+    serving = render_serving(known, file, run, options, ServingOptions(adapter, typed["strength"], typed["vllm_image"]))
     for line in serving.notes:
         say(f"note: {line}")
     print(dump_manifests(serving.objects), end="")

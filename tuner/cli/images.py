@@ -30,6 +30,7 @@ from tuner.cli.options import (
 from tuner.errors import UsageError
 
 if TYPE_CHECKING:
+    from tuner.reference import ImageReference, LayoutReference
     from tuner.registry.push import Pushed
     from tuner.talk import Talk
 
@@ -98,13 +99,12 @@ def verify(
 
     from tuner.content import check_model_directory
     from tuner.pipeline.adapter import ADAPTER_WEIGHTS, check_weights
-    from tuner.reference import LayoutReference, parse_destination
+    from tuner.reference import LayoutReference
     from tuner.registry import client_for
     from tuner.registry.verify import verify_image
     from tuner.request import docker_configs_for
 
-    _check_image(image)
-    reference = parse_destination(image)
+    reference = _image_argument(image)
     if load:
         load = load.expanduser()
         check_model_directory(load, f"--load {load}", trust_remote_code=False)
@@ -123,14 +123,16 @@ def verify(
     print(reference.with_digest(verified.digest))
 
 
-def _check_image(image: str) -> None:
-    """Raises UsageError for a path of this machine, ConfigError for what names no registry."""
-    from tuner.reference import names_registry
+def _image_argument(image: str) -> "ImageReference | LayoutReference":
+    """What IMAGE names. Raises UsageError for a path of this machine, ConfigError for what names no registry."""
+    from tuner.reference import names_registry, parse_destination
     from tuner.request import check_names_registry
 
     if not image.startswith("oci:") and not names_registry(image) and Path(image).exists():
         raise UsageError(f"{image} is a file or directory here, and no image", hint="a layout on disk is oci:DIR:TAG")
-    check_names_registry(image, "IMAGE")
+    reference = parse_destination(image)
+    check_names_registry(reference, "IMAGE")
+    return reference
 
 
 def _load_with_peft(adapter: Path, base: Path) -> None:
@@ -152,13 +154,12 @@ def pull(
     ca: Ca = None,
 ) -> None:
     """Fetch an adapter or data image and unpack its /data, every digest checked."""
-    from tuner.reference import LayoutReference, parse_destination
+    from tuner.reference import LayoutReference
     from tuner.registry import client_for
     from tuner.registry.pull import pull_image
     from tuner.request import docker_configs_for
 
-    _check_image(image)
-    reference = parse_destination(image)
+    reference = _image_argument(image)
     with open_talk() as talk:
         if isinstance(reference, LayoutReference):
             pulled = pull_image(reference, directory, reporter=talk)

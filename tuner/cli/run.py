@@ -270,8 +270,8 @@ def _base_model(spec: "RunSpec") -> str:
             return f"{name} at {revision[:12]}"
         case LocalModel(path=path, id=None):
             return path
-        case LocalModel(path=path, id=name) | ImageModel(reference=path, id=name):
-            return f"{name} from {path}"
+        case LocalModel(path=place, id=name) | ImageModel(reference=place, id=name):
+            return f"{name} from {place}"
 
 
 def _source(source: "Source") -> str:
@@ -293,9 +293,9 @@ def _destination(destination: "Destination") -> str:
 
     match destination:
         case ImageDestination(reference=reference, overwrite=overwrite):
-            return reference if overwrite else f"{reference}, unless it is there already"
-        case LayoutDestination(path=path, tag=tag):
-            return f"oci:{path}:{tag}"
+            return f"{reference}" if overwrite else f"{reference}, unless it is there already"
+        case LayoutDestination(reference=layout):
+            return str(layout)
         case DirectoryDestination(path=path):
             return path
 

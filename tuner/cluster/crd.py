@@ -22,6 +22,7 @@ from pydantic.fields import FieldInfo
 from tuner import workspace
 from tuner.cluster import rules
 from tuner.cluster.rules import Rule, Text
+from tuner.reference import ImageReference
 from tuner.runspec import StageName
 
 GROUP, PLURAL, KIND = "kaito.sh", "workspaces", "Workspace"
@@ -230,7 +231,6 @@ class _Reader:
         self.url = rules.url(opened=opened)
         self.text_of: dict[Callable[..., Any], Text] = {
             workspace.checked_object_name: rules.OBJECT_NAME,
-            workspace.checked_image: rules.IMAGE,
             workspace.checked_output_image: rules.OUTPUT_IMAGE,
         }
 
@@ -272,15 +272,16 @@ class _Reader:
             return schema | ({"x-kubernetes-map-type": "atomic"} if annotation is workspace.LabelSelector else {})
         if annotation is int:
             return self.described(path, {"type": "integer", "minimum": next(each.ge for each in metadata)})
-        if annotation is str:
-            return self.described(path, self.text(path, metadata))
+        if annotation in (str, ImageReference):
+            default = rules.ANY_TEXT if annotation is str else rules.IMAGE
+            return self.described(path, self.text(path, metadata, default))
         raise TypeError(f"{path}: no schema for {annotation}")
 
-    def text(self, path: str, metadata: Sequence[Any]) -> Schema:
+    def text(self, path: str, metadata: Sequence[Any], default: Text) -> Schema:
         validators = [each.func for each in metadata if isinstance(each, AfterValidator)]
         if workspace.checked_url in validators:
             return dict(self.url)
-        text = self.text_of[validators[-1]] if validators else rules.ANY_TEXT
+        text = self.text_of[validators[-1]] if validators else default
         if any(getattr(each, "min_length", 0) for each in metadata):
             text = rules.REQUIRED_TEXT
         if path in _NAMES_BESIDE_AN_IMAGE:

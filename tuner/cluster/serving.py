@@ -16,7 +16,7 @@ from tuner.cluster.job_options import GPU, JobOptions, count_gpus, written_insta
 from tuner.cluster.sizes import read_sizes
 from tuner.cluster.templates import Manifest
 from tuner.errors import ConfigError, Problem
-from tuner.reference import parse_reference
+from tuner.reference import ImageReference
 from tuner.request import HF_TOKEN, Run, check_names_registry
 from tuner.runspec import HubModel, ImageModel, RunSpec
 from tuner.workspace import LABEL_CHARACTERS, ImageOutput, Tuning, VolumeOutput, WorkspaceFile, require_tuning
@@ -38,7 +38,7 @@ _MERGE = "tuner merge makes a model of base and adapter, which needs no LoRA"
 class ServingOptions:
     """`adapter` is the pushed image, by digest if known; `strength` is KAITO's; `vllm_image` is the server's."""
 
-    adapter: str | None = None
+    adapter: ImageReference | None = None
     strength: float | None = None
     vllm_image: str | None = None
 
@@ -74,7 +74,7 @@ class _Ask:
         """The adapter's; None where it is on a volume."""
         written = self.tuning.output.image if isinstance(self.tuning.output, ImageOutput) else None
         image = self.options.adapter or written
-        return str(parse_reference(image)) if image else None
+        return str(image) if image else None
 
     @property
     def secret(self) -> str | None:

@@ -52,7 +52,7 @@ from tuner.pipeline.run import (
 from tuner.pipeline.startup import StartUp
 from tuner.pipeline.tracking import check_trackers
 from tuner.pipeline.turns import Finished, Turns
-from tuner.reference import ImageReference, parse_reference
+from tuner.reference import ImageReference
 from tuner.registry.credentials import parse_credentials
 from tuner.registry.push_state import PushOptions
 from tuner.request import HF_TOKEN
@@ -294,7 +294,7 @@ class Container:
             if pod.results_dir(self.spec).is_dir():  # else as in _check_volume
                 check_destination(destination, self.spec, secrets, self.reporter)
             return
-        reference = parse_reference(destination.reference)
+        reference = destination.reference
         named = self.env.get(pod.PUSH_SECRET_ENV)
         try:
             check_destination(destination, self.spec, secrets, self.reporter)

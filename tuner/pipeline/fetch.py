@@ -31,7 +31,7 @@ from tuner.pipeline.download import Wanted, download_all, format_bytes, interrup
 from tuner.pipeline.hub import HubRepository, hub_headers, patiently
 from tuner.pipeline.stores import check_store, is_store, stored_files
 from tuner.pipeline.web import DEFAULT_TRANSFER, Transfer, TransientError, Web, WebFile
-from tuner.reference import ImageReference, LayoutReference, parse_destination
+from tuner.reference import ImageReference, LayoutReference
 from tuner.registry import client_for
 from tuner.registry.image import TOP_DIRECTORY, sha256_digest
 from tuner.registry.layout import Layout
@@ -43,6 +43,7 @@ from tuner.runspec import (
     FetchedModel,
     FileSource,
     HubModel,
+    ImageLocation,
     ImageModel,
     ImageSource,
     LocalModel,
@@ -182,7 +183,7 @@ def fetch_sources(
                 case ImageSource():
                     target = data_dir / f"{index:04d}-image"
                     _pull(source.reference, target, spec, secrets, reporter, only_under=TOP_DIRECTORY)
-                    by_source[index] = _data_files(target, source.reference, work_dir)
+                    by_source[index] = _data_files(target, str(source.reference), work_dir)
                 case UrlSource():
                     pass  # all at once, below
         except InterruptedRunError:
@@ -221,9 +222,8 @@ def announced_bytes(
                     case VolumeSource(path=path):
                         sizes += [file.stat().st_size for file in _data_paths(Path(path), path)]
                     case ImageSource(reference=reference):
-                        parsed = parse_destination(reference)
-                        with _image_source(parsed, spec, secrets, reporter) as image:
-                            sizes.append(image_bytes(parsed, image))
+                        with _image_source(reference, spec, secrets, reporter) as image:
+                            sizes.append(image_bytes(reference, image))
                     case UrlSource():
                         for wanted in _wanted_of(index, source, secrets, web, transfer, stop):
                             sizes.append(patiently(partial(_announced, wanted), transfer, stop))
@@ -247,7 +247,7 @@ def _shown(source: Source) -> str:
         case UrlSource(url=url):
             return url
         case ImageSource(reference=reference):
-            return reference
+            return str(reference)
         case FileSource(path=path) | VolumeSource(path=path):
             return path
 
@@ -368,7 +368,7 @@ def fetch_base_model(
             else:
                 target = work_dir / WEIGHTS_DIRECTORY
                 _pull(model.reference, target, spec, secrets, reporter, only_under="")
-            directory = _model_root(target, model.reference)
+            directory = _model_root(target, str(model.reference))
             model_id, revision = model.id, model.revision
     shown = model_id or str(directory)
     if tokenizer_only:
@@ -443,34 +443,43 @@ def _checked_file(path: Path, source: str, work_dir: Path) -> FetchedFile:
 class _PulledRecord(Contract):
     """NAME.pulled.json: which image NAME holds."""
 
-    reference: str
+    reference: ImageLocation
     digest: str
 
 
 def _pull(
-    reference: str, target: Path, spec: RunSpec, secrets: Secrets, reporter: Reporter, *, only_under: str
+    reference: ImageReference | LayoutReference,
+    target: Path,
+    spec: RunSpec,
+    secrets: Secrets,
+    reporter: Reporter,
+    *,
+    only_under: str,
 ) -> None:
     """The image's files below `only_under`, in `target`; not again when the reference still names what is there."""
-    parsed = parse_destination(reference)
-    if isinstance(parsed, LayoutReference):
-        _pull_from(Layout(parsed.path), None, parsed, target, reporter, only_under)
+    if isinstance(reference, LayoutReference):
+        _pull_from(Layout(reference.path), None, reference, target, reporter, only_under)
         return
-    with client_for(parsed, spec.network, secrets.pull_docker_configs, reporter=reporter) as client:
-        _pull_from(client, client, parsed, target, reporter, only_under)
+    with client_for(reference, spec.network, secrets.pull_docker_configs, reporter=reporter) as client:
+        _pull_from(client, client, reference, target, reporter, only_under)
 
 
 def _pull_shared(
-    reference: str, weights_dir: Path, spec: RunSpec, secrets: Secrets, reporter: Reporter, cancelled: threading.Event
+    reference: ImageReference | LayoutReference,
+    weights_dir: Path,
+    spec: RunSpec,
+    secrets: Secrets,
+    reporter: Reporter,
+    cancelled: threading.Event,
 ) -> Path:
     """A directory that is named by the image's digest: another run may read from it when the tag has moved on."""
-    parsed = parse_destination(reference)
-    with _image_source(parsed, spec, secrets, reporter) as source:
-        content, _ = source.get_manifest(parsed.digest or str(parsed.tag))
+    with _image_source(reference, spec, secrets, reporter) as source:
+        content, _ = source.get_manifest(reference.digest or str(reference.tag))
     digest = sha256_digest(content)
     target = weights_dir / f"image-{digest.removeprefix('sha256:')[:12]}"
     weights_dir.mkdir(parents=True, exist_ok=True)
     with _alone(weights_dir, reporter, cancelled):
-        _pull(str(parsed.with_digest(digest)), target, spec, secrets, reporter, only_under="")
+        _pull(reference.with_digest(digest), target, spec, secrets, reporter, only_under="")
     return target
 
 
@@ -495,14 +504,14 @@ def _pull_from(
 ) -> None:
     record_path = target.with_name(f"{target.name}.pulled.json")
     content, _ = manifests.get_manifest(reference.digest or str(reference.tag))
-    wanted = _PulledRecord(reference=str(reference), digest=sha256_digest(content))
+    wanted = _PulledRecord(reference=reference, digest=sha256_digest(content))
     with suppress(FileNotFoundError, ValidationError):
         if target.is_dir() and _PulledRecord.model_validate_json(record_path.read_bytes()) == wanted:
             reporter.note(f"{reference}: already there")
             return
     shutil.rmtree(target, ignore_errors=True)
     pulled = pull_image(reference, target, client, only_under=only_under, reporter=reporter)
-    _PulledRecord(reference=str(reference), digest=pulled.digest).save(record_path)
+    _PulledRecord(reference=reference, digest=pulled.digest).save(record_path)
 
 
 # ── base weights ─────────────────────────────────────────────────────────────────────────────────────────────────────

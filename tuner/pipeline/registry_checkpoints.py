@@ -20,7 +20,7 @@ from pathlib import Path
 from tuner.errors import DataError, InputMissingError, TunerError
 from tuner.pipeline.checkpoints import CHECKPOINTS, LEVERS, SEAL, by_step, is_whole
 from tuner.pipeline.download import format_bytes
-from tuner.reference import ImageReference, parse_reference
+from tuner.reference import ImageReference
 from tuner.registry import client_for
 from tuner.registry.image import build_image
 from tuner.registry.pull import pull_image
@@ -36,7 +36,7 @@ def checkpoint_reference(spec: RunSpec) -> ImageReference:
     """`REGISTRY/REPOSITORY:checkpoint-RUN`: a tag for each run, in the repository that its credential may push to."""
     if not isinstance(spec.destination, ImageDestination):
         raise TypeError("only an image has a registry beside it")
-    reference = parse_reference(spec.destination.reference)
+    reference = spec.destination.reference
     return ImageReference(
         reference.registry, reference.repository, f"checkpoint-{spec.digest.removeprefix('sha256:')[:12]}"
     )

@@ -44,7 +44,7 @@ from tuner.pipeline.registry_checkpoints import Uploads, restore
 from tuner.pipeline.startup import TOTAL, StartUp
 from tuner.pipeline.tracking import check_trackers, tracked
 from tuner.pod import SENTINEL
-from tuner.reference import LayoutReference, parse_reference
+from tuner.reference import ImageReference
 from tuner.registry import client_for
 from tuner.registry.credentials import parse_credentials
 from tuner.registry.layout import layout_digest
@@ -299,11 +299,11 @@ def check_destination(destination: Destination, spec: RunSpec, secrets: Secrets,
             parse_credentials(secrets.docker_configs)  # without a probe, too
             if spec.preflight:
                 _probe(destination, spec, secrets, reporter)
-        case LayoutDestination(path=path, tag=tag, overwrite=overwrite):
-            existing = layout_digest(LayoutReference(Path(path), tag))
+        case LayoutDestination(reference=reference, overwrite=overwrite):
+            existing = layout_digest(reference)
             if existing and not overwrite:
-                raise _exists(f"oci:{path}:{tag}", existing)
-            check_writable(Path(path))
+                raise _exists(str(reference), existing)
+            check_writable(reference.path)
         case DirectoryDestination(path=path):
             _check_only_ours(Path(path), reporter)
             check_writable(Path(path))
@@ -404,7 +404,7 @@ def _exists(reference: str, digest: str) -> ConfigError:
 
 
 def _probe(destination: ImageDestination, spec: RunSpec, secrets: Secrets, reporter: Reporter) -> None:
-    reference = parse_reference(destination.reference)
+    reference = destination.reference
     store = parse_credentials(secrets.docker_configs)
     if missing := store.missing_helper(reference):
         reporter.warn(f"the docker config keeps its credentials in {missing}, which is not installed here")
@@ -579,10 +579,8 @@ def check_gates(spec: RunSpec, trained: Trained, work_dir: Path, reporter: Repor
 
 def _push_command(adapter_dir: Path, destination: Destination) -> str:
     match destination:
-        case ImageDestination(reference=reference):
-            return shlex.join(["tuner", "push", str(adapter_dir), reference])
-        case LayoutDestination(path=path, tag=tag):
-            return shlex.join(["tuner", "push", str(adapter_dir), f"oci:{path}:{tag}"])
+        case ImageDestination() | LayoutDestination():
+            return shlex.join(["tuner", "push", str(adapter_dir), str(destination.reference)])
         case DirectoryDestination(path=path):
             return shlex.join(["cp", "-r", f"{adapter_dir}/.", path])
 
@@ -671,12 +669,12 @@ def deliver(
     """Push an adapter directory as an image; whatever a registry says becomes NotPushedError with what to do next."""
     image = adapter_image(adapter_dir, options.compression)
     match destination:
-        case LayoutDestination(path=path, tag=tag, overwrite=overwrite):
-            return push_layout(image, LayoutReference(Path(path), tag), overwrite=overwrite, reporter=reporter)
-        case ImageDestination(reference=text, overwrite=overwrite):
+        case LayoutDestination(reference=layout, overwrite=overwrite):
+            return push_layout(image, layout, overwrite=overwrite, reporter=reporter)
+        case ImageDestination(reference=reference, overwrite=overwrite):
             return push_resumably(
                 image,
-                parse_reference(text),
+                reference,
                 adapter_dir=adapter_dir,
                 directory=adapter_dir.parent,
                 overwrite=overwrite,
@@ -695,7 +693,7 @@ def resume_push(directory: Path, docker_configs: Sequence[str], reporter: Report
     state.check_image(image, directory)
     return push_resumably(
         image,
-        parse_reference(state.reference),
+        state.reference,
         adapter_dir=adapter_dir,
         directory=directory,
         overwrite=state.overwrite,
@@ -709,7 +707,7 @@ def resume_push(directory: Path, docker_configs: Sequence[str], reporter: Report
 def _mounting(options: PushOptions, spec: RunSpec, destination: ImageDestination | LayoutDestination) -> PushOptions:
     """With a base image in the same registry, what the adapter shares with it need not be sent."""
     if isinstance(spec.base_model, ImageModel) and isinstance(destination, ImageDestination):
-        base = parse_reference(spec.base_model.reference)
-        if base.registry == parse_reference(destination.reference).registry:
+        base = spec.base_model.reference
+        if isinstance(base, ImageReference) and base.registry == destination.reference.registry:
             return options.model_copy(update={"mount_from": base.repository})
     return options

@@ -25,7 +25,7 @@ from tuner.registry.artifacts import modelpack_artifact, provenance_artifact, re
 from tuner.registry.compression import Compression
 from tuner.registry.image import Image
 from tuner.registry.push import Pushed, push_image, push_referrer
-from tuner.runspec import Contract, Network, Reporter
+from tuner.runspec import Contract, Network, Reference, Reporter
 
 if TYPE_CHECKING:
     from tuner.registry.transport import Patience
@@ -52,7 +52,7 @@ class PushState(Contract):
 
     version: Literal[1] = 1
     adapter_dir: str = Field(description="relative to this file")
-    reference: str
+    reference: Reference
     digest: str = Field(description="the image's: the files must still give it")
     overwrite: bool = True
     network: Network = Network()
@@ -71,7 +71,7 @@ class PushState(Contract):
             path = self.adapter_path(directory)
             raise DataError(
                 f"{path}: its files have changed since the push began: they give {image.digest}, not {self.digest}",
-                hint=f"if that is meant: {shlex.join(['tuner', 'push', str(path), self.reference])}",
+                hint=f"if that is meant: {shlex.join(['tuner', 'push', str(path), str(self.reference)])}",
             )
 
 
@@ -106,7 +106,7 @@ def push_resumably(
     """
     state = PushState(
         adapter_dir=os.path.relpath(adapter_dir.absolute(), directory.absolute()),
-        reference=str(reference),
+        reference=reference,
         digest=image.digest,
         overwrite=overwrite,
         network=network,
