@@ -88,7 +88,7 @@ class Fault:
     times: int
     reason: str
     message: str
-    retry_after_s: float | None
+    retry_after_s: int | None
     reset: bool
     after: bool
     delay_s: float
@@ -319,7 +319,7 @@ class FakeKubernetes:
         times: int = 1,
         reason: str = "InternalError",
         message: str = "an injected fault",
-        retry_after_s: float | None = None,
+        retry_after_s: int | None = None,
         reset: bool = False,
         after: bool = False,
         delay_s: float = 0.0,
@@ -1680,7 +1680,7 @@ def _handler(cluster: FakeKubernetes) -> type[BaseHTTPRequestHandler]:
                 self.connection.close()
                 self.close_connection = True
                 return
-            headers = {"Retry-After": f"{fault.retry_after_s:g}"} if fault.retry_after_s is not None else {}
+            headers = {"Retry-After": str(fault.retry_after_s)} if fault.retry_after_s is not None else {}
             refusal = Refusal(fault.status, fault.reason, fault.message)
             self._send(fault.status, refusal.status, headers)
 

@@ -32,6 +32,7 @@ from tuner.cluster.watched import Watched
 from tuner.cluster.work_queue import WorkQueue
 from tuner.errors import ConfigError
 from tuner.request import Request
+from tuner.retry import Backoff
 
 WORKSPACES = Path(__file__).parent / "workspaces"
 INSTALL = Path(__file__).parents[1] / "job_templates" / "install"
@@ -364,8 +365,8 @@ def errors(cluster: FakeKubernetes) -> None:
 
 
 def throttling(cluster: FakeKubernetes) -> None:
-    cluster.fail("POST", status=429, times=3, reason="TooManyRequests", retry_after_s=0.3)
-    cluster.fail("PATCH", status=429, times=3, reason="TooManyRequests", retry_after_s=0.3)
+    cluster.fail("POST", status=429, times=3, reason="TooManyRequests", retry_after_s=0)
+    cluster.fail("PATCH", status=429, times=3, reason="TooManyRequests", retry_after_s=0)
 
 
 def gone(cluster: FakeKubernetes) -> None:
@@ -384,8 +385,7 @@ TROUBLE = (resets, resets_after, errors, throttling, gone, slow_watches)
 def test_trouble_on_the_wire_delays_and_changes_nothing(
     cluster: FakeKubernetes, api: Api, start: Start, trouble: Callable[[FakeKubernetes], None], monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("tuner.cluster.watched._LAST_WAIT_S", 0.5)
-    monkeypatch.setattr("tuner.cluster.watched._FIRST_WAIT_S", 0.05)
+    monkeypatch.setattr("tuner.cluster.watched._BACKOFF", Backoff(0.05, 0.5, jitter=0.5))
     start()
     trouble(cluster)
     for document in documents():
@@ -455,7 +455,7 @@ def test_an_event_that_is_refused_keeps_nothing_else_from_being_done(
 
 @pytest.mark.parametrize("ends", ["at once", "with 410"])
 def test_a_watch_that_ends_at_once_is_not_asked_for_in_a_loop(ends: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tuner.cluster.watched._FIRST_WAIT_S", 0.1)
+    monkeypatch.setattr("tuner.cluster.watched._BACKOFF", Backoff(0.1, 0.5, jitter=0.5))
     watches: list[str] = []
 
     class HangsUp:

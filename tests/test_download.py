@@ -37,6 +37,7 @@ from tuner.errors import (
 from tuner.pipeline import download
 from tuner.pipeline.fetch import fetch, fetch_sources
 from tuner.pipeline.web import Transfer
+from tuner.retry import Backoff
 from tuner.runspec import HubModel, Network, Secrets, Silent, UrlSource
 from tuner.urls import source_name
 
@@ -332,8 +333,8 @@ def test_headers_that_are_refused_are_said_to_be(server: HttpServer, tmp_path: P
 # ── any mixture of faults ────────────────────────────────────────────────────────────────────────────────────────────
 
 TINY_PARTS = Transfer(
-    connections=4, attempts=3, connect_timeout_s=2, stall_timeout_s=0.1, slowest_bytes_per_s=10, backoff_s=0.001,
-    split_bytes=2000, part_bytes=700,
+    connections=4, attempts=3, connect_timeout_s=2, stall_timeout_s=0.1, slowest_bytes_per_s=10,
+    backoff=Backoff(0.001, 1), split_bytes=2000, part_bytes=700,
 )  # fmt: skip
 SIZES = st.sampled_from([1, 2, 699, 700, 1999, 2000, 2001, 2800, 5000])
 FAULTS = st.one_of(
@@ -499,6 +500,7 @@ CHILD = """
     from tuner.pipeline.fetch import fetch
     from tuner.pipeline.web import Transfer
     from tuner.presets import Preset
+    from tuner.retry import Backoff
     from tuner.runspec import Network, RunSpec, Secrets, Silent, SmokeModel, UrlSource
     from tuner.training_settings import TrainingConfig
     work_dir, limit, *urls = sys.argv[1:]
@@ -510,7 +512,9 @@ CHILD = """
         sources=tuple(UrlSource(name=f"{i:04d}-t.jsonl", url=url) for i, url in enumerate(urls)),
         destination={"kind": "directory", "path": "/tmp/out"}, network=Network(allow_cidrs=("127.0.0.0/8",)),
     )
-    transfer = Transfer(attempts=2, stall_timeout_s=60, backoff_s=0.01, split_bytes=1_000_000, part_bytes=2_000_000)
+    transfer = Transfer(
+        attempts=2, stall_timeout_s=60, backoff=Backoff(0.01, 1), split_bytes=1_000_000, part_bytes=2_000_000,
+    )
     print("ready", flush=True)
     try:
         for file in fetch(spec, Secrets(), Path(work_dir), Silent(), transfer=transfer).files:

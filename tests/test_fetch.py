@@ -38,6 +38,7 @@ from tuner.presets import Preset
 from tuner.reference import LayoutReference
 from tuner.registry.image import build_image
 from tuner.registry.push import push_layout
+from tuner.retry import Backoff
 from tuner.runspec import (
     BaseModelSource,
     FetchedFile,
@@ -61,7 +62,7 @@ from tuner.training_settings import TrainingConfig
 from tuner.urls import source_name, split_url
 
 LOOPBACK = Network(allow_cidrs=("127.0.0.0/8",))
-QUICK = Transfer(attempts=3, connect_timeout_s=2, stall_timeout_s=0.3, backoff_s=0.01)
+QUICK = Transfer(attempts=3, connect_timeout_s=2, stall_timeout_s=0.3, backoff=Backoff(0.01, 1))
 
 
 @dataclass
@@ -390,7 +391,10 @@ def a_moment_ago() -> str:
 @pytest.mark.parametrize("value", ["0", a_moment_ago()])
 def test_retry_after_decides_how_long_to_wait(server: HttpServer, fetching: Fetching, value: str) -> None:
     busy = Answer(status=503, headers={"Retry-After": value})
-    fetching(server.serve("/t.jsonl", busy, Answer(body=JSON_LINES)), transfer=replace(QUICK, backoff_s=1_000_000))
+    fetching(
+        server.serve("/t.jsonl", busy, Answer(body=JSON_LINES)),
+        transfer=replace(QUICK, backoff=Backoff(1_000_000, 1_000_000)),
+    )
     assert server.count("/t.jsonl") == 2
 
 

@@ -13,7 +13,6 @@ Every method takes `namespace=None` for the one the Api is for; `ALL_NAMESPACES`
 
 import json
 import os
-import random
 import re
 import socket
 import time
@@ -36,6 +35,7 @@ from tuner.cluster.api_errors import (
     error_of_transport,
 )
 from tuner.errors import ConfigError
+from tuner.retry import Backoff, Retries
 
 Object = dict[str, Any]
 """A Kubernetes object as JSON has it."""
@@ -45,9 +45,8 @@ FIELD_MANAGER = "tuner"
 
 _SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _CONNECT_S, _READ_S, _WATCH_S, _WATCH_GRACE_S = 10.0, 60.0, 300, 15
-_FIRST_WAIT_S, _LAST_WAIT_S = 0.25, 8.0
+_BACKOFF = Backoff(0.25, 8.0, jitter=0.5)
 _PAGE = 500
-_jitter = random.Random().uniform  # of its own: a thread that retries must not take numbers from somebody's sequence
 _CONNECTIONS = 32
 _CHUNK_BYTES = 1 << 16
 
@@ -540,16 +539,14 @@ class Api:
         attempts: int = 100,
     ) -> Any:
         """The answer with a status below 300, its body not read yet; else raises the ApiError."""
-        deadline = time.monotonic() + self.patience_s
-        attempt = 0
+        retries = Retries(_BACKOFF, attempts=attempts)
         while True:
-            attempt += 1
             try:
                 return self._attempt(method, path, asked, query, body, content_type, read_s)
             except (ThrottledError, UnavailableError) as error:
                 may_repeat = method == "GET" or isinstance(error, ThrottledError) or error.not_sent
-                wait_s = _wait_s(attempt, error.retry_after_s)
-                if error.is_final or not may_repeat or attempt >= attempts or time.monotonic() + wait_s > deadline:
+                wait_s = retries.next_wait_s(error.retry_after_s, within_s=self.patience_s)
+                if error.is_final or not may_repeat or wait_s is None:
                     raise
                 if not self._told:
                     self._told = True
@@ -633,12 +630,6 @@ class Api:
             response.close()
         if rest:
             yield rest
-
-
-def _wait_s(attempt: int, retry_after_s: float | None) -> float:
-    if retry_after_s is not None:
-        return retry_after_s
-    return min(_LAST_WAIT_S, _FIRST_WAIT_S * 2.0 ** (attempt - 1)) * _jitter(0.5, 1.0)
 
 
 def _write_query(*, dry_run: bool, strict: bool) -> dict[str, str]:

@@ -19,11 +19,13 @@ The wording that is looked for is that of kube-apiserver 1.29 to 1.37 (staging/s
 import re
 import ssl
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from tuner.errors import ConfigError, TunerError
+from tuner.retry import retry_after_s
+
+_LONGEST_WAIT_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -125,9 +127,8 @@ def error_of_response(asked: Asked, status: int, body: Mapping[str, Any], header
     """The error for an answer of 300 or more, from its Status object."""
     said = str(body.get("message") or "")
     reason = str(body.get("reason") or "")
-    retry_after_s = _retry_after_s(headers, body)
     kind, message, hint = _sentence(asked, status, reason, said, body)
-    return kind(message, hint=hint, status=status, server_message=said, retry_after_s=retry_after_s)
+    return kind(message, hint=hint, status=status, server_message=said, retry_after_s=_asked_s(headers, body))
 
 
 _Sentence = tuple[type[ApiError], str, str | None]
@@ -259,11 +260,12 @@ def _invalid(said: str, body: Mapping[str, Any]) -> str:
     return "; ".join(faults) or _one_line(said)
 
 
-def _retry_after_s(headers: Mapping[str, str], body: Mapping[str, Any]) -> float | None:
-    written = headers.get("Retry-After") or (body.get("details") or {}).get("retryAfterSeconds")
-    with suppress(TypeError, ValueError):
-        return min(max(float(written), 0.0), 300.0)  # type: ignore[arg-type]
-    return None
+def _asked_s(headers: Mapping[str, str], body: Mapping[str, Any]) -> float | None:
+    """How long the server asks to be left alone, in its header or its Status; never for long, as a watch must go on."""
+    asked_s = retry_after_s(headers)
+    if asked_s is None:
+        asked_s = retry_after_s({"Retry-After": str((body.get("details") or {}).get("retryAfterSeconds"))})
+    return None if asked_s is None else min(asked_s, _LONGEST_WAIT_S)
 
 
 def _one_line(text: str, most: int = 600) -> str:

@@ -7,7 +7,6 @@
 Only what the controller reads is kept of each object: a thousand Jobs are a few megabytes then.
 """
 
-import random
 import sys
 import threading
 import time
@@ -16,15 +15,14 @@ from typing import Any
 
 from tuner.cluster.api import ALL_NAMESPACES, Api, Resource
 from tuner.cluster.api_errors import ApiError, GoneError
+from tuner.retry import Backoff, chance
 
 Object = Mapping[str, Any]
 Name = tuple[str, str]  # namespace, name
 
 WATCH_S, RELIST_S = 300, 600.0
-_FIRST_WAIT_S, _LAST_WAIT_S = 0.5, 30.0
+_BACKOFF = Backoff(0.5, 30.0, jitter=0.5)
 _PAGE = 100  # whole objects in memory at a time
-
-_jitter = random.Random().uniform  # of its own: these threads must not take numbers from somebody's sequence
 
 
 class Watched:
@@ -102,19 +100,18 @@ class Watched:
                     self.synced.set()
                 version = self._watch(version)
                 failures = 0
-                if time.monotonic() - began < _FIRST_WAIT_S:  # what hangs up at once must not be asked in a loop
-                    self._stop.wait(_FIRST_WAIT_S * _jitter(0.5, 1.0))
+                if time.monotonic() - began < _BACKOFF.initial_s:  # what hangs up at once must not be asked in a loop
+                    self._stop.wait(_BACKOFF.wait_s(1))
             except GoneError:
                 version = None
-                self._stop.wait(_FIRST_WAIT_S * _jitter(0.5, 1.0))
+                self._stop.wait(_BACKOFF.wait_s(1))
             except ApiError as error:
                 if self._stop.is_set():
                     return
                 self.failure = error
                 # A watch that stood for a while and broke is no reason to wait long.
-                failures = 0 if time.monotonic() - began > _LAST_WAIT_S else failures + 1
-                wait_s = min(_LAST_WAIT_S, _FIRST_WAIT_S * 2 ** min(failures, 10)) * _jitter(0.5, 1.0)
-                wait_s = max(wait_s, error.retry_after_s or 0.0)
+                failures = 1 if time.monotonic() - began > _BACKOFF.ceiling_s else failures + 1
+                wait_s = max(_BACKOFF.wait_s(failures), error.retry_after_s or 0.0)
                 self._log(
                     "warning", "watch", kind=self.resource.plural, error=error.message, again_in_s=round(wait_s, 1)
                 )
@@ -122,7 +119,7 @@ class Watched:
             except Exception as error:  # a bug of ours, or an object that is none: the other watches go on
                 self._log("error", "watch", kind=self.resource.plural, error=f"{type(error).__name__}: {error}")
                 version = None
-                self._stop.wait(_LAST_WAIT_S)
+                self._stop.wait(_BACKOFF.ceiling_s)
 
     def _list(self) -> str:
         there: set[Name] = set()
@@ -139,8 +136,8 @@ class Watched:
 
     def _watch(self, version: str) -> str:
         """Hear of changes until the watch ends by itself; the version to go on from."""
-        # Jitter: else all controllers' watches, begun together, end together.
-        timeout_s = round(self._watch_s * _jitter(1.0, 1.2)) or 1
+        # By chance longer: else all controllers' watches, begun together, end together.
+        timeout_s = round(self._watch_s * (1 + 0.2 * chance())) or 1
         for event in self._api.watch(self.resource, version, self._namespace, timeout_s=timeout_s, **self._selectors):
             self._last_heard = time.monotonic()
             version = event.resource_version

@@ -5,7 +5,9 @@ import threading
 import time
 from collections import deque
 
-_FIRST_WAIT_S, _LAST_WAIT_S = 0.005, 300.0
+from tuner.retry import Backoff
+
+_BACKOFF = Backoff(0.005, 300.0)
 
 
 class WorkQueue:
@@ -78,10 +80,9 @@ class WorkQueue:
     def failed(self, key: str, at_least_s: float = 0.0) -> float:
         """It did not: it comes again after twice as long as the last time; how many seconds that is."""
         with self._changed:
-            failures = self._failures.get(key, 0)
-            self._failures[key] = failures + 1
+            failures = self._failures[key] = self._failures.get(key, 0) + 1
             self._back(key)
-        wait_s = max(at_least_s, min(_LAST_WAIT_S, _FIRST_WAIT_S * 2.0 ** min(failures, 30)))
+        wait_s = max(at_least_s, _BACKOFF.wait_s(failures))
         self.add(key, wait_s)
         return wait_s
 

@@ -56,6 +56,7 @@ from tuner.reference import ImageReference
 from tuner.registry.credentials import parse_credentials
 from tuner.registry.push_state import PushOptions
 from tuner.request import HF_TOKEN
+from tuner.retry import Backoff
 from tuner.runspec import (
     Destination,
     DirectoryDestination,
@@ -73,7 +74,7 @@ from tuner.source_headers import parse_source_headers
 
 Values = dict[str, Scalar]
 _WOULD_TRAIN_AGAIN = (EXIT_INTERNAL, ServiceError.exit_code, InterruptedRunError.exit_code)  # as a trainer's end
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 5.0, 60.0  # between pushes: a Secret that is renewed shows within a minute or two
+_BETWEEN_PUSHES = Backoff(5.0, 60.0)  # a Secret that is renewed shows within a minute or two
 
 
 # ── secrets ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -435,7 +436,7 @@ class Container:
     def _push_patiently(self, hold_s: float) -> Values:
         """The Secret is read anew for each try: who renews it meanwhile has the adapter pushed."""
         deadline = time.monotonic() + hold_s
-        pause_s = _FIRST_PAUSE_S
+        failures = 0
         while True:
             left_s = deadline - time.monotonic()
             options = PushOptions(deadline_s=max(left_s, 1)) if hold_s else PushOptions()
@@ -446,10 +447,10 @@ class Container:
                 may_pass = isinstance(error.__cause__, ServiceError | DeniedError | InputMissingError)
                 if not may_pass or left_s <= 0:
                     raise self._not_pushed(error) from error
-                pause_s = min(pause_s, left_s)
+                failures += 1
+                pause_s = min(_BETWEEN_PUSHES.wait_s(failures), left_s)
                 self.reporter.warn(f"{error.message}; again in {pause_s:.0f} s, for {left_s:.0f} s more")
             time.sleep(pause_s)
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     def _push_once(self, options: PushOptions) -> Values:
         """Raises NotPushedError for whatever the Secret, the network or the registry is the reason of."""

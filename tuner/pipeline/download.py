@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from tuner.content import check_readable, hash_file
 from tuner.errors import ConfigError, DataError, InterruptedRunError, ServiceError, TunerError
 from tuner.pipeline.web import Answer, StaleError, Transfer, TransientError, Version
+from tuner.retry import Retries
 from tuner.runspec import Contract, FetchedFile, Progress, Reporter
 
 _MIB = 1024**2
@@ -370,7 +371,7 @@ class _Download:
 
     def _fill(self, part: _Part) -> None:
         """Request the part until it is whole; attempts count anew whenever bytes arrived that were not there yet."""
-        failures = 0
+        retries = Retries(self._transfer.backoff, attempts=self._transfer.attempts)
         furthest = part.at
         while not part.is_whole:
             self._check_wanted()
@@ -379,20 +380,23 @@ class _Download:
                     self._request(part)
             except TransientError as retry:
                 self._check_wanted()
-                failures = 1 if part.at > furthest + self._transfer.stall_bytes else failures + 1
+                if part.at > furthest + self._transfer.stall_bytes:
+                    retries.progressed()
                 furthest = max(furthest, part.at)
-                if failures >= self._transfer.attempts:
+                wait_s = retries.next_wait_s()
+                if wait_s is None:
                     hint = "run again: it goes on from here"
                     if not self._received():
                         hint = "is the address right, and the network up? then run again"
                     raise ServiceError(
-                        f"{self._wanted.url}: {retry.reason}, {failures} times", hint=hint
+                        f"{self._wanted.url}: {retry.reason}, {retries.failures} times", hint=hint
                     ) from retry.__cause__
-                wait_s = self._transfer.backoff_s * 2 ** (failures - 1) if retry.wait_s is None else retry.wait_s
-                if wait_s > self._transfer.longest_wait_s and retry.wait_s is not None:
-                    raise ServiceError(
-                        f"{self._wanted.url}: {retry.reason}, and asks to come back in {wait_s:.0f} s"
-                    ) from retry.__cause__
+                if retry.wait_s is not None:  # the server knows when, also when that is at once: tries are few
+                    wait_s = retry.wait_s
+                    if wait_s > self._transfer.longest_wait_s:
+                        raise ServiceError(
+                            f"{self._wanted.url}: {retry.reason}, and asks to come back in {wait_s:.0f} s"
+                        ) from retry.__cause__
                 self._tell_of_retry(retry.reason)
                 self._pause(wait_s)
 

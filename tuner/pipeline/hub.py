@@ -18,6 +18,7 @@ from tuner.content import DUPLICATE_WEIGHTS, MODEL_CODE, MODEL_FILES, check_has_
 from tuner.errors import DeniedError, InputMissingError, ServiceError, TunerError
 from tuner.pipeline.download import disk_errors, interrupted, no_space
 from tuner.pipeline.web import Transfer, TransientError
+from tuner.retry import Retries
 from tuner.runspec import HubModel, Progress, Reporter
 from tuner.source_headers import SourceHeaders
 from tuner.urls import HUB_DATASET
@@ -229,17 +230,18 @@ def patiently(
     """
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    for failures in range(1, transfer.attempts):
+    retries = Retries(transfer.backoff, attempts=transfer.attempts)
+    while True:
         try:
             return action()
         except (HfHubHTTPError, httpx2.TransportError, LocalEntryNotFoundError, TransientError) as error:
-            if not _may_pass(error):
+            wait_s = retries.next_wait_s()
+            if wait_s is None or not _may_pass(error):
                 raise
-        if failures == 1:
+        if retries.failures == 1:
             tell()
-        if stop.wait(transfer.backoff_s * 2 ** (failures - 1)):
+        if stop.wait(wait_s):
             raise interrupted()
-    return action()
 
 
 def _may_pass(error: Exception) -> bool:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from ipaddress import ip_address
 from types import TracebackType
@@ -27,6 +26,7 @@ import httpx2
 
 from tuner.content import WEB_PAGE_HINT
 from tuner.errors import ConfigError, DataError, DeniedError, InputMissingError, ServiceError
+from tuner.retry import Backoff, parse_http_date, retry_after_s
 from tuner.runspec import Contract, Network, Reporter
 from tuner.source_headers import SourceHeaders, headers_for
 from tuner.urls import Allowed, address_problem, redacted, url_problem
@@ -35,6 +35,7 @@ _MIB = 1024**2
 _REDIRECTS = 5
 _RETRIED_STATUSES = frozenset({408, 425, 429})  # and every 5xx
 _WIRE_ERRORS = (httpcore2.NetworkError, httpcore2.TimeoutException, httpcore2.ProtocolError, httpcore2.ProxyError)
+_BACKOFF = Backoff(0.5, 30.0)
 _POLL_S = 0.2  # how soon a blocked read hears that it is no longer wanted
 
 
@@ -57,7 +58,7 @@ class Transfer:
     connect_timeout_s: float = 10
     stall_timeout_s: float = 30
     slowest_bytes_per_s: int = 1000
-    backoff_s: float = 0.5  # doubled after every failure
+    backoff: Backoff = _BACKOFF
     longest_wait_s: float = 120  # a server that asks for more is down
     split_bytes: int = 32 * _MIB  # a larger file comes in parts where the server has ranges
     part_bytes: int = 16 * _MIB
@@ -206,8 +207,7 @@ class WebFile:
     def _refuse(self, response: httpx2.Response) -> NoReturn:
         status, url = response.status_code, self._shown
         if status in _RETRIED_STATUSES or status >= 500:
-            wait_s = _retry_after_s(response.headers.get("retry-after", ""), response.headers.get("date", ""))
-            raise TransientError(f"the server answered {status}", wait_s)
+            raise TransientError(f"the server answered {status}", retry_after_s(response.headers))
         if status in (401, 403, 407):
             raise DeniedError(f"{url}: denied, the server answered {status}", hint=self._denied_hint())
         if status in (404, 410):
@@ -234,27 +234,8 @@ def _encoding(headers: httpx2.Headers) -> str | None:
 
 def _strong_date(last_modified: str | None, date: str | None) -> str | None:
     """Last-Modified, if the file cannot have changed again within that second: RFC 9110 8.8.2.2."""
-    with suppress(ValueError, TypeError):
-        if last_modified and date and parsedate_to_datetime(date) > parsedate_to_datetime(last_modified):
-            return last_modified
-    return None
-
-
-def _retry_after_s(value: str, date: str) -> float | None:
-    """Seconds from a Retry-After header, which holds seconds or a date; None when it holds neither.
-
-    A date is compared with the server's own clock where it tells it: ours may be wrong, or its.
-    """
-    if value.isdecimal():
-        return float(value)
-    try:
-        moment = parsedate_to_datetime(value).astimezone(UTC)
-    except (ValueError, OverflowError):
-        return None
-    now = datetime.now(UTC)
-    with suppress(ValueError, OverflowError):
-        now = parsedate_to_datetime(date).astimezone(UTC)
-    return max(0.0, (moment - now).total_seconds())
+    changed, now = parse_http_date(last_modified or ""), parse_http_date(date or "")
+    return last_modified if changed and now and now > changed else None
 
 
 def expired_at(query: str, now: datetime | None = None) -> datetime | None:
