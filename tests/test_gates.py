@@ -73,12 +73,40 @@ def test_what_was_not_measured_passes_no_gate(value: float | None, comparison: s
         ("", "is missing at its end"),
         ("(" * 50 + "eval_loss" + ")" * 50 + " < 2", "nested too deeply"),
         ("-" * 50 + "eval_loss < 2", "nested too deeply"),
-        ("eval_loss ** 2 < 4", "is missing before '\\*'"),
+        ("- " * 50 + "eval_loss < 2", "nested too deeply"),
+        ("eval_loss < " + "+".join(["1"] * 5000), r"it has 10,011 characters; at most 500 are read"),
+        ("(" * 100_000, "it has 100,000 characters"),
+        ("eval_loss ** 2 < 4", r"what is '\*\* 2 < 4'"),
+        ("eval_loss // 2 < 4", "what is '// 2 < 4'"),
+        ("eval_loss < 2 << 1", "what is '<< 1'"),
+        ("eval_loss % 2 < 4", "what is '% 2 < 4'"),
+        ("eval_loss != 2", "what is '!= 2'"),
+        ("eval_loss < +2", r"what is '\+'"),
+        ("eval_loss < 0x10", "what is '0x10'"),
+        ("eval_loss < 1_000", "what is '1_000'"),
+        ("eval_loss < 02", "what is '02'"),
+        ("eval_loss < 2j", "what is '2j'"),
+        ("eval_loss < ...", "what is '...'"),
+        ("eval_loss < 1or 2", "what is '1or 2'"),
+        ("eval_loss < 2 # a comment", "what is '# a comment'"),
+        ("eval_loss < '2'", "what is \"'2'\""),
+        ("eval_loss < \u0662", "what is '\u0662'"),
+        ("\uff45val_loss < 2", "what is '\uff45val_loss < 2'"),
+        ("eval_loss < base if 1 else 2", "no metric 'if'"),
+        ("not eval_loss < base", "no metric 'not'"),
+        ("eval_loss < True", "no metric 'True'"),
+        ("eval loss < base", "no metric 'eval', did you mean"),
+        ("eval_loss(2) < base", r"what is 'eval_loss\(2\)'"),
+        ("eval_loss < ()", r"what is '\(\)'"),
+        ("(eval_loss < 2) < base", "what is 'eval_loss < 2'"),
+        ("eval_loss < 2)", r"'\)' is too much"),
+        ("eval_loss < (2 + )", r"is missing before '\)'"),
         ("eval_loss <= 2; steps > 1", "what is '; steps > 1'"),
         ("eval_loss / 0 <= 2", "it divides by zero"),
         ("eval_loss <= base / (1 - 1)", "it divides by zero"),
         ("eval_loss <= base / (0 * steps)", "it divides by zero"),
         ("eval_loss <= 1e999", "a number in it is too large"),
+        ("eval_loss <= 1" + "0" * 400, "a number in it is too large"),
         ("eval_loss <= 1e200 * 1e200", "a number in it is too large"),
         ("1e308 * base_perplexity * 10 > eval_loss", "a number in it is too large"),
         ("eval_loss >= 0", "it holds whatever the run does"),
@@ -102,6 +130,24 @@ def test_what_is_no_gate_is_refused_with_why(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         parse_gate(text)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(" * 20 + "-" * 20 + "eval_loss" + ")" * 20 + " < " + "+".join(["2"] * 214),
+        "eval_loss < " + "+".join(["1"] * 244),
+        "eval_loss < 1" + "0" * 300,
+    ],
+)
+def test_the_longest_and_deepest_gates_are_read(text: str) -> None:
+    assert parse_gate(text).judge({"eval_loss": 1.0}).passed
+
+
+@given(st.text(alphabet="evalos_b 019.e-+*/()<>=!#'\"\\\n\x00\u0661", max_size=40))
+def test_whatever_stands_in_an_annotation_is_a_gate_or_refused_in_a_sentence(text: str) -> None:
+    with suppress(ConfigError):
+        parse_gate(text)
 
 
 def test_the_problems_of_all_gates_come_at_once_each_with_where_it_stands() -> None:

@@ -5,14 +5,17 @@
     product  =  value (("*" | "/") value)*
     value    =  number | metric | "-" value | "(" sum ")"
 
-The text becomes a small tree of our own: nothing that somebody typed is run as code.
+Python's own parser reads it, as its expressions have all of this; what else they have is refused. Nothing that somebody
+typed is run as code.
 """
 
+import ast
 import math
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
 from types import MappingProxyType
 
 from tuner.errors import ConfigError, Problem, did_you_mean
@@ -37,92 +40,83 @@ _LEAST = MappingProxyType({name: 1.0 if name.endswith("perplexity") else 0.0 for
 _COMPARISONS: Mapping[str, Callable[[float, float], bool]] = MappingProxyType(
     {"<=": operator.le, ">=": operator.ge, "==": operator.eq, "<": operator.lt, ">": operator.gt}
 )
-_ARITHMETIC: Mapping[str, Callable[[float, float], float]] = MappingProxyType(
-    {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+_ARITHMETIC: Mapping[type[ast.operator], Callable[[float, float], float]] = MappingProxyType(
+    {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 )
-_WORD = re.compile(r"\s*(?:(\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?)|([A-Za-z_]\w*)|(<=|>=|==|[-+*/()<>]))")
-_NESTED_AT_MOST = 20
+_SIGN = MappingProxyType({ast.LtE: "<=", ast.GtE: ">=", ast.Eq: "==", ast.Lt: "<", ast.Gt: ">"})
+_NODES = (ast.Constant, ast.Name, ast.Load, ast.UnaryOp, ast.USub, ast.BinOp, *_ARITHMETIC)  # of a sum
+
+# Names, decimal numbers and our signs. Python has more: ** // << != %, texts, comments, 0x10, 1_000, 1j, and 1or 2.
+_NAME = r"(?<![\w.])[A-Za-z_]\w*"
+_NUMBER = r"(?=\.?\d)(?!0\d)[\d.]+(?:[eE][-+]?\d+)?(?![\w.])"
+_WORDS = re.compile(rf"(?:\s*(?:{_NAME}|{_NUMBER}|<=|>=|==|([*/<>])(?!\1)|[-+()]))*\s*", re.ASCII)
+# Python's parser, and whoever walks its tree, goes as deep as a text does.
+_CHARACTERS_AT_MOST, _NESTED_AT_MOST = 500, 20
 
 
-@dataclass(frozen=True)
-class _Number:
-    value: float
-
-
-@dataclass(frozen=True)
-class _Metric:
-    name: str
-
-
-@dataclass(frozen=True)
-class _Calculation:
-    sign: str
-    left: "_Term"
-    right: "_Term"
-
-
-_Term = _Number | _Metric | _Calculation
-
-
-def _evaluate(term: _Term, figures: Mapping[str, float]) -> float:
+def _evaluate(term: ast.expr, figures: Mapping[str, float]) -> float:
     match term:
-        case _Number(value):
-            return value
-        case _Metric(name):
+        case ast.Name(name):
             return figures[name]
-        case _Calculation(sign, left, right):
+        case ast.UnaryOp(operand=operand):
+            return -_evaluate(operand, figures)
+        case ast.BinOp(left, sign, right):
             try:
-                return _ARITHMETIC[sign](_evaluate(left, figures), _evaluate(right, figures))
+                return _ARITHMETIC[type(sign)](_evaluate(left, figures), _evaluate(right, figures))
             except (ZeroDivisionError, OverflowError):
                 return math.nan  # which no comparison holds for
+        case _:
+            return _number(term)
 
 
-def _metrics(term: _Term) -> Iterator[str]:
-    match term:
-        case _Metric(name):
-            yield name
-        case _Calculation(_, left, right):
-            yield from _metrics(left)
-            yield from _metrics(right)
+def _number(term: ast.expr) -> float:
+    return float(ast.unparse(term))  # from an integer of 400 digits it would be an error, from text it is infinite
 
 
-def _bounds(term: _Term, most: Mapping[str, float]) -> tuple[float, float]:
+def _bounds(term: ast.expr, most: Mapping[str, float]) -> tuple[float, float]:
     """What a term may come to, least and most, when no metric is more than `most` says of it.
 
-    Raises _NoNumberError where it never is a number.
+    Raises _NoGateError where it never is a number.
     """
     match term:
-        case _Number(value):
-            low = high = value
-        case _Metric(name):
+        case ast.Name(name):
             low, high = _LEAST[name], most.get(name, math.inf)
-        case _Calculation(sign, left, right):
+        case ast.UnaryOp(operand=operand):
+            a, b = _bounds(operand, most)
+            low, high = -b, -a
+        case ast.BinOp(left, sign, right):
             (a, b), (c, d) = _bounds(left, most), _bounds(right, most)
-            if sign == "/" and c == d == 0:
-                raise _NoNumberError("it divides by zero")
             match sign:
-                case "+":
+                case ast.Div() if c == d == 0:
+                    raise _NoGateError("it divides by zero")
+                case ast.Add():
                     low, high = a + c, b + d
-                case "-":
+                case ast.Sub():
                     low, high = a - d, b - c
-                case "/" if c <= 0 <= d:
+                case ast.Div() if c <= 0 <= d:
                     low, high = -math.inf, math.inf
                 case _:
                     corners = [_corner(sign, x, y) for x in (a, b) for y in (c, d)]
                     low, high = min(corners), max(corners)
+        case _:
+            low = high = _number(term)
     if low == math.inf or high == -math.inf:
-        raise _NoNumberError("a number in it is too large")
+        raise _NoGateError("a number in it is too large")
     return low, high
 
 
-def _corner(sign: str, left: float, right: float) -> float:
+def _corner(sign: ast.operator, left: float, right: float) -> float:
     """A metric may be as large as anything, and never is infinite: 0 × ∞ is 0 here, and ∞ ÷ ∞ may be near 0."""
-    value = left * right if sign == "*" else left / right
+    value = _ARITHMETIC[type(sign)](left, right)
     return 0.0 if math.isnan(value) else value
 
 
-class _NoNumberError(Exception):
-    """A term that has no value."""
+class _NoGateError(Exception):
+    """Why a text is no gate, in words that follow it."""
+
+    def __init__(self, why: str, hint: str = "for example 'eval_loss <= 0.98 * base'") -> None:
+        super().__init__(why)
+        self.hint = hint
 
 
 @dataclass(frozen=True)
@@ -138,13 +132,13 @@ class Gate:
     """One comparison; `text` is how it was written."""
 
     text: str
-    left: _Term
+    left: ast.expr = field(repr=False, compare=False)
     comparison: str
-    right: _Term
+    right: ast.expr = field(repr=False, compare=False)
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*_metrics(self.left), *_metrics(self.right))))
+        return tuple(dict.fromkeys(re.findall(_NAME, self.text)))
 
     @property
     def needs_held_out_rows(self) -> bool:
@@ -153,7 +147,7 @@ class Gate:
     def foregone(self, most: Mapping[str, float] = MappingProxyType({})) -> bool | None:
         """What every run gets that takes a metric no further than `most` says; None where only the run can tell."""
         (a, b), (c, d) = _bounds(self.left, most), _bounds(self.right, most)
-        if self.left == self.right:
+        if ast.dump(self.left) == ast.dump(self.right):
             return "=" in self.comparison
         holds = _COMPARISONS[self.comparison]
         match self.comparison:
@@ -199,98 +193,66 @@ def parse_gates(texts: Sequence[str], origin: str) -> tuple[Gate, ...]:
 
 def parse_gate(text: str) -> Gate:
     """Raises ConfigError for what is no comparison of metrics, with a did-you-mean for a name."""
-    return _Parser(" ".join(text.split())).gate()
+    text = " ".join(text.split())
+    shown = text if len(text) <= _CHARACTERS_AT_MOST else f"{text[:60]}…"
+    try:
+        return _gate(text)
+    except _NoGateError as error:
+        raise ConfigError(f"{shown!r} is no gate: {error}", hint=error.hint) from None
 
 
-class _Parser:
-    """The grammar above by recursive descent."""
+def _gate(text: str) -> Gate:
+    _check_words(text)
+    match _parse(text):
+        case ast.Compare(left, [sign], [right]):
+            gate = Gate(text, left, _SIGN[type(sign)], right)
+        case ast.Compare(comparators=[one, *_]) | ast.BoolOp(values=[one, *_]):
+            extra = re.findall("and|or|[<=>]+", text[one.end_col_offset :])[0]
+            raise _NoGateError(f"{extra!r} is too much", "one comparison a gate; give --require again")
+        case _:
+            raise _NoGateError(f"a comparison ({' '.join(_COMPARISONS)}) must follow, and it ends there")
+    for node in (*ast.walk(gate.left), *ast.walk(gate.right)):
+        if not isinstance(node, _NODES):
+            raise _NoGateError(f"what is {ast.get_source_segment(text, node) or '+'!r}?")
+    if not gate.metrics:
+        raise _NoGateError("it compares only numbers", f"the metrics are {', '.join(METRICS)}")
+    outcome = gate.foregone()
+    if outcome is not None:
+        why = "it holds whatever the run does" if outcome else "no run can pass it"
+        raise _NoGateError(why, "losses and counts are 0 or more, perplexities 1 or more")
+    return gate
 
-    def __init__(self, text: str) -> None:
-        self._text = text
-        self._words = self._split()
-        self._depth = 0
 
-    def _split(self) -> list[tuple[str, str]]:
-        """(kind, word), kind one of number, name and sign."""
-        words = []
-        at = 0
-        while at < len(self._text):
-            found = _WORD.match(self._text, at)
-            if not found:
-                raise self._refuse(f"what is {self._text[at:].partition('?')[0].strip()[:20]!r}?")
-            kind = ("number", "name", "sign")[found.lastindex - 1 if found.lastindex else 0]
-            words.append((kind, found[found.lastindex or 0]))
-            at = found.end()
-        return words
+def _check_words(text: str) -> None:
+    if len(text) > _CHARACTERS_AT_MOST:
+        raise _NoGateError(
+            f"it has {len(text):,} characters; at most {_CHARACTERS_AT_MOST} are read",
+            "write it as several gates; all of them must hold",
+        )
+    words = _WORDS.match(text)
+    if words and words.end() < len(text):
+        raise _NoGateError(f"what is {text[words.end() :].partition('?')[0][:20].strip()!r}?")
+    depths = list(accumulate((letter == "(") - (letter == ")") for letter in text))
+    if max(depths, default=0) > _NESTED_AT_MOST or re.search(rf"(-\s*){{{_NESTED_AT_MOST + 1}}}", text):
+        raise _NoGateError("it is nested too deeply")
+    for name in re.findall(_NAME, text):
+        if name not in (*METRICS, "and", "or"):
+            near = did_you_mean(name, METRICS)
+            why = f"no metric {name!r}" + (f", {near}" if near else "")
+            raise _NoGateError(why, near or f"the metrics are {', '.join(METRICS)}")
 
-    def _refuse(self, why: str, hint: str | None = None) -> ConfigError:
-        return ConfigError(f"{self._text!r} is no gate: {why}", hint=hint or "for example 'eval_loss <= 0.98 * base'")
 
-    def _next(self, *signs: str) -> str | None:
-        """The next word if it is one of these signs, taken."""
-        if self._words and self._words[0] in [("sign", sign) for sign in signs]:
-            return self._words.pop(0)[1]
-        return None
-
-    def gate(self) -> Gate:
-        left = self._sum()
-        comparison = self._next(*_COMPARISONS)
-        if comparison is None:
-            there = f"not {self._words[0][1]!r}" if self._words else "and it ends there"
-            raise self._refuse(f"a comparison ({' '.join(_COMPARISONS)}) must follow, {there}")
-        right = self._sum()
-        if self._words:
-            raise self._refuse(f"{self._words[0][1]!r} is too much", "one comparison a gate; give --require again")
-        gate = Gate(self._text, left, comparison, right)
-        if not gate.metrics:
-            raise self._refuse("it compares only numbers", f"the metrics are {', '.join(METRICS)}")
-        try:
-            outcome = gate.foregone()
-        except _NoNumberError as error:
-            raise self._refuse(str(error)) from error
-        if outcome is not None:
-            why = "it holds whatever the run does" if outcome else "no run can pass it"
-            raise self._refuse(why, "losses and counts are 0 or more, perplexities 1 or more")
-        return gate
-
-    def _sum(self) -> _Term:
-        term = self._product()
-        while sign := self._next("+", "-"):
-            term = _Calculation(sign, term, self._product())
-        return term
-
-    def _product(self) -> _Term:
-        term = self._value()
-        while sign := self._next("*", "/"):
-            term = _Calculation(sign, term, self._value())
-        return term
-
-    def _value(self) -> _Term:
-        self._depth += 1
-        if self._depth > _NESTED_AT_MOST:
-            raise self._refuse("it is nested too deeply")
-        try:
-            return self._one_value()
-        finally:
-            self._depth -= 1
-
-    def _one_value(self) -> _Term:
-        if self._next("-"):
-            return _Calculation("-", _Number(0.0), self._value())
-        if self._next("("):
-            inside = self._sum()
-            if not self._next(")"):
-                raise self._refuse("a ) is missing")
-            return inside
-        if not self._words or self._words[0][0] == "sign":
-            there = f"before {self._words[0][1]!r}" if self._words else "at its end"
-            raise self._refuse(f"a number or a metric is missing {there}")
-        kind, word = self._words.pop(0)
-        if kind == "number":
-            return _Number(float(word))
-        if word not in METRICS:
-            near = did_you_mean(word, METRICS)
-            raise self._refuse(
-                f"no metric {word!r}" + (f", {near}" if near else ""), near or f"the metrics are {', '.join(METRICS)}"
-            )
-        return _Metric(word)
+def _parse(text: str) -> ast.expr:
+    try:
+        return ast.parse(text, mode="eval").body
+    except SyntaxError as error:
+        # Its columns count from 1, and the text's end is 0.
+        begin, end = (error.offset or 0) - 1, (error.end_offset or 0) - 1
+        word = text[begin : max(end, begin + 1)] if begin >= 0 else ""
+        if "never closed" in error.msg:
+            why = "a ) is missing"
+        elif word and (word[0] not in "-+*/)<>=" or "unmatched" in error.msg):
+            why = f"{word!r} is too much"
+        else:
+            why = f"a number or a metric is missing {f'before {word!r}' if word else 'at its end'}"
+        raise _NoGateError(why) from None
