@@ -47,7 +47,7 @@ from tuner.cluster.beside import helper_name
 from tuner.cluster.job_options import WORKSPACE_LABEL
 from tuner.cluster.kaito import refuse_beside_kaito
 from tuner.cluster.lease import Leadership
-from tuner.cluster.metrics import Labels, Metrics, serve_pages
+from tuner.cluster.metrics import Gauges, Metrics, metrics_text, serve_pages
 from tuner.cluster.observe import Object, ProgressLine, parse_progress
 from tuner.cluster.reconcile import (
     DEFAULT_CONFIG_MAPS,
@@ -340,7 +340,7 @@ class Controller:
             self._turned_at = time.monotonic()
             if taken:
                 key, waited_s = taken
-                self.metrics.time("tuner_queue_seconds", waited_s)
+                self.metrics.queue_seconds.observe(waited_s)
                 self._look(key)
 
     def _look(self, key: str) -> None:
@@ -353,7 +353,7 @@ class Controller:
             result = "again"
         except ApiError as error:
             wait_s = self._queue.failed(key, error.retry_after_s or 0.0)
-            self.metrics.count("tuner_api_errors_total", kind=type(error).__name__)
+            self.metrics.api_errors.labels(kind=type(error).__name__).inc()
             self.log("warning", "reconcile", workspace=key, error=say(error), again_in_s=round(wait_s, 3))
             result = "error"
         except Exception as error:
@@ -361,8 +361,8 @@ class Controller:
             trace = traceback.format_exc()
             self.log("error", "reconcile", workspace=key, error=repr(error), trace=trace, again_in_s=round(wait_s, 3))
             result = "bug"
-        self.metrics.count("tuner_reconciles_total", result=result)
-        self.metrics.time("tuner_reconcile_seconds", time.monotonic() - began)
+        self.metrics.reconciles.labels(result=result).inc()
+        self.metrics.reconcile_seconds.observe(time.monotonic() - began)
 
     def _reconcile(self, key: str) -> str:
         observed = self._observe(key)
@@ -472,14 +472,14 @@ class Controller:
         try:
             return parse_progress(self.api.logs(pod, container, namespace, tail_lines=1))
         except ApiError as error:  # progress is worth no retry
-            self.metrics.count("tuner_api_errors_total", kind=type(error).__name__)
+            self.metrics.api_errors.labels(kind=type(error).__name__).inc()
             return None
 
     def _events_about(self, namespace: str, name: str) -> tuple[Object, ...]:
         try:
             return self.api.list(EVENT, namespace, field_selector=f"involvedObject.name={name}").items
         except ApiError as error:
-            self.metrics.count("tuner_api_errors_total", kind=type(error).__name__)
+            self.metrics.api_errors.labels(kind=type(error).__name__).inc()
             return ()
 
     # ── acting ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -490,7 +490,7 @@ class Controller:
         for action in actions:
             if not self._may_write():
                 raise _LookAgainError
-            self.metrics.count("tuner_api_requests_total", action=type(action).__name__)
+            self.metrics.api_requests.labels(action=type(action).__name__).inc()
             version = self._act(key, observed.workspace, action, version)
 
     def _act(self, key: str, workspace: Object, action: Action, version: str) -> str:
@@ -633,13 +633,14 @@ class Controller:
         states: Counter[str] = Counter(
             str((workspace.get("status") or {}).get("state") or "Unknown") for workspace in self._workspaces.all()
         )
-        gauges: dict[tuple[str, Labels], float] = {
-            ("tuner_queue_depth", ()): len(self._queue),
-            ("tuner_is_leader", ()): float(not self.options.leader_election or self._leadership.is_ours),
-        }
-        gauges |= {("tuner_workspaces", (("state", state),)): float(count) for state, count in states.items()}
-        gauges |= {("tuner_watch_age_seconds", (("kind", each.resource.plural),)): each.age_s for each in self._watches}
-        return True, self.metrics.text(gauges)
+        gauges = Gauges()
+        gauges.queue_depth.set(len(self._queue))
+        gauges.is_leader.set(not self.options.leader_election or self._leadership.is_ours)
+        for state, count in states.items():
+            gauges.workspaces.labels(state=state).set(count)
+        for each in self._watches:
+            gauges.watch_age_seconds.labels(kind=each.resource.plural).set(each.age_s)
+        return True, metrics_text(self.metrics, gauges)
 
 
 # ── keys ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
