@@ -1,7 +1,7 @@
 import pytest
 
 from tuner.errors import ConfigError
-from tuner.urls import Allowed, address_problem, redacted, source_name, split_url, url_problem
+from tuner.urls import Allowed, address_problem, is_hub_url, redacted, source_name, split_url, url_problem
 
 NOTHING = Allowed()
 
@@ -195,6 +195,25 @@ def test_a_query_that_chooses_the_data_counts_as_input(query: str) -> None:
     parts = split_url(f"https://h.example/t.parquet?{query}")
     assert parts.public_query == query
     assert len(parts.query_sha256) == 64
+
+
+@pytest.mark.parametrize(
+    ("url", "is_hub"),
+    [
+        ("hf://datasets/owner/name/train.jsonl", True),
+        ("https://huggingface.co/datasets/owner/name/resolve/main/t.jsonl", True),
+        ("https://huggingface.co:443/t.jsonl", True),
+        ("HTTPS://HuggingFace.co/t.jsonl", True),
+        ("http://huggingface.co/t.jsonl", False),  # a token is no secret there
+        ("https://huggingface.co:8443/t.jsonl", False),
+        ("https://huggingface.co.example/t.jsonl", False),
+        ("https://a.example/://huggingface.co/t.jsonl", False),
+        ("https://huggingface.co@a.example/t.jsonl", False),
+        ("s3://huggingface.co/t.jsonl", False),
+    ],
+)
+def test_the_hub_is_known_by_its_scheme_and_address(url: str, is_hub: bool) -> None:
+    assert is_hub_url(url) is is_hub
 
 
 def test_a_pin_is_read_in_any_case_and_beside_other_words() -> None:

@@ -38,6 +38,7 @@ from tuner.runspec import (
     Source,
     UrlSource,
     VolumeSource,
+    asks_hub,
 )
 from tuner.source_headers import SOURCES_KEY, parse_source_headers
 from tuner.training_config import ConfigSource, resolve_training_config
@@ -710,10 +711,7 @@ def _hub_token(
     env: Mapping[str, str],
 ) -> _Found:
     """The token of the Secret that the Workspace names, else of the environment."""
-    if not isinstance(base_model, HubModel) and not any(
-        isinstance(source, UrlSource) and source.url.startswith(("hf://", "https://huggingface.co/"))
-        for source in sources
-    ):
+    if not asks_hub(base_model, sources):
         return _Found()
     name = tuning.preset.preset_options.model_access_secret
     if request.in_pod:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, Self
@@ -30,6 +31,7 @@ from tuner.gates import Gate, parse_gates
 from tuner.presets import Preset
 from tuner.reference import ImageReference, LayoutReference, parse_destination, parse_reference
 from tuner.training_settings import TrainingConfig
+from tuner.urls import is_hub_url
 
 StageName = Literal["preflight", "fetch", "prepare", "train", "push"]
 STAGES: tuple[StageName, ...] = ("preflight", "fetch", "prepare", "train", "push")
@@ -160,6 +162,13 @@ class SmokeModel(Contract):
 
 
 BaseModelSource = Annotated[HubModel | LocalModel | ImageModel | SmokeModel, Field(discriminator="kind")]
+
+
+def asks_hub(base_model: BaseModelSource | None, sources: Sequence[Source]) -> bool:
+    """Whether weights or data come from the Hugging Face Hub, so that its token is of use."""
+    return isinstance(base_model, HubModel) or any(
+        isinstance(source, UrlSource) and is_hub_url(source.url) for source in sources
+    )
 
 
 # ── destinations ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -88,6 +88,8 @@ STORE_PACKAGES = {
 # https://huggingface.co/docs/huggingface_hub/guides/hf_file_system
 HUB_DATASET = re.compile(r"hf://datasets/(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/@]+))?(?:/(?P<path>.*))?")
 
+_HUB_HOST = "huggingface.co"
+
 _PIN = re.compile(r"[0-9a-f]{64}")
 # What the guard says. `{}` is filled in here, and by CEL in tuner/cluster/rules.py: the CRD says the same words.
 INVALID = "invalid data source URL"
@@ -171,6 +173,12 @@ def url_problem(url: str, allowed: Allowed, *, stores: bool = False) -> str | No
     if "@" in parts.netloc:
         return USERINFO
     return _host_problem(host, allowed)
+
+
+def is_hub_url(url: str) -> bool:
+    """Whether it is the Hugging Face Hub that is asked for this URL, and so gets the user's token with it."""
+    parts = urlsplit(url)
+    return parts.scheme == "hf" or (parts.scheme, parts.hostname, parts.port or 443) == ("https", _HUB_HOST, 443)
 
 
 def address_problem(address: str, allowed: Allowed, *, by_name: bool) -> str | None:

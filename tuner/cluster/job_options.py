@@ -22,13 +22,12 @@ from tuner.request import (
 )
 from tuner.runspec import (
     DirectoryDestination,
-    HubModel,
     ImageDestination,
     ImageModel,
     ImageSource,
     RunSpec,
-    UrlSource,
     VolumeSource,
+    asks_hub,
 )
 from tuner.workspace import (
     LABEL,
@@ -196,9 +195,8 @@ class Ask:
 
     @property
     def hub_secret(self) -> str | None:
-        urls = [source.url for source in self.spec.sources if isinstance(source, UrlSource)]
-        asks = isinstance(self.spec.base_model, HubModel) or any("://huggingface.co/" in url for url in urls)
-        return self.tuning.preset.preset_options.model_access_secret if asks else None
+        named = self.tuning.preset.preset_options.model_access_secret
+        return named if asks_hub(self.spec.base_model, self.spec.sources) else None
 
     @property
     def headers_secret(self) -> str | None:
