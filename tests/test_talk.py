@@ -1,5 +1,6 @@
 import io
 import json
+import re
 import threading
 import time
 
@@ -177,12 +178,12 @@ def test_a_task_name_has_no_query(clock: list[float]) -> None:
 # ── a terminal ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def drawn(terminal: Terminal, talk: Talk) -> list[str]:
+def drawn(terminal: Terminal, talk: Talk, width: int = 100) -> list[str]:
     """The lines below the text, as they stand now."""
     from rich.console import Console
 
     stream = io.StringIO()
-    Console(file=stream, width=100).print(talk._draw())
+    Console(file=stream, width=width).print(talk._draw())
     return [line.rstrip() for line in stream.getvalue().splitlines()]
 
 
@@ -207,6 +208,44 @@ def test_bars_are_aligned_and_bytes_have_their_rate(terminal: Terminal, clock: l
     assert "2.0 MB/s" in first
     assert "5.0 MB" in second
     assert first.index("10.0 MB of") == second.index("5.0 MB")
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 140])
+def test_names_and_bars_give_way_to_figures(
+    terminal: Terminal, clock: list[float], width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    talk = Talk(terminal)
+    name = "0003-a-very-long-file-name-[bold]of-a-data-set.parquet"
+    for done in (0, 10_000_000):
+        talk.progress(Progress("fetch", name, done, 20_000_000, "B"))
+        talk.progress(Progress("prepare", "tokenizing rows", done // 100_000, 440, "rows"))
+        clock[0] += 5
+    fetching, preparing = drawn(terminal, talk, width)
+    assert fetching.startswith("0003-a-very-lo")
+    assert fetching.endswith("10.0 MB of 20.0 MB  0:10 left  1.0 MB/s")
+    assert preparing.startswith("tokenizing rows  ")
+    assert "100 of 440 rows     0:34 left  10 rows/s" in preparing
+    assert ("━━━━" in fetching) is (width >= 80)
+
+
+def test_on_a_narrow_terminal_the_last_values_are_cut_and_nothing_else(
+    terminal: Terminal, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    talk = Talk(terminal)
+    talk.progress(training(0))
+    clock[0] += 10
+    talk.progress(training(100))
+    (line,) = drawn(terminal, talk, 60)
+    assert re.fullmatch(r"training  100 of 1,000 steps  1:30 left  loss 1.235 .*…", line)
+
+
+def test_a_name_is_no_markup(terminal: Terminal, clock: list[float]) -> None:
+    talk = Talk(terminal)
+    talk.progress(Progress("fetch", "a[bold]b[/c]", 0, 10, "B"))
+    (line,) = drawn(terminal, talk)
+    assert line.startswith("a[bold]b[/c]  ")
 
 
 def test_a_bar_is_gone_when_its_task_is_done_and_the_stage_shows_its_time(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 _FIRST_INTERVAL_S, _LAST_INTERVAL_S = 5.0, 60.0  # between JSON lines: seldomer the longer a task takes
+_BAR_FROM_WIDTH = 80  # columns of a terminal
 _IDLE_AFTER_S = 1.0  # a stage without a bar shows its time, once it takes any
 _URL = re.compile(
     r"(https?):/{1,2}(?!/)([^\s'\"<>`)\]]+)", re.IGNORECASE
@@ -152,7 +153,8 @@ class Talk:
         now = time.monotonic()
         with self._lock:
             tasks = [task for task in self._tasks.values() if not task.is_done]
-            return _bars(tasks, now) if tasks else _idle(self._stage, now)
+            width = self._console.width if self._console else _BAR_FROM_WIDTH
+            return _bars(tasks, now, width) if tasks else _idle(self._stage, now)
 
 
 # ── JSON lines ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -191,23 +193,30 @@ def _screen(stream: Lasting, draw: "Callable[[], RenderableType]") -> "tuple[Con
     )
 
 
-def _bars(tasks: list[_Task], now: float) -> "RenderableType":
+def _bars(tasks: list[_Task], now: float, width: int) -> "RenderableType":
+    """A row for each: name, bar, amount, time left, values. Where they do not fit, the bar gives way, then the values.
+
+    rich.progress would keep these tasks a second time, and its speed and time left stand still while nothing comes.
+    """
     from rich.progress_bar import ProgressBar
     from rich.table import Table
+    from rich.text import Text
 
+    has_bars = width >= _BAR_FROM_WIDTH
     table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True, overflow="ellipsis", max_width=40)
-    for _ in range(4):
-        table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True, max_width=min(40, width // 4))
+    for is_fixed in (False, True, True, True) if has_bars else (True, True, False):
+        table.add_column(no_wrap=is_fixed)
     for task in tasks:
         progress = task.progress
         left_s = task.left_s(now)
+        shown = ProgressBar(total=progress.total, completed=progress.done, width=24) if progress.total else ""
         table.add_row(
-            without_queries(progress.task),
-            ProgressBar(total=progress.total, completed=progress.done, width=24) if progress.total else "",
+            Text(without_queries(progress.task)),  # which may hold what rich takes for markup
+            *([shown] if has_bars else []),
             _amount(progress),
             "" if left_s is None else f"{_clock(left_s)} left",
-            _values(task, now),
+            Text(_values(task, now), no_wrap=True, overflow="ellipsis"),
         )
     return table
 
