@@ -633,7 +633,7 @@ def resolving_to(*addresses: str) -> Transfer:
 def test_a_name_that_resolves_to_loopback_is_refused_unless_allowed(server: HttpServer, fetching: Fetching) -> None:
     server.serve("/t.jsonl", JSON_LINES)
     url = f"http://data.example:{server.port}/t.jsonl"
-    with pytest.raises(ConfigError, match=r"data.example resolves to 127.0.0.1 is a loopback|resolves to"):
+    with pytest.raises(ConfigError, match=r"data.example resolves to a forbidden address: 127.0.0.1 is a loopback"):
         fetching(url, network=Network(), transfer=resolving_to("127.0.0.1"))
     assert server.requests == []
     fetching(url, network=LOOPBACK, transfer=resolving_to("127.0.0.1"))

@@ -1,7 +1,16 @@
 import pytest
 
 from tuner.errors import ConfigError
-from tuner.urls import Allowed, address_problem, is_hub_url, redacted, source_name, split_url, url_problem
+from tuner.urls import (
+    Allowed,
+    ConnectionPolicy,
+    address_problem,
+    is_hub_url,
+    redacted,
+    source_name,
+    split_url,
+    url_problem,
+)
 
 NOTHING = Allowed()
 
@@ -161,6 +170,31 @@ def test_a_name_may_not_resolve_to_loopback_or_metadata(address: str) -> None:
 
 def test_an_address_with_a_zone_is_no_address() -> None:
     assert address_problem("fe80::1%eth0", Allowed(private=True), by_name=True) is not None
+
+
+@pytest.mark.parametrize(
+    ("host", "address", "refusal"),
+    [
+        ("data.example", "8.8.8.8", None),
+        ("data.example", "10.0.0.4", None),  # Private Link
+        ("10.0.0.4", "10.0.0.4", "10.0.0.4 is a private or reserved address; --allow-cidr 10.0.0.4/32 opens it"),
+        ("[fd12::4]", "fd12::4", "fd12::4 is a private or reserved address; --allow-cidr fd12::4/128 opens it"),
+        (
+            "data.example",
+            "127.0.0.1",
+            "data.example resolves to a forbidden address: "
+            "127.0.0.1 is a loopback address; --allow-cidr 127.0.0.1/32 opens it",
+        ),
+        ("registry.example", "127.0.0.1", None),
+        ("registry.example", "169.254.169.254", None),
+    ],
+)
+def test_a_policy_judges_the_address_by_what_the_host_is(host: str, address: str, refusal: str | None) -> None:
+    assert ConnectionPolicy(NOTHING, trusted_host="registry.example").refusal(host, address) == refusal
+
+
+def test_a_trusted_address_may_be_in_brackets() -> None:
+    assert ConnectionPolicy(NOTHING, trusted_host="::1").refusal("[::1]", "::1") is None
 
 
 def test_split_url_keeps_the_query_out_of_what_is_shown() -> None:

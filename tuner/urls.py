@@ -1,7 +1,8 @@
 """Which URLs may be fetched, and what of a URL may be shown.
 
-The guard stands at two doors: `url_problem` when a Workspace is read and at every redirect, `address_problem` on the
-address that a host name resolved to, just before the connection to that very address is made.
+The guard stands at two doors: `url_problem` when a Workspace is read and at every redirect, `ConnectionPolicy` on the
+address that a connection is made to, before a byte goes out. Downloads and registries have an adapter each for that,
+as they use two HTTP libraries.
 """
 
 import hashlib
@@ -202,6 +203,37 @@ def address_problem(address: str, allowed: Allowed, *, by_name: bool) -> str | N
     if real.is_global or by_name or allowed.private:
         return None
     return PRIVATE_ADDRESS.format(shown, real, real.max_prefixlen)
+
+
+def literal_address(host: str) -> str | None:
+    """The address that a URL's host is; None for a name."""
+    try:
+        return str(ip_address(host.strip("[]")))
+    except ValueError:
+        return None
+
+
+@dataclass(frozen=True)
+class ConnectionPolicy:
+    """Where connections may go: to what is `allowed`, and to `trusted_host`, which the user named, wherever it is."""
+
+    allowed: Allowed
+    trusted_host: str | None = None
+
+    def refusal(self, host: str, address: str) -> str | None:
+        """One sentence on why there is no connection to this address, which `host` is or resolved to; None: it may be.
+
+        Whoever asks connects to this very address or is connected to it: asked again, a name may say another one.
+        """
+        if host.strip("[]") == self.trusted_host:
+            return None
+        by_name = literal_address(host) is None
+        problem = address_problem(address, self.allowed, by_name=by_name)
+        return f"{host} resolves to a forbidden address: {problem}" if problem and by_name else problem
+
+
+class AddressRefusedError(Exception):
+    """A policy's refusal on its way through an HTTP library."""
 
 
 def _store_problem(url: str) -> str | None:

@@ -15,7 +15,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from ipaddress import ip_address
 from types import TracebackType
 from typing import Any, NoReturn, Self
 from urllib.parse import parse_qs, unquote, urljoin, urlsplit
@@ -29,7 +28,7 @@ from tuner.errors import ConfigError, DataError, DeniedError, InputMissingError,
 from tuner.retry import Backoff, parse_http_date, retry_after_s
 from tuner.runspec import Contract, Network, Reporter
 from tuner.source_headers import SourceHeaders, headers_for
-from tuner.urls import Allowed, address_problem, redacted, url_problem
+from tuner.urls import AddressRefusedError, Allowed, ConnectionPolicy, literal_address, redacted, url_problem
 
 _MIB = 1024**2
 _REDIRECTS = 5
@@ -264,10 +263,6 @@ def _expired_hint(moment: datetime) -> str:
 # ── the wire ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class _ForbiddenError(Exception):
-    """A name resolved to addresses that may not be connected to."""
-
-
 class Web:
     """GETs from where they may go, each hop with the headers that belong to it. Thread-safe.
 
@@ -323,7 +318,7 @@ class Web:
                 response = client.send(client.build_request("GET", hop, headers=sent), stream=True)
             except httpx2.InvalidURL:
                 raise ConfigError(f"{shown}: {where}invalid data source URL") from None
-            except _ForbiddenError as error:
+            except AddressRefusedError as error:
                 raise ConfigError(f"{shown}: {where}{error}") from None
             except _WIRE_ERRORS as error:
                 if isinstance(cause := _first_cause(error), ssl.SSLCertVerificationError):
@@ -374,7 +369,9 @@ class Web:
             "ssl_context": tls,
             "max_connections": self._transfer.connections,
             "keepalive_expiry": 5,
-            "network_backend": _WatchedNetwork(None if proxy else self._allowed, self._transfer, self._stop),
+            "network_backend": _WatchedNetwork(
+                None if proxy else ConnectionPolicy(self._allowed), self._transfer, self._stop
+            ),
         }
         if proxy is None:
             return httpcore2.ConnectionPool(**settings)
@@ -442,12 +439,12 @@ def _words(error: Exception) -> str:
 class _WatchedNetwork(httpcore2.NetworkBackend):
     """Connects to the address that was checked, so that a name cannot change its mind in between.
 
-    TLS still verifies the name: only the TCP connection knows the address. `allowed` None: the connection is to a
+    TLS still verifies the name: only the TCP connection knows the address. `policy` None: the connection is to a
     proxy, which the user named.
     """
 
-    def __init__(self, allowed: Allowed | None, transfer: Transfer, stop: threading.Event) -> None:
-        self._allowed = allowed
+    def __init__(self, policy: ConnectionPolicy | None, transfer: Transfer, stop: threading.Event) -> None:
+        self._policy = policy
         self._transfer = transfer
         self._stop = stop
         self._plain = httpcore2.SyncBackend()
@@ -476,21 +473,18 @@ class _WatchedNetwork(httpcore2.NetworkBackend):
         time.sleep(seconds)
 
     def _checked_addresses(self, host: str) -> list[str]:
-        """Those that may be connected to. Raises _ForbiddenError when all are refused, ConnectError for no name."""
-        if self._allowed is None:
+        """Those that may be connected to. AddressRefusedError when that is none of them, ConnectError for no name."""
+        if self._policy is None:
             return [host]
+        literal = literal_address(host)
         try:
-            addresses, by_name = [str(ip_address(host.strip("[]")))], False
-        except ValueError:
-            by_name = True
-            try:
-                addresses = list(self._transfer.resolve(host))
-            except OSError as error:
-                raise httpcore2.ConnectError(f"the name {host} is not known: {error.strerror}") from error
-        problems = [address_problem(address, self._allowed, by_name=by_name) for address in addresses]
-        if addresses and all(problems):
-            raise _ForbiddenError(f"the name {host} resolves to {problems[0]}" if by_name else problems[0])
-        return [address for address, problem in zip(addresses, problems, strict=True) if problem is None]
+            addresses = [literal] if literal else self._transfer.resolve(host)
+        except OSError as error:
+            raise httpcore2.ConnectError(f"the name {host} is not known: {error.strerror}") from error
+        refusals = {address: self._policy.refusal(host, address) for address in addresses}
+        if refusals and all(refusals.values()):
+            raise AddressRefusedError(next(iter(refusals.values())))
+        return [address for address, refusal in refusals.items() if refusal is None]
 
 
 class _WatchedStream(httpcore2.NetworkStream):
