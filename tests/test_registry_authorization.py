@@ -1,7 +1,5 @@
 """tuner/registry/authorization.py, and the pure part of transport.py"""
 
-from datetime import UTC, datetime
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +14,6 @@ from tuner.registry.authorization import (
     token_scopes,
 )
 from tuner.registry.credentials import Credential
-from tuner.registry.transport import parse_retry_after
 from tuner.urls import Allowed
 
 
@@ -153,20 +150,3 @@ def test_an_origin_is_scheme_host_and_port() -> None:
     assert not same_origin("http://a.b/x", "https://a.b")
     assert not same_origin("https://a.b:5000/x", "https://a.b")
     assert not same_origin("https://a.b.c/x", "https://a.b")
-
-
-@pytest.mark.parametrize(
-    ("value", "seconds"),
-    [
-        ("30", 30.0),
-        (" 0 ", 0.0),
-        ("Fri, 02 Jan 2026 00:00:30 GMT", 30.0),
-        ("Thu, 01 Jan 2026 00:00:00 GMT", 0.0),
-        ("Fri, 02 Jan 2026 00:00:30 -0000", None),
-        ("soon", None),
-        ("-1", None),
-        ("", None),
-    ],
-)
-def test_retry_after_is_seconds_or_a_date(value: str, seconds: float | None) -> None:
-    assert parse_retry_after(value, datetime(2026, 1, 2, tzinfo=UTC)) == seconds

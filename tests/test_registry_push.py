@@ -35,13 +35,12 @@ from tuner.registry.image import Blob, Image, build_image, sha256_digest
 from tuner.registry.probe import probe_push
 from tuner.registry.push import Pushed, push_image
 from tuner.registry.transport import Patience, RegistryClient
+from tuner.retry import Backoff
 from tuner.runspec import Network, Progress, Silent
 
 pytestmark = pytest.mark.registry
 
-QUICK = Patience(
-    connect_timeout_s=2, read_timeout_s=2, first_wait_s=0.01, longest_wait_s=0.05, first_contact_s=0.5, deadline_s=2
-)
+QUICK = Patience(connect_timeout_s=2, read_timeout_s=2, backoff=Backoff(0.01, 0.05), first_contact_s=0.5, deadline_s=2)
 
 
 class Recorder(Silent):

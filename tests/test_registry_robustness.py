@@ -176,6 +176,20 @@ def test_r5_retry_after_is_waited_for(registry: RunningRegistry, image: Image, s
     assert float(waited) >= 0.9
 
 
+@pytest.mark.parametrize("value", ["soon", "Fri, 31 Dec 20260000000000000000 23:59:59 GMT"])
+def test_r5_a_retry_after_that_says_nothing_is_passed_over(registry: RunningRegistry, image: Image, value: str) -> None:
+    with faulty(registry) as proxy:
+        proxy.faults.append(Fault("POST", UPLOAD, 503, {"Retry-After": value}))
+        assert push(image, proxy.host, name="r5/nothing").digest == image.digest
+
+
+def test_r5_a_registry_that_asks_for_ages_gets_no_further_try(registry: RunningRegistry, image: Image) -> None:
+    with faulty(registry) as proxy:
+        proxy.faults.append(Fault("POST", UPLOAD, 503, {"Retry-After": "9" * 400}))
+        with pytest.raises(ServiceError, match=r"asks to come back in 31536000 s \(1 tries"):
+            push(image, proxy.host, name="r5/ages")
+
+
 REQUESTS = {
     "HEAD": ("HEAD", r"/blobs/"),
     "POST": ("POST", UPLOAD),

@@ -7,14 +7,11 @@ API: https://github.com/opencontainers/distribution-spec/blob/main/spec.md
 
 import json
 import os
-import random
 import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlencode, urljoin, urlsplit
@@ -41,6 +38,7 @@ from tuner.registry.authorization import (
 from tuner.registry.azure import WorkloadIdentity, is_azure_registry, parse_reply, refusal, workload_identity
 from tuner.registry.credentials import ANONYMOUS, Credential, parse_credentials
 from tuner.registry.image import MANIFEST_TYPE, Blob, measure, sha256_digest
+from tuner.retry import Backoff, Retries, retry_after_s
 from tuner.runspec import Network, Reporter, Silent
 from tuner.urls import Allowed, address_problem
 
@@ -56,6 +54,7 @@ _RETRIED = frozenset({408, 429, 500, 502, 503, 504})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MOST_REDIRECTS = 5
 _CANCEL_S = 5.0
+_BACKOFF = Backoff(0.5, 30.0, jitter=0.2)
 _UPLOAD_ATTEMPTS = 6  # without getting further
 _SLOWEST_COMMIT_BYTES_PER_S = 20 << 20  # some registries read a blob again before they answer the last PUT
 _ERROR_CHARACTERS = 300
@@ -69,8 +68,7 @@ class Patience:
 
     connect_timeout_s: float = 10
     read_timeout_s: float = 60
-    first_wait_s: float = 0.5
-    longest_wait_s: float = 30
+    backoff: Backoff = _BACKOFF
     first_contact_s: float = 10
     deadline_s: float = 300
 
@@ -254,7 +252,7 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
         A broken upload goes on where the registry has it when it can say so, and begins again when it can not.
         `on_progress` gets the bytes of the blob that are out.
         """
-        waiting = _Waiting(self._patience, attempts=_UPLOAD_ATTEMPTS)
+        waiting = Retries(self._patience.backoff, attempts=_UPLOAD_ATTEMPTS)
         upload, furthest, sent = self._begin_upload(), 0, 0
 
         def count(position: int, chunk_bytes: int) -> None:
@@ -262,7 +260,7 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
             sent += chunk_bytes
             if position > furthest:
                 furthest = position
-                waiting.restart()
+                waiting.progressed()
             self._remaining_s()
             on_progress(position)
 
@@ -284,7 +282,7 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
 
     def download_blob(self, digest: str, size_bytes: int) -> Iterator[bytes]:
         """The blob in pieces; a broken connection is taken up at the byte where it broke. Not verified."""
-        waiting = _Waiting(self._patience)
+        waiting = Retries(self._patience.backoff)
         offset = 0
         while offset < size_bytes:
             headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={offset}-"} if offset else {})
@@ -298,7 +296,7 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
                         skip -= len(chunk) - len(fresh)
                         if fresh:
                             offset += len(fresh)
-                            waiting.restart()
+                            waiting.progressed()
                             yield fresh
                     fault = _Fault(f"{self.host}: the blob ended after {offset:,} of {size_bytes:,} bytes")
             except requests.RequestException as error:
@@ -321,7 +319,7 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
 
         All but the sending of blobs goes through here, also what is inherited from oras.
         """
-        waiting = _Waiting(self._patience)
+        waiting = Retries(self._patience.backoff)
         while True:
             try:
                 response = self._authorised(method, url, dict(headers or {}), data=data, json=json, stream=stream)
@@ -412,7 +410,7 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
             credential = replace(
                 credential, identity_token=self._azure_refresh_token(credential.workload_identity, realm, service)
             )
-        waiting = _Waiting(self._patience)
+        waiting = Retries(self._patience.backoff)
         requests_to_try = token_requests(challenge, credential, scopes)
         while True:
             request = requests_to_try[0]
@@ -433,7 +431,7 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
             if len(requests_to_try) > 1 and response.status_code in (400, 404, 405):
                 del requests_to_try[0]
             elif response.status_code in _RETRIED:
-                self._wait(waiting, _Fault(f"{realm_host}: {_status(response)}", _retry_after(response)))
+                self._wait(waiting, _Fault(f"{realm_host}: {_status(response)}", retry_after_s(response.headers)))
             elif response.status_code in (400, 401, 403):
                 text = self._clean(_error_text(body))
                 raise _RefusedError(f"its token server {realm_host} says {text or _status(response)}")
@@ -455,7 +453,7 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
         return parse_reply(body, "refresh_token", self.host)
 
     def _post_form(self, url: str, form: Mapping[str, str], host: str) -> bytes:
-        waiting = _Waiting(self._patience)
+        waiting = Retries(self._patience.backoff)
         while True:
             try:
                 response = self._send("POST", url, {}, data=form, stream=True)
@@ -467,7 +465,7 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
                 return body
             if response.status_code not in _RETRIED:
                 raise _RefusedError(f"{host} says {self._clean(refusal(body)) or _status(response)}")
-            self._wait(waiting, _Fault(f"{host}: {_status(response)}", _retry_after(response)))
+            self._wait(waiting, _Fault(f"{host}: {_status(response)}", retry_after_s(response.headers)))
 
     def _forget(self) -> None:
         self._header, self._header_ends, self._bearer = None, 0.0, None
@@ -629,10 +627,10 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
             raise ServiceError(f"{self.host}: an answer {_status(response)} without a Location; is it a registry?")
         return check_address(urljoin(base, location), self._root, "storage", self._allowed)
 
-    def _wait(self, waiting: "_Waiting", fault: "_Fault") -> None:
+    def _wait(self, waiting: Retries, fault: "_Fault") -> None:
         """Sleeps until the next try. Raises ServiceError when it is time to give up."""
         deadline_s = self._patience.deadline_s if self._reached else self._patience.first_contact_s
-        wait_s = waiting.next_wait_s(deadline_s, fault.retry_after_s)
+        wait_s = waiting.next_wait_s(fault.retry_after_s, within_s=deadline_s)
         if wait_s is None:
             asked = f", and asks to come back in {fault.retry_after_s:.0f} s" if fault.retry_after_s else ""
             raise ServiceError(
@@ -645,7 +643,9 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
 
     def _fault_of(self, response: requests.Response) -> "_Fault":
         text = self._registry_text(response)
-        return _Fault(f"{self.host}: {text}", _retry_after(response), "the registry is not well; try again later")
+        return _Fault(
+            f"{self.host}: {text}", retry_after_s(response.headers), "the registry is not well; try again later"
+        )
 
     def _explain(self, error: requests.RequestException, host: str | None = None) -> "_Fault":
         """Why there was no answer, in words without the URL, which may be signed. Raises ConfigError for TLS that
@@ -822,34 +822,6 @@ def _checked_peer(connection: socket.socket, host: str, registry_host: str, allo
     return connection
 
 
-class _Waiting:
-    """How long until the next try: twice as long each time, never past the deadline."""
-
-    def __init__(self, patience: Patience, *, attempts: int | None = None) -> None:
-        self._patience = patience
-        self._attempts = attempts
-        self.restart()
-
-    def restart(self) -> None:
-        """There was progress: everything counts from here."""
-        self.failures = 0
-        self._since = time.monotonic()
-
-    @property
-    def elapsed_s(self) -> float:
-        return time.monotonic() - self._since
-
-    def next_wait_s(self, deadline_s: float, retry_after_s: float | None) -> float | None:
-        """None when no further try fits."""
-        wait_s = min(self._patience.first_wait_s * 2.0**self.failures, self._patience.longest_wait_s)
-        wait_s *= random.uniform(0.9, 1.1)  # not all clients at once
-        wait_s = max(wait_s, retry_after_s or 0.0)
-        self.failures += 1
-        if self.elapsed_s + wait_s > deadline_s or self.failures == self._attempts:
-            return None
-        return wait_s
-
-
 class _Body:
     """A blob from `offset` to `end` as a request's body: read piece by piece, and from the start when sent again."""
 
@@ -901,21 +873,6 @@ def _error_text(body: bytes) -> str:
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return ""
-
-
-def _retry_after(response: requests.Response) -> float | None:
-    return parse_retry_after(response.headers.get("Retry-After", ""), datetime.now(UTC))
-
-
-def parse_retry_after(value: str, now: datetime) -> float | None:
-    """Seconds to wait, from a number of seconds or an HTTP date; None when it is neither."""
-    if value.strip().isdecimal():
-        return float(value)
-    try:
-        date: datetime = parsedate_to_datetime(value)
-        return max(0.0, (date - now).total_seconds())
-    except (ValueError, TypeError):  # TypeError: a date without a zone
-        return None
 
 
 def _network_reason(error: requests.RequestException) -> str:
