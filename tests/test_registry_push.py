@@ -623,8 +623,9 @@ def test_a_refused_mount_is_not_asked_for_again_with_the_next_token(image: Image
     assert scopes[-1] == ["repository:adapters/phi:pull,push"]
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
 def test_a_name_that_leads_inside_is_found_out_when_the_connection_stands(
-    registry: RunningRegistry, image: Image, monkeypatch: pytest.MonkeyPatch
+    registry: RunningRegistry, image: Image, monkeypatch: pytest.MonkeyPatch, scheme: str
 ) -> None:
     real = socket.getaddrinfo
 
@@ -634,10 +635,12 @@ def test_a_name_that_leads_inside_is_found_out_when_the_connection_stands(
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     with faulty(registry) as proxy, faulty(registry) as inside, client(proxy.host) as connected:
         port = inside.host.rpartition(":")[2]
-        target = {"Location": f"http://storage.example.com:{port}/v2/x?sig=s3cr3t"}
+        target = {"Location": f"{scheme}://storage.example.com:{port}/v2/x?sig=s3cr3t"}
         proxy.faults.append(Fault("POST", UPLOAD, 202, target))
         connected.for_push()
-        with pytest.raises(DeniedError, match=r"storage\.example\.com leads to 127\.0\.0\.1 is a loopback") as caught:
+        with pytest.raises(
+            DeniedError, match=r"storage\.example\.com resolves to a forbidden address: 127\.0\.0\.1 is"
+        ) as caught:
             connected.upload_blob(image.config, on_progress=lambda _: None)
         assert inside.log == []
     assert "s3cr3t" not in caught.value.message

@@ -18,7 +18,6 @@ from urllib.parse import urlencode, urljoin, urlsplit
 
 import oras.provider
 import requests
-import urllib3
 
 from tuner import __version__
 from tuner.errors import ConfigError, DataError, DeniedError, InputMissingError, ServiceError, TunerError
@@ -40,7 +39,7 @@ from tuner.registry.credentials import ANONYMOUS, Credential, parse_credentials
 from tuner.registry.image import MANIFEST_TYPE, Blob, measure, sha256_digest
 from tuner.retry import Backoff, Retries, retry_after_s
 from tuner.runspec import Network, Reporter, Silent
-from tuner.urls import Allowed, address_problem
+from tuner.urls import AddressRefusedError, Allowed, ConnectionPolicy
 
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
 DOCKER_MANIFEST_TYPE = "application/vnd.docker.distribution.manifest.v2+json"
@@ -127,7 +126,7 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
         self._chunk_bytes = chunk_bytes
         self._ends = float("inf")
         self._allotted_s = float("inf")
-        guard = _GuardedAdapter(urlsplit(self._root).hostname or "", self._allowed)
+        guard = _GuardedAdapter(ConnectionPolicy(self._allowed, urlsplit(self._root).hostname))
         self.session.mount("http://", guard)
         self.session.mount("https://", guard)
         # requests would otherwise replace our Authorization by what ~/.netrc says about the host
@@ -501,7 +500,7 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
                 timeout=(min(connect_timeout_s, left_s), min(read_timeout_s, left_s)),
                 **rest,
             )
-        except _AddressRefusedError as error:
+        except AddressRefusedError as error:
             raise DeniedError(
                 f"{self.host}: not going where the registry sends us: {error}",
                 hint="ask who runs the registry; nothing was sent to that address",
@@ -774,52 +773,35 @@ class _Fault:
     hint: str | None = None
 
 
-class _AddressRefusedError(Exception):
-    """A name that the registry gave us leads to where we do not go."""
+class _GuardedConnection:
+    """Of urllib3's, with a check once it stands: whatever the name resolved to, and however often, it is the peer's
+    address that counts. No byte has gone out by then."""
+
+    policy: ConnectionPolicy
+    host: str
+
+    def _new_conn(self) -> socket.socket:
+        connection: socket.socket = super()._new_conn()  # type: ignore[misc]
+        if refusal := self.policy.refusal(self.host, str(connection.getpeername()[0])):
+            connection.close()
+            raise AddressRefusedError(refusal)
+        return connection
 
 
 class _GuardedAdapter(requests.adapters.HTTPAdapter):
-    """Connections to other hosts than the registry's own are checked when they stand, before a byte goes out.
+    """Connections by a policy. Those to a proxy are not checked: it resolves the names, and the user named it."""
 
-    Whatever the name resolved to, and however often: it is the peer's address that counts. Through a proxy the proxy
-    is the peer, and it resolves the names.
-    """
-
-    def __init__(self, registry_host: str, allowed: Allowed) -> None:
-        self._registry_host = registry_host
-        self._allowed = allowed
+    def __init__(self, policy: ConnectionPolicy) -> None:
+        self._policy = policy
         super().__init__()
 
     def init_poolmanager(self, *arguments: Any, **options: Any) -> None:
         super().init_poolmanager(*arguments, **options)
-        registry_host, allowed = self._registry_host, self._allowed
-
-        class Http(urllib3.connection.HTTPConnection):
-            def _new_conn(self) -> socket.socket:
-                return _checked_peer(super()._new_conn(), self.host, registry_host, allowed)
-
-        class Https(urllib3.connection.HTTPSConnection):
-            def _new_conn(self) -> socket.socket:
-                return _checked_peer(super()._new_conn(), self.host, registry_host, allowed)
-
-        class HttpPool(urllib3.HTTPConnectionPool):
-            ConnectionCls = Http
-
-        class HttpsPool(urllib3.HTTPSConnectionPool):
-            ConnectionCls = Https
-
-        self.poolmanager.pool_classes_by_scheme = {"http": HttpPool, "https": HttpsPool}
-
-
-def _checked_peer(connection: socket.socket, host: str, registry_host: str, allowed: Allowed) -> socket.socket:
-    """The connection, or _AddressRefusedError."""
-    if host.strip("[]") != registry_host:
-        address = str(connection.getpeername()[0])
-        problem = address_problem(address, allowed, by_name=True)
-        if problem:
-            connection.close()
-            raise _AddressRefusedError(f"{host} leads to {problem}")
-    return connection
+        guarded = {}
+        for scheme, pool in self.poolmanager.pool_classes_by_scheme.items():
+            connection = type("Connection", (_GuardedConnection, pool.ConnectionCls), {"policy": self._policy})
+            guarded[scheme] = type("Pool", (pool,), {"ConnectionCls": connection})
+        self.poolmanager.pool_classes_by_scheme = guarded
 
 
 class _Body:
