@@ -644,3 +644,8 @@ def test_a_name_that_leads_inside_is_found_out_when_the_connection_stands(
             connected.upload_blob(image.config, on_progress=lambda _: None)
         assert inside.log == []
     assert "s3cr3t" not in caught.value.message
+
+
+def test_a_client_has_no_method_of_oras_that_goes_around_it() -> None:
+    inherited = {"push", "pull", "login", "do_request", "get_blob", "delete_tag", "blob_exists", "chunked_upload"}
+    assert not inherited & set(dir(RegistryClient))

@@ -190,6 +190,14 @@ def test_r5_a_registry_that_asks_for_ages_gets_no_further_try(registry: RunningR
             push(image, proxy.host, name="r5/ages")
 
 
+def test_r5_a_cookie_is_not_sent_back(registry: RunningRegistry, image: Image) -> None:
+    """Harbor takes whoever sends one for a browser, and wants a CSRF token of it."""
+    with faulty(registry) as proxy:
+        proxy.faults.append(Fault("POST", UPLOAD, 503, {"Set-Cookie": "sid=1; Path=/"}))
+        push(image, proxy.host, name="r5/cookie")
+        assert not any("Cookie" in headers for _, _, headers in proxy.log)
+
+
 REQUESTS = {
     "HEAD": ("HEAD", r"/blobs/"),
     "POST": ("POST", UPLOAD),

@@ -1,7 +1,9 @@
 """A registry's HTTP API, spoken so that a hiccup of the network or of a token server never costs an adapter.
 
-`RegistryClient` is oras' Registry with its own transport. oras' has no timeouts, re-sends a token that may only read,
-answers a Basic challenge by sending the password to its realm, and reads whole blobs into memory.
+`RegistryClient` takes its session from oras' Registry: it keeps no cookie, as Harbor takes whoever sends one for a
+browser. Nothing else: oras' methods have no timeouts, re-send a token that may only read, answer a Basic challenge by
+sending the password to its realm, and read whole blobs into memory; its Container takes my.team/model for a repository
+of the host my.team.
 API: https://github.com/opencontainers/distribution-spec/blob/main/spec.md
 """
 
@@ -86,7 +88,7 @@ class _Upload:
     spoilt: bool = False
 
 
-class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
+class RegistryClient:
     """One repository of one registry. Reads until `for_push()` says otherwise.
 
     Every method raises DeniedError (401, 403), InputMissingError (404), ServiceError (unreachable or failing after
@@ -106,10 +108,11 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
         chunk_bytes: int | None = None,
         reporter: Reporter | None = None,
     ) -> None:
-        super().__init__(hostname=reference.api_host, insecure=plain_http, tls_verify=ca_file or True)
+        registry = oras.provider.Registry(hostname=reference.api_host, insecure=plain_http)
+        self._session: requests.Session = registry.session
         self.repository = reference.repository
         self.host = reference.api_host
-        self._root = f"{self.prefix}://{self.host}"
+        self._root = f"{registry.prefix}://{self.host}"
         self._ca_file = ca_file
         self._credentials = tuple(credentials)
         self._candidates = [*credentials, ANONYMOUS]
@@ -127,17 +130,17 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
         self._ends = float("inf")
         self._allotted_s = float("inf")
         guard = _GuardedAdapter(ConnectionPolicy(self._allowed, urlsplit(self._root).hostname))
-        self.session.mount("http://", guard)
-        self.session.mount("https://", guard)
+        self._session.mount("http://", guard)
+        self._session.mount("https://", guard)
         # requests would otherwise replace our Authorization by what ~/.netrc says about the host
-        self.session.auth = _keep_as_is
-        self.session.headers["User-Agent"] = f"tuner/{__version__}"
+        self._session.auth = _keep_as_is
+        self._session.headers["User-Agent"] = f"tuner/{__version__}"
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.session.close()
+        self._session.close()
 
     @property
     def credential(self) -> Credential:
@@ -305,23 +308,15 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
 
     # ── requests ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def do_request(
-        self,
-        url: str,
-        method: str = "GET",
-        data: Any = None,
-        headers: Mapping[str, str] | None = None,
-        json: Any = None,
-        stream: bool = False,
-    ) -> requests.Response:
+    def _patiently(self, method: str, url: str, headers: dict[str, str], **rest: Any) -> requests.Response:
         """The answer to one request, authorised and, where it failed by chance, repeated.
 
-        All but the sending of blobs goes through here, also what is inherited from oras.
+        All but the sending of blobs goes through here.
         """
         waiting = Retries(self._patience.backoff)
         while True:
             try:
-                response = self._authorised(method, url, dict(headers or {}), data=data, json=json, stream=stream)
+                response = self._authorised(method, url, headers, **rest)
             except requests.RequestException as error:
                 self._wait(waiting, self._explain(error))
                 continue
@@ -340,7 +335,7 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
         stream: bool = False,
     ) -> requests.Response:
         """The answer, which has one of the statuses in `ok`; anything else is an error with the registry's words."""
-        response = self.do_request(url, method, data=data, headers=headers, stream=stream)
+        response = self._patiently(method, url, dict(headers or {}), data=data, stream=stream)
         if response.status_code not in ok:
             raise self._unexpected(response)
         return response
@@ -491,12 +486,12 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
         )
         left_s = self._remaining_s()
         try:
-            return self.session.request(  # type: ignore[no-any-return]
+            return self._session.request(
                 method,
                 url,
                 headers=headers,
                 allow_redirects=False,
-                verify=self._tls_verify,
+                verify=self._ca_file or True,
                 timeout=(min(connect_timeout_s, left_s), min(read_timeout_s, left_s)),
                 **rest,
             )
@@ -674,7 +669,8 @@ class RegistryClient(oras.provider.Registry):  # type: ignore[misc]
         body = _read_at_most(response, TOKEN_REPLY_BYTES)
         text = self._words(response, body)
         # the answer to a HEAD has no body that would say so
-        if self.prefix == "http" and response.status_code == 400 and (not body or _HTTPS_ONLY.search(body)):
+        is_plain_http = self._root.startswith("http:")
+        if is_plain_http and response.status_code == 400 and (not body or _HTTPS_ONLY.search(body)):
             return ConfigError(
                 f"{self.host}: answers plain http with {text}", hint="if it speaks https, leave out --plain-http"
             )
