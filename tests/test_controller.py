@@ -337,7 +337,7 @@ def test_the_method_is_read_in_any_case_with_the_administrators_default(
     api.create(workspace)
     until(lambda: cluster.object("jobs", f"{NAME}--check"))
     made = next(it for it in cluster.objects("configmaps") if it["metadata"]["name"].startswith(f"{NAME}-config-"))
-    assert json.loads(made["data"]["run.json"])["training"]["settings"]["LoraConfig"]["r"]["value"] == 5
+    assert json.loads(made["data"]["run.json"])["training"]["lora"]["r"] == 5
 
 
 def test_an_unknown_preset_is_no_crash(cluster: FakeKubernetes, api: Api, start: Start) -> None:

@@ -24,7 +24,7 @@ def rendered(
 
 def rank(made: Rendered) -> Any:
     run = json.loads(made.objects[0]["data"]["run.json"])
-    return run["training"]["settings"]["LoraConfig"]["r"]["value"]
+    return run["training"]["lora"]["r"]
 
 
 def test_every_object_is_of_this_revision_and_goes_with_its_workspace():

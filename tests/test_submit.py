@@ -229,7 +229,7 @@ def test_a_config_map_that_the_workspace_names_is_read_from_the_cluster(
     cluster.put(yaml.safe_load(config_map))
     assert main(["submit", str(path)]) == 0
     run = next(each for each in cluster.objects("configmaps") if "-config-" in each["metadata"]["name"])
-    assert json.loads(run["data"]["run.json"])["training"]["settings"]["LoraConfig"]["r"]["value"] == 8
+    assert json.loads(run["data"]["run.json"])["training"]["lora"]["r"] == 8
 
 
 def test_no_signed_query_and_no_secret_is_shown(cluster: FakeKubernetes, capsys: pytest.CaptureFixture[str]) -> None:

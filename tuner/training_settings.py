@@ -184,13 +184,7 @@ class TrainingConfig(BaseModel):
 
     def sections(self) -> dict[str, dict[str, Any]]:
         """Section → key → value, as training_config.yaml has them."""
-        return {
-            "ModelConfig": self.model.values(),
-            "QuantizationConfig": self.quantization.values(),
-            "LoraConfig": self.lora.values(),
-            "TrainingArguments": self.arguments.values(),
-            "DatasetConfig": self.dataset.values(),
-        }
+        return {section: getattr(self, field).values() for section, field in _FIELD_OF.items()}
 
     def explained(self) -> Iterator[tuple[str, Any, str]]:
         """("LoraConfig.r", 16, "default"), … for all that is set, and for what UNSET explains."""
@@ -203,3 +197,21 @@ class TrainingConfig(BaseModel):
     def origin(self, path: str) -> str:
         """Where `Section.key` was written: file:line, "--set", "preset" or "default"."""
         return self.origins.get(path, DEFAULT)
+
+
+_FIELD_OF: Mapping[str, str] = MappingProxyType(
+    {
+        "ModelConfig": "model",
+        "QuantizationConfig": "quantization",
+        "LoraConfig": "lora",
+        "TrainingArguments": "arguments",
+        "DatasetConfig": "dataset",
+    }
+)
+
+
+def name_in_yaml(path: str) -> str | None:
+    """`LoraConfig.r` for `lora.r`, a path in the JSON of a TrainingConfig; None where it is no setting."""
+    field, _, key = path.partition(".")
+    section = next((section for section, each in _FIELD_OF.items() if each == field), None)
+    return section and f"{section}.{key.removeprefix('passthrough.')}"

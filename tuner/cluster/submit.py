@@ -46,6 +46,7 @@ from tuner.cluster.job_options import DIGEST_ANNOTATION, GPU, INSTANCE_TYPE_LABE
 from tuner.errors import ConfigError, InputMissingError
 from tuner.request import HF_TOKEN
 from tuner.runspec import Reporter
+from tuner.training_settings import name_in_yaml
 from tuner.workspace import ConfigMap, LabelSelector, WorkspaceFile
 
 _GONE_WITHIN_S = 180.0
@@ -182,7 +183,7 @@ def differences(objects: JobObjects, live: Mapping[str, Any], live_run: Mapping[
         found.append("the run's digest")
     metadata = {"labels": objects.job["metadata"].get("labels", {})}
     found += _changed({"metadata": metadata, "spec": _comparable(objects.job)}, {**live, "spec": _comparable(live)}, "")
-    return tuple(_in_words(each) for each in found if ".origin:" not in each)
+    return tuple(_in_words(each) for each in found if not each.startswith("training.origins."))
 
 
 def _digest(job: Mapping[str, Any]) -> str | None:
@@ -229,8 +230,10 @@ def _shown(value: Any) -> str:
 
 
 def _in_words(difference: str) -> str:
-    """`training.settings.LoraConfig.r.value` is LoraConfig.r to whoever wrote it."""
-    return difference.removeprefix("training.settings.").removeprefix("spec.template.spec.").replace(".value:", ":")
+    """`training.lora.r` is LoraConfig.r to whoever wrote it."""
+    if difference.startswith("training."):
+        return name_in_yaml(difference.removeprefix("training.")) or difference
+    return difference.removeprefix("spec.template.spec.")
 
 
 def _live_run(api: Api, live: Mapping[str, Any]) -> Mapping[str, Any] | None:
