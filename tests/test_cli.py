@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer.main
 import yaml
 from data_files import completion_rows, message_rows, write_data
 from http_server import Answer, HttpServer
@@ -828,9 +827,6 @@ def test_preview_shows_rows_on_stdout_and_progress_on_stderr(tuner: Tuner, tmp_p
     assert "⟦" in ended.out
 
 
-# ── help ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 @pytest.mark.train
 @pytest.mark.parametrize(("bad", "code"), [(1, 0), (9, 65)])
 def test_preview_ends_as_a_run_would(tuner: Tuner, tmp_path: Path, bad: int, code: int) -> None:
@@ -839,59 +835,6 @@ def test_preview_ends_as_a_run_would(tuner: Tuner, tmp_path: Path, bad: int, cod
     assert ended.code == code
     assert "learnt tokens look" in ended.out
     assert ("error: a run would stop: more than 10% of the rows are bad" in ended.err) is (code == 65)
-
-
-def every_command() -> dict[str, Any]:
-    """`data preview` → its command, of all that there are."""
-
-    def walk(command: Any, path: str) -> Iterator[tuple[str, Any]]:
-        yield path, command
-        for name, child in getattr(command, "commands", {}).items():
-            yield from walk(child, f"{path} {name}".strip())
-
-    return dict(walk(typer.main.get_command(cli.app), ""))
-
-
-COMMANDS = every_command()
-
-
-def test_all_commands_are_there() -> None:
-    assert {"run", "check", "presets", "init", "data preview", "push", "pull", "stage"} <= COMMANDS.keys()
-
-
-@pytest.mark.parametrize("path", COMMANDS)
-def test_the_short_flag_helps_too(tuner: Tuner, path: str) -> None:
-    assert tuner(*path.split(), "-h").out == tuner(*path.split(), "--help").out
-
-
-@pytest.mark.parametrize("path", COMMANDS)
-def test_every_help_ends_with_an_example_that_parses(tuner: Tuner, path: str) -> None:
-    ended = tuner(*path.split(), "--help")
-    assert ended.code == 0
-    program, *words = shlex.split(ended.out.partition("Example:")[2])
-    assert program == "tuner"
-    name = max((known for known in COMMANDS if " ".join(words).startswith(known)), key=len)
-    assert name.startswith(path)
-    command = COMMANDS[name]
-    with command.make_context(name, words[len(name.split()) :], resilient_parsing=False):
-        pass
-
-
-@pytest.mark.parametrize("path", ["presets", "init"])
-def test_an_example_that_costs_nothing_works(tuner: Tuner, path: str) -> None:
-    words = shlex.split(COMMANDS[path].epilog.removeprefix("Example: "))
-    assert tuner(*words[1:]).code == 0
-
-
-def test_help_imports_nothing_heavy() -> None:
-    code = "import sys; from tuner.cli import main; main(['--help']); print(' '.join(sys.modules), file=sys.stderr)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = {name.partition(".")[0] for name in done.stderr.split()}
-    assert "typer" in loaded
-    assert not loaded & {
-        *("torch", "pyarrow", "httpx2", "oras", "huggingface_hub", "pydantic", "yaml", "transformers", "kubernetes"),
-        "prometheus_client",
-    }
 
 
 # ── pipes and signals ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -16,7 +16,7 @@ import yaml
 
 from tests.fake_kubernetes import FakeKubernetes
 from tuner.cli import main
-from tuner.cli.options import app
+from tuner.cli.commands import app
 from tuner.cluster.api import SECRET, WORKSPACE, Api
 from tuner.cluster.api_errors import ApiError, ForbiddenError
 from tuner.cluster.crd import custom_resource_definition

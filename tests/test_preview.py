@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,10 @@ def load(
     preset: str | None = PHI,
     base_model: Path | None = None,
     config: Path | None = None,
+    overrides: Sequence[str] = (),
     rows: int = 3,
 ) -> Preview:
-    return load_preview(files, preset, base_model, config, rows, Silent())
+    return load_preview(files, preset, base_model, config, overrides, rows, Silent())
 
 
 def printed(preview: Preview, stream: io.StringIO | None = None) -> str:
@@ -318,6 +320,17 @@ class TestConfig:
             assert "[user]q<|end|>[assistant]⟦yes<|end|>⟧" in printed(preview)
             assert "chat template: ModelConfig.chat_template" in preview.tokenizer
 
+    def test_a_setting_that_is_typed_wins_and_names_files_of_the_directory_that_one_is_in(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "chat.jinja").write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}")
+        config = write_config(tmp_path / "folder/c.yaml", ModelConfig={"chat_template": "nope.jinja"})
+        path = write_data(tmp_path / "a.jsonl", [conversation("q", "yes")])
+        preview = load(path, config=config, overrides=["ModelConfig.chat_template=chat.jinja"])
+        assert "<user>q<|end|>" in printed(preview)
+
     def test_dataset_path_leaves_other_files_out(self, tmp_path: Path) -> None:
         one, two = (write_data(tmp_path / f"{name}.jsonl", completion_rows(2)) for name in ("one", "two"))
         config = write_config(tmp_path / "c.yaml", DatasetConfig={"dataset_path": "two.jsonl"})
@@ -384,7 +397,7 @@ class TestBadInput:
 
     def test_names_a_chat_template_file_that_is_not_there(self, tmp_path: Path) -> None:
         config = write_config(tmp_path / "c.yaml", ModelConfig={"chat_template": "chat.jinja"})
-        with pytest.raises(InputMissingError, match=r"chat\.jinja is no Jinja template, and no file"):
+        with pytest.raises(InputMissingError, match=r"chat\.jinja' is no Jinja template, .* cannot be read"):
             load(write_data(tmp_path / "a.txt", text_rows(1)), config=config)
 
     def test_names_a_base_model_without_tokenizer(self, tmp_path: Path) -> None:

@@ -329,7 +329,7 @@ def _training(
         )
     if request.in_pod:
         _check_template_is_text(training, request)
-    return _with_template_text(training, Path(source.file).parent if source else Path(), work_dir)
+    return with_template_text(training, Path(source.file).parent if source else Path(), work_dir)
 
 
 def _with_smoke_origin(training: TrainingConfig, typed: Sequence[str]) -> TrainingConfig:
@@ -384,7 +384,7 @@ def _check_template_is_text(training: TrainingConfig, request: Request) -> None:
         )
 
 
-def _with_template_text(training: TrainingConfig, beside: Path, work_dir: Path) -> TrainingConfig:
+def with_template_text(training: TrainingConfig, beside: Path, work_dir: Path) -> TrainingConfig:
     """KAITO takes a path or a template in ModelConfig.chat_template; a run knows the text."""
     written, origin = training.model.chat_template, training.origin(_CHAT_TEMPLATE)
     if not written or "{" in written:

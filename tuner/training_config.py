@@ -500,6 +500,16 @@ def _types(section: str) -> Mapping[str, str]:
     return {**TYPES.get(section, {}), **OWN_TYPES.get(section, {})}
 
 
+def words_of_settings() -> dict[str, tuple[str, ...]]:
+    """SECTION.KEY of every setting that has an effect → the words that it may be; () for what is no word."""
+    return {
+        path: WORDS.get(path, ("true", "false") if kind == "bool" else ())
+        for section in SECTIONS
+        for key, kind in _types(section).items()
+        if (path := f"{section}.{key}") not in IGNORED and path not in REFUSED and section != "DataCollator"
+    }
+
+
 def _old_names(section: str) -> list[str]:
     return [path.partition(".")[2] for path in (*RENAMED, *IGNORED, *REFUSED) if path.partition(".")[0] == section]
 

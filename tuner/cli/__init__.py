@@ -10,25 +10,14 @@ import shlex
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated
 
 import typer
 
-# Their commands register themselves, in the order of `tuner --help`.
-from tuner.cli import run  # isort: skip
-from tuner.cli import cluster  # isort: skip
-from tuner.cli import submit  # isort: skip
-from tuner.cli import follow  # isort: skip
-from tuner.cli import install  # isort: skip
-from tuner.cli import controller  # isort: skip
-from tuner.cli import look  # isort: skip
-from tuner.cli import stage  # isort: skip
-from tuner.cli import images  # isort: skip
+from tuner.cli import completion
+from tuner.cli.commands import app
 from tuner.cli.common import Stopped, environment_error, say
-from tuner.cli.options import app
 from tuner.errors import (
     EXIT_INTERNAL,
     ConfigError,
@@ -39,19 +28,7 @@ from tuner.errors import (
     UsageError,
 )
 
-__all__ = [
-    "app",
-    "cluster",
-    "controller",
-    "follow",
-    "images",
-    "install",
-    "look",
-    "main",
-    "run",
-    "stage",
-    "submit",
-]
+__all__ = ["app", "main"]
 
 EXIT_SIGINT, EXIT_SIGPIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 
@@ -61,6 +38,8 @@ def main(argv: Sequence[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal without "→" is no reason to stop
+    if os.environ.get("_TUNER_COMPLETE") == "complete_bash":
+        completion.read_bash_words(os.environ)
     try:
         with _signals():
             code = app(args=list(argv), prog_name="tuner", standalone_mode=False)
@@ -73,8 +52,8 @@ def main(argv: Sequence[str]) -> int:
         return EXIT_SIGINT
     except Stopped as stopped:
         return stopped.exit_code
-    except SystemExit:  # Typer's way with a reader of stdout that is gone
-        return EXIT_SIGPIPE
+    except SystemExit as left:  # Typer's way of ending a completion, and with a reader of stdout that is gone
+        return EXIT_SIGPIPE if isinstance(left.__context__, OSError) else int(left.code or 0)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_SIGPIPE
@@ -159,20 +138,8 @@ def _explain_usage(error: Exception) -> int:
 
 
 def _bug() -> int:
+    import traceback
+
     say(traceback.format_exc())
     say("error: this is a bug in tuner; the lines above say where")
     return EXIT_INTERNAL
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        from tuner import __version__
-
-        print(f"tuner {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _global(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print it")] = False,
-) -> None: ...

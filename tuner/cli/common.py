@@ -4,11 +4,12 @@ import errno
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tuner.cli.options import PushFlags, RegistryFlags, RequestFlags
 from tuner.errors import ConfigError, InputMissingError, TunerError, UsageError
 
 if TYPE_CHECKING:
@@ -59,21 +60,33 @@ def environment_error(error: OSError | RuntimeError | ValueError) -> ConfigError
     return ConfigError(f"{where}{error.strerror}", hint=_ENVIRONMENT[error.errno])
 
 
-def make_network(
-    plain_http: bool, ca: Path | None, allow_cidrs: tuple[str, ...] = (), allow_private_urls: bool = False
-) -> "Network":
+def registry_network(flags: RegistryFlags) -> "Network":
     from tuner.runspec import Network
 
-    return Network(
-        allow_cidrs=allow_cidrs,
-        allow_private_urls=allow_private_urls,
-        plain_http=plain_http,
-        ca_file=str(ca.expanduser().absolute()) if ca else None,
+    return Network(plain_http=flags.plain_http, ca_file=str(flags.ca.expanduser().absolute()) if flags.ca else None)
+
+
+def make_request(flags: RequestFlags) -> "Request":
+    """Of a run on this machine; what only some commands know is left as it is without a flag."""
+    from tuner.request import Request
+
+    reach = {"allow_cidrs": flags.allow_cidr, "allow_private_urls": flags.allow_private_urls}
+    return Request(
+        smoke=flags.smoke,
+        config=flags.config,
+        overrides=flags.overrides,
+        source_headers=flags.source_headers,
+        network=registry_network(flags).model_copy(update=reach),
+        overwrite=not flags.no_overwrite,
+        preflight=not flags.no_preflight,
+        require=flags.require,
+        disable=flags.disable,
+        trust_remote_code=flags.trust_remote_code,
     )
 
 
 def read_workspace_file(
-    workspace: Path | None, model: str | None, data: list[str] | None, method: str | None, request: "Request"
+    workspace: Path | None, model: str | None, data: Sequence[str], method: str | None, request: "Request"
 ) -> "WorkspaceFile":
     """The file that was named, or the one that --model and its fellows stand for."""
     from tuner.request import all_at_once, flag_errors, with_data
@@ -112,7 +125,7 @@ def read_workspace_file(
             on_box = not request.in_pod
             file = load_workspace_file(workspace, allowed=allowed, local_files=on_box, output_given=output_given)
             return with_data(file, data, allowed, local_files=on_box) if data else file
-        made = make_workspace(str(model), data or (), None, method or "qlora", allowed=allowed)
+        made = make_workspace(str(model), data, None, method or "qlora", allowed=allowed)
         return WorkspaceFile(made, is_typed=True)
     except (ConfigError, InputMissingError) as error:
         raise all_at_once([error, *flag_errors(request)]) from error
@@ -147,21 +160,15 @@ def build(file: "WorkspaceFile", request: "Request", work_dir: Path | None) -> t
         raise ConfigError.of([as_flag(problem) for problem in error.problems]) from error
 
 
-def parse_push_options(
-    compression: str, chunk_size: int | None, deadline_s: float, modelpack: bool, provenance: bool
-) -> "PushOptions":
+def push_options(flags: PushFlags) -> "PushOptions":
     from tuner.registry.push_state import PushOptions
 
-    if compression not in ("none", "zstd", "gzip"):
-        raise UsageError(f"--compression {compression}: must be none, zstd or gzip")
-    return PushOptions.model_validate(
-        {
-            "compression": compression,
-            "chunk_bytes": chunk_size,
-            "deadline_s": deadline_s,
-            "modelpack": modelpack,
-            "provenance": provenance,
-        }
+    return PushOptions(
+        compression=flags.compression,
+        chunk_bytes=flags.chunk_size,
+        deadline_s=flags.push_deadline,
+        modelpack=flags.modelpack,
+        provenance=flags.provenance,
     )
 
 

@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tuner.cli.cluster_options import Context, open_api
+from tuner.cli import completion
+from tuner.cli.cluster_options import ClusterFlags, RunName, open_api
 from tuner.cli.common import open_talk, say
-from tuner.cli.options import AsJson, app
+from tuner.cli.flags import command, other
+from tuner.cli.options import AsJson, Wait
 from tuner.errors import UsageError
 
 if TYPE_CHECKING:
@@ -16,11 +18,6 @@ if TYPE_CHECKING:
     from tuner.cluster.api import Api
     from tuner.cluster.follow import Status
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="of the Workspace, and so of its Job")]
-Namespace = Annotated[
-    str | None, typer.Option("--namespace", "-n", metavar="N", help="where the Job is [the context's]")
-]
-
 _COLOURS = {"succeeded": "green", "failed": "red", "running": "cyan", "waiting": "yellow", "queued": "yellow"}
 _COLOURS |= {"suspended": "yellow", "stopping": "yellow"}
 
@@ -28,13 +25,15 @@ _COLOURS |= {"suspended": "yellow", "stopping": "yellow"}
 # ── status ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@app.command(epilog="Example: tuner status workspace-tuning-phi-3")
+@command("status", example="tuner status workspace-tuning-phi-3")
 def status(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="one run; without it all are listed")] = None,
-    namespace: Namespace = None,
-    context: Context = None,
-    wait: Annotated[bool, typer.Option("--wait", help="follow it; end with the failing stage's own exit code")] = False,
-    as_json: AsJson = False,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME", help="one run; without it all are listed", autocompletion=completion.runs),
+    ],
+    place: ClusterFlags,
+    wait: Wait,
+    as_json: AsJson,
 ) -> None:
     """Show where a run in the cluster stands, why it waits, and what helps."""
     import json
@@ -44,7 +43,7 @@ def status(
 
     if wait and not name:
         raise UsageError("--wait for which run?", hint="tuner status NAME --wait")
-    api = open_api(context, namespace)
+    api = open_api(place.context, place.namespace)
     if name and wait:
         load_run(api, name)  # a server that was never there is not waited for, as one that goes away is
         follow_to_end(api, name, as_json=as_json)
@@ -175,15 +174,20 @@ def follow_to_end(api: "Api", name: str, *, as_json: bool) -> None:
 # ── logs and events ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@app.command(epilog="Example: tuner logs workspace-tuning-phi-3 -f")
+@command("logs", example="tuner logs workspace-tuning-phi-3 -f")
 def logs(
-    name: Name,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="go on, from one stage to the next")] = False,
+    name: RunName,
+    follow: Annotated[bool, other("--follow", "-f", help="go on, from one stage to the next")],
     stage: Annotated[
-        str | None, typer.Option("--stage", metavar="S", help="of preflight, fetch, prepare, train or push")
-    ] = None,
-    namespace: Namespace = None,
-    context: Context = None,
+        str | None,
+        other(
+            "--stage",
+            metavar="S",
+            help="of preflight, fetch, prepare, train or push",
+            autocompletion=completion.words("preflight", "fetch", "prepare", "train", "push"),
+        ),
+    ],
+    place: ClusterFlags,
 ) -> None:
     """Print what a run says: of the stage that failed or runs, or of one of its stages."""
     from tuner.cluster.follow import read_logs
@@ -193,12 +197,12 @@ def logs(
     known = next((known for known in STAGES if known == stage), None)
     if stage and known is None:
         raise UsageError(f"{stage!r} is no stage", hint=f"one of {', '.join(STAGES)}")
-    for line in read_logs(open_api(context, namespace), name, known, follows=follow):
+    for line in read_logs(open_api(place.context, place.namespace), name, known, follows=follow):
         print(without_queries(line), flush=follow)
 
 
-@app.command(epilog="Example: tuner events workspace-tuning-phi-3")
-def events(name: Name, namespace: Namespace = None, context: Context = None, as_json: AsJson = False) -> None:
+@command("events", example="tuner events workspace-tuning-phi-3")
+def events(name: RunName, place: ClusterFlags, as_json: AsJson) -> None:
     """Print what the cluster has said of a run, its Jobs and its pods, oldest first."""
     import json
     from datetime import UTC, datetime
@@ -208,7 +212,7 @@ def events(name: Name, namespace: Namespace = None, context: Context = None, as_
     from tuner.cluster.follow import duration, read_events
     from tuner.talk import without_queries
 
-    api = open_api(context, namespace)
+    api = open_api(place.context, place.namespace)
     found = read_events(api, name)
     now = datetime.now(UTC)
     if as_json:
@@ -238,40 +242,37 @@ def events(name: Name, namespace: Namespace = None, context: Context = None, as_
 # ── ending ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@app.command(epilog="Example: tuner cancel workspace-tuning-phi-3")
-def cancel(name: Name, namespace: Namespace = None, context: Context = None) -> None:
+@command("cancel", example="tuner cancel workspace-tuning-phi-3")
+def cancel(name: RunName, place: ClusterFlags) -> None:
     """Stop a run after a checkpoint: suspended where a volume keeps it, else deleted."""
     from tuner.cluster.follow import POLL_S
     from tuner.cluster.submit import cancel as cancel_run
 
     with open_talk() as talk:
-        sentence = cancel_run(open_api(context, namespace), name, talk, poll_s=POLL_S)
+        sentence = cancel_run(open_api(place.context, place.namespace), name, talk, poll_s=POLL_S)
     say(sentence)
 
 
-@app.command(epilog="Example: tuner delete workspace-tuning-phi-3")
-def delete(name: Name, namespace: Namespace = None, context: Context = None) -> None:
+@command("delete", example="tuner delete workspace-tuning-phi-3")
+def delete(name: RunName, place: ClusterFlags) -> None:
     """Delete a run's Jobs, ConfigMap and own Secrets; volumes, images and your Secrets stay."""
     from tuner.cluster.submit import delete_run
 
-    api = open_api(context, namespace)
+    api = open_api(place.context, place.namespace)
     for line in delete_run(api, name):
         say(f"deleted {line}" if not line.startswith("not ") else line)
 
 
-@app.command("retry-push", epilog="Example: tuner retry-push workspace-tuning-phi-3 --wait")
-def retry_push(
-    name: Name,
-    namespace: Namespace = None,
-    context: Context = None,
-    wait: Annotated[bool, typer.Option("--wait", help="follow it; end with its exit code")] = False,
-    as_json: AsJson = False,
-) -> None:
+@command(
+    "retry-push",
+    example="tuner retry-push workspace-tuning-phi-3 --wait",
+)
+def retry_push(name: RunName, place: ClusterFlags, wait: Wait, as_json: AsJson) -> None:
     """Push what a run has trained and could not push, from its results volume and without training."""
     from tuner.cluster.follow import POLL_S
     from tuner.cluster.submit import retry_push as retry
 
-    api = open_api(context, namespace)
+    api = open_api(place.context, place.namespace)
     job, is_new = retry(api, name, poll_s=POLL_S)
     say(f"{'created' if is_new else 'there already'}: Job {job}")
     if wait:

@@ -6,27 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tuner.cli.common import (
-    check_digest_file,
-    make_network,
-    open_talk,
-    parse_push_options,
-    print_result,
-)
-from tuner.cli.options import (
-    BaseModel,
-    Ca,
-    ChunkSize,
-    Compression,
-    DigestFile,
-    DockerConfig,
-    ModelPack,
-    NoOverwrite,
-    PlainHttp,
-    Provenance,
-    PushDeadline,
-    app,
-)
+from tuner.cli import completion
+from tuner.cli.common import check_digest_file, open_talk, print_result, push_options, registry_network
+from tuner.cli.flags import command, registry
+from tuner.cli.options import BaseModel, LoginFlags, NoOverwrite, PushFlags
 from tuner.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,23 +18,31 @@ if TYPE_CHECKING:
     from tuner.talk import Talk
 
 
-@app.command(epilog="Example: tuner push tuner-work/my-run/adapter-0123456789ab myregistry.azurecr.io/adapter:1")
+Image = Annotated[str, typer.Argument(metavar="IMAGE", help="registry/name:tag or oci:DIR:TAG")]
+
+
+@command(
+    "push",
+    example="tuner push tuner-work/my-run/adapter-0123456789ab myregistry.azurecr.io/adapter:1",
+)
 def push(
-    directory: Annotated[Path | None, typer.Argument(metavar="DIR", help="an adapter directory")] = None,
-    image: Annotated[str | None, typer.Argument(metavar="IMAGE", help="registry/name:tag or oci:DIR:TAG")] = None,
+    directory: Annotated[
+        Path | None,
+        typer.Argument(metavar="DIR", help="an adapter directory", autocompletion=completion.adapters),
+    ],
+    image: Annotated[str | None, typer.Argument(metavar="IMAGE", help="registry/name:tag or oci:DIR:TAG")],
     resume: Annotated[
-        Path | None, typer.Option("--resume", metavar="DIR", help="finish the push that push-state.json there began")
-    ] = None,
-    docker_config: DockerConfig = None,
-    plain_http: PlainHttp = False,
-    ca: Ca = None,
-    no_overwrite: NoOverwrite = False,
-    digest_file: DigestFile = None,
-    compression: Compression = "none",
-    chunk_size: ChunkSize = None,
-    push_deadline: PushDeadline = 1800,
-    modelpack: ModelPack = False,
-    provenance: Provenance = False,
+        Path | None,
+        registry(
+            "--resume",
+            metavar="DIR",
+            help="finish the push that push-state.json there began",
+            autocompletion=completion.work_directories,
+        ),
+    ],
+    login: LoginFlags,
+    no_overwrite: NoOverwrite,
+    flags: PushFlags,
 ) -> None:
     """Package an adapter directory and push it; equal files give the digest that the run would have pushed."""
     from tuner.pipeline.run import deliver, resume_push
@@ -62,37 +53,39 @@ def push(
         if directory or image:
             raise UsageError("--resume DIR knows what to push and where", hint=f"tuner push --resume {resume}")
         with open_talk() as talk:
-            pushed = resume_push(resume, docker_configs_for(docker_config, os.environ), talk)
+            pushed = resume_push(resume, docker_configs_for(login.docker_config, os.environ), talk)
             _say_pushed(pushed, talk)
-        print_result(pushed.reference, digest_file, None)
+        print_result(pushed.reference, flags.digest_file, None)
         return
     if directory is None or image is None:
         raise UsageError("give DIR and IMAGE, or --resume DIR", hint="tuner push ./adapter myregistry.azurecr.io/a:1")
-    options = parse_push_options(compression, chunk_size, push_deadline, modelpack, provenance)
     destination = parse_output(image, overwrite=not no_overwrite)
     if isinstance(destination, DirectoryDestination):
         raise UsageError(f"{image} names no registry", hint="registry/name:tag, or oci:DIR:TAG for a layout on disk")
-    check_digest_file(digest_file, destination)
+    check_digest_file(flags.digest_file, destination)
     with open_talk() as talk:
-        credentials = docker_configs_for(docker_config, os.environ)
-        pushed = deliver(directory, destination, make_network(plain_http, ca), credentials, talk, options=options)
+        credentials = docker_configs_for(login.docker_config, os.environ)
+        pushed = deliver(
+            directory, destination, registry_network(login), credentials, talk, options=push_options(flags)
+        )
         _say_pushed(pushed, talk)
-    print_result(pushed.reference, digest_file, None)
+    print_result(pushed.reference, flags.digest_file, None)
 
 
 def _say_pushed(pushed: "Pushed", talk: "Talk") -> None:
     talk.note(f"pushed {pushed.bytes_sent:,} bytes" + (", the rest was there" if pushed.blobs_skipped else ""))
 
 
-@app.command(epilog="Example: tuner verify myregistry.azurecr.io/adapter:1")
+@command(
+    "verify",
+    example="tuner verify myregistry.azurecr.io/adapter:1",
+)
 def verify(
-    image: Annotated[str, typer.Argument(metavar="IMAGE", help="registry/name:tag or oci:DIR:TAG")],
+    image: Image,
     load: Annotated[
-        Path | None, typer.Option("--load", metavar="DIR", help="load it with PEFT on the base model in DIR too")
-    ] = None,
-    docker_config: DockerConfig = None,
-    plain_http: PlainHttp = False,
-    ca: Ca = None,
+        Path | None, registry("--load", metavar="DIR", help="load it with PEFT on the base model in DIR too")
+    ],
+    login: LoginFlags,
 ) -> None:
     """Check an adapter image: every digest, what must be in it, that it agrees with its lock, and its weights."""
     from tempfile import TemporaryDirectory
@@ -113,8 +106,8 @@ def verify(
         if isinstance(reference, LayoutReference):
             verified = verify_image(reference, directory, reporter=talk)
         else:
-            credentials = docker_configs_for(docker_config, os.environ)
-            with client_for(reference, make_network(plain_http, ca), credentials, reporter=talk) as client:
+            credentials = docker_configs_for(login.docker_config, os.environ)
+            with client_for(reference, registry_network(login), credentials, reporter=talk) as client:
                 verified = verify_image(reference, directory, client, reporter=talk)
         check_weights(directory / ADAPTER_WEIGHTS)
         if load:
@@ -145,13 +138,14 @@ def _load_with_peft(adapter: Path, base: Path) -> None:
     load_adapter(base, adapter)
 
 
-@app.command(epilog="Example: tuner pull myregistry.azurecr.io/adapter:1 ./adapter")
+@command(
+    "pull",
+    example="tuner pull myregistry.azurecr.io/adapter:1 ./adapter",
+)
 def pull(
-    image: Annotated[str, typer.Argument(metavar="IMAGE", help="registry/name:tag or oci:DIR:TAG")],
+    image: Image,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="must not be there yet")],
-    docker_config: DockerConfig = None,
-    plain_http: PlainHttp = False,
-    ca: Ca = None,
+    login: LoginFlags,
 ) -> None:
     """Fetch an adapter or data image and unpack its /data, every digest checked."""
     from tuner.reference import LayoutReference
@@ -164,18 +158,24 @@ def pull(
         if isinstance(reference, LayoutReference):
             pulled = pull_image(reference, directory, reporter=talk)
         else:
-            credentials = docker_configs_for(docker_config, os.environ)
-            with client_for(reference, make_network(plain_http, ca), credentials, reporter=talk) as client:
+            credentials = docker_configs_for(login.docker_config, os.environ)
+            with client_for(reference, registry_network(login), credentials, reporter=talk) as client:
                 pulled = pull_image(reference, directory, client, reporter=talk)
         talk.note(f"pulled {len(pulled.files)} files to {directory}")
     print(reference.with_digest(pulled.digest))
 
 
-@app.command(epilog="Example: tuner merge tuner-work/my-run/adapter-0123456789ab ./merged")
+@command(
+    "merge",
+    example="tuner merge tuner-work/my-run/adapter-0123456789ab ./merged",
+)
 def merge(
-    adapter: Annotated[Path, typer.Argument(metavar="DIR", help="an adapter directory that tuner wrote")],
+    adapter: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="an adapter directory that tuner wrote", autocompletion=completion.adapters),
+    ],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="a new directory")],
-    base_model: BaseModel = None,
+    base_model: BaseModel,
 ) -> None:
     """Add an adapter to its base, decoded as in training; says how far the logits are from the adapter's."""
     from tuner.pipeline.libraries import check_packages, quiet

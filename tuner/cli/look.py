@@ -6,23 +6,29 @@ from typing import Annotated
 
 import typer
 
-from tuner.cli.common import (
-    open_talk,
-    say,
-)
-from tuner.cli.options import (
-    AsJson,
-    Config,
-    app,
-    data_app,
-)
+from tuner.cli import completion
+from tuner.cli.common import open_talk, say
+from tuner.cli.flags import command, data, registered, training
+from tuner.cli.options import AsJson, BaseModel, SettingFlags
 from tuner.errors import ConfigError, DataError, InputMissingError, UsageError
 
+data_app = registered["data"] = typer.Typer(
+    help="Look at data before it is trained on.",
+    epilog="Example: tuner data preview train.parquet",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
 
-@app.command(epilog="Example: tuner presets phi-3-mini-4k-instruct")
+
+@data_app.callback()
+def _data() -> None: ...  # or Typer would make its one command of it
+
+
+@command("presets", example="tuner presets phi-3-mini-4k-instruct")
 def presets(
-    name: Annotated[str | None, typer.Argument(help="show one")] = None,
-    as_json: AsJson = False,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="show one", autocompletion=completion.presets)],
+    as_json: AsJson,
 ) -> None:
     """List the models whose facts are known; any other Hugging Face id and any directory works too."""
     import json
@@ -55,10 +61,13 @@ def presets(
         )
 
 
-@app.command(epilog="Example: tuner init --preset qwen3-4b workspace.yaml")
+@command("init", example="tuner init --preset qwen3-4b workspace.yaml")
 def init(
-    path: Annotated[Path, typer.Argument(metavar="FILE")] = Path("workspace.yaml"),
-    preset: Annotated[str, typer.Option("--preset", help="see `tuner presets`")] = "phi-3-mini-4k-instruct",
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="to write")] = Path("workspace.yaml"),
+    preset: Annotated[
+        str,
+        training("--preset", metavar="NAME", help="see `tuner presets`", autocompletion=completion.presets),
+    ] = "phi-3-mini-4k-instruct",
 ) -> None:
     """Write a commented Workspace to start from."""
     from tuner.presets import find_preset
@@ -77,23 +86,34 @@ def init(
     say(f"wrote {path}; replace what says example.com, then: tuner check {path}")
 
 
-@data_app.command("preview", epilog="Example: tuner data preview train.parquet --rows 3")
+@command(
+    "preview",
+    example="tuner data preview train.parquet --rows 3",
+    of=data_app,
+)
 def data_preview(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE…", help="data files of any format")],
+    files: Annotated[tuple[Path, ...], typer.Argument(metavar="FILE…", help="data files of any format")],
     preset: Annotated[
-        str | None, typer.Option("--preset", help="whose chat template to use [the base model's]")
-    ] = None,
-    base_model: Annotated[
-        Path | None, typer.Option("--base-model", metavar="DIR", help="a model's files, whose tokenizer counts exactly")
-    ] = None,
-    config: Config = None,
-    rows: Annotated[int, typer.Option("--rows", min=0, help="how many rows to show")] = 3,
+        str | None,
+        training(
+            "--preset",
+            metavar="NAME",
+            help="whose chat template to use [the base model's]",
+            autocompletion=completion.presets,
+        ),
+    ],
+    base_model: BaseModel,
+    flags: SettingFlags,
+    rows: Annotated[int, data("--rows", metavar="N", min=0, help="how many rows to show")] = 3,
 ) -> None:
-    """Show rows, token counts and, in colour, which tokens are learnt. Rows that would stop a run end it with 65."""
+    """Show rows, and which tokens are learnt.
+
+    In colour, with counts of tokens. Rows that would stop a run end it with 65.
+    """
     from tuner.pipeline.preview import load_preview, print_preview
 
     with open_talk() as talk:
-        preview = load_preview(files, preset, base_model, config, rows, talk)
+        preview = load_preview(files, preset, base_model, flags.config, flags.overrides, rows, talk)
     print_preview(preview, sys.stdout)
     if preview.stops:
         sys.stdout.flush()  # the error is the last thing to be read

@@ -1,52 +1,33 @@
 """`tuner run`, `tuner check` and `tuner plan`."""
 
 import os
-from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-import typer
-
+from tuner.cli import completion
 from tuner.cli.common import (
     build,
     check_digest_file,
-    make_network,
+    make_request,
     open_talk,
-    parse_push_options,
     print_result,
+    push_options,
     read_workspace_file,
     say,
 )
+from tuner.cli.flags import command, data, output, scheduling, training
 from tuner.cli.options import (
-    AllowCidr,
-    AllowPrivate,
     AsJson,
     BaseModel,
-    Ca,
-    ChunkSize,
-    Compression,
-    Config,
-    Data,
-    DigestFile,
-    Disable,
-    DockerConfig,
-    Method,
-    Model,
-    ModelPack,
-    NoOverwrite,
-    NoPreflight,
-    Output,
-    PlainHttp,
-    Provenance,
-    PushDeadline,
-    Require,
-    Set,
-    Smoke,
-    SourceHeaders,
-    TrustRemoteCode,
-    WorkDir,
+    InstanceType,
+    LoginFlags,
+    OptionalWorkspace,
+    PushFlags,
+    RegistryCheckpoints,
+    RequestFlags,
+    SettingFlags,
     WorkspaceArgument,
-    app,
 )
 from tuner.errors import ConfigError, InputMissingError, UsageError
 
@@ -56,58 +37,73 @@ if TYPE_CHECKING:
     from tuner.talk import Talk
 
 
-@app.command(epilog="Example: tuner run workspace.yaml --set TrainingArguments.num_train_epochs=1")
-def run(
-    workspace: WorkspaceArgument = None,
-    model: Model = None,
-    data: Data = None,
-    output: Output = None,
-    method: Method = None,
-    smoke: Smoke = False,
-    base_model: BaseModel = None,
-    config: Config = None,
-    set_: Set = None,
-    work_dir: WorkDir = None,
-    docker_config: DockerConfig = None,
-    source_headers: SourceHeaders = None,
-    plain_http: PlainHttp = False,
-    ca: Ca = None,
-    allow_private_urls: AllowPrivate = False,
-    allow_cidr: AllowCidr = None,
-    no_overwrite: NoOverwrite = False,
-    no_preflight: NoPreflight = False,
-    require: Require = None,
-    trust_remote_code: TrustRemoteCode = False,
-    disable: Disable = None,
-    digest_file: DigestFile = None,
-    compression: Compression = "none",
-    chunk_size: ChunkSize = None,
-    push_deadline: PushDeadline = 1800,
-    modelpack: ModelPack = False,
-    provenance: Provenance = False,
-    registry_checkpoints: Annotated[
-        bool,
-        typer.Option(
-            "--registry-checkpoints",
-            help="keep the last checkpoint in the output's repository: another machine goes on from it",
+@dataclass(frozen=True, kw_only=True)
+class BoxFlags(RequestFlags, LoginFlags):
+    """What `run` and `check` have in common: a run on this machine."""
+
+    output: Annotated[
+        str | None, output("--output", metavar="DIR|REF", help="directory, registry/name:tag or oci:DIR:TAG")
+    ]
+    work_dir: Annotated[
+        Path | None,
+        output(
+            "--work-dir",
+            metavar="D",
+            help="data, checkpoints, adapter [tuner-work/NAME]",
+            autocompletion=completion.work_directories,
         ),
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
+    ]
+    base_model: BaseModel
+    as_json: AsJson
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFlags(BoxFlags, PushFlags):
+    """What `run` has beside: all that a Workspace file would say, and the push."""
+
+    model: Annotated[
+        str | None,
+        training(
+            "--model",
+            metavar="NAME",
+            help="preset, Hugging Face id or directory, instead of a file",
+            autocompletion=completion.presets,
+        ),
+    ]
+    method: Annotated[
+        str | None,
+        training(
+            "--method",
+            metavar="NAME",
+            help="qlora or lora, with --model [qlora]",
+            autocompletion=completion.words("qlora", "lora"),
+        ),
+    ]
+    data: Annotated[
+        tuple[str, ...],
+        data("--data", metavar="FILE", help="URL, file or directory instead of the file's; repeatable"),
+    ]
+    registry_checkpoints: RegistryCheckpoints
+
+
+@command(
+    "run",
+    example="tuner run workspace.yaml --set TrainingArguments.num_train_epochs=1",
+)
+def run(workspace: OptionalWorkspace, flags: RunFlags) -> None:
     """Download, train, package and push: the whole Workspace on this machine."""
     from tuner.pipeline.run import run as run_stages
     from tuner.request import annotated_checkpoints
     from tuner.runspec import ImageDestination
 
-    request = _request(locals())
-    options = parse_push_options(compression, chunk_size, push_deadline, modelpack, provenance)
-    file = read_workspace_file(workspace, model, data, method, request)
-    built, directory = build(file, request, work_dir)
-    check_digest_file(digest_file, built.spec.destination)
+    request = _request(flags)
+    file = read_workspace_file(workspace, flags.model, flags.data, flags.method, request)
+    built, directory = build(file, request, flags.work_dir)
+    check_digest_file(flags.digest_file, built.spec.destination)
     pushes = isinstance(built.spec.destination, ImageDestination)
-    if registry_checkpoints and not pushes:
+    if flags.registry_checkpoints and not pushes:
         raise UsageError("--registry-checkpoints: no image is pushed, so no registry can keep them")
-    keeps = pushes and (registry_checkpoints or annotated_checkpoints(file.workspace))
+    keeps = pushes and (flags.registry_checkpoints or annotated_checkpoints(file.workspace))
     with open_talk() as talk:
         _introduce(built, talk)
         result = run_stages(
@@ -116,48 +112,29 @@ def run(
             directory,
             talk,
             on_stage=talk.stage,
-            options=options,
+            options=push_options(flags),
             registry_checkpoints=keeps,
         )
         talk.note(
             f"done in {result.seconds:,.0f} s: {result.steps:,} steps, loss {result.train_loss:.4g}" + _held_out(result)
         )
-    print_result(result.image, digest_file, result.model_dump(mode="json") if as_json else None)
+    print_result(result.image, flags.digest_file, result.model_dump(mode="json") if flags.as_json else None)
 
 
-@app.command(epilog="Example: tuner check --data workspace.yaml")
+@command("check", example="tuner check --data workspace.yaml")
 def check(
-    workspace: Annotated[Path, typer.Argument(metavar="WORKSPACE", help="a Workspace YAML file")],
-    with_data: Annotated[bool, typer.Option("--data", help="fetch and check every row too")] = False,
-    output: Output = None,
-    smoke: Smoke = False,
-    base_model: BaseModel = None,
-    config: Config = None,
-    set_: Set = None,
-    work_dir: WorkDir = None,
-    docker_config: DockerConfig = None,
-    source_headers: SourceHeaders = None,
-    plain_http: PlainHttp = False,
-    ca: Ca = None,
-    allow_private_urls: AllowPrivate = False,
-    allow_cidr: AllowCidr = None,
-    no_overwrite: NoOverwrite = False,
-    no_preflight: NoPreflight = False,
-    require: Require = None,
-    trust_remote_code: TrustRemoteCode = False,
-    disable: Disable = None,
+    workspace: WorkspaceArgument,
+    with_data: Annotated[bool, data("--data", help="fetch and check every row too")],
+    flags: BoxFlags,
     spec_file: Annotated[
-        Path | None, typer.Option("--write-spec", metavar="FILE", hidden=True, help="RunSpec; FILE.secrets beside it")
-    ] = None,
-    as_json: AsJson = False,
+        Path | None, output("--write-spec", metavar="FILE", hidden=True, help="RunSpec; FILE.secrets beside it")
+    ],
 ) -> None:
     """Find out now what would go wrong later: Workspace, config, secret, push permission; with --data every row."""
-    from dataclasses import replace
-
     from tuner.pipeline.run import preflight
 
-    request = replace(_request(locals()), only_checks=True, fetches=with_data)
-    built, directory = build(read_workspace_file(workspace, None, None, None, request), request, work_dir)
+    request = replace(_request(flags), only_checks=True, fetches=with_data)
+    built, directory = build(read_workspace_file(workspace, None, (), None, request), request, flags.work_dir)
     if spec_file:
         built.spec.save(spec_file)
         built.secrets.save(spec_file.with_name(spec_file.name + ".secrets"))
@@ -174,37 +151,38 @@ def check(
             fetched = fetch(built.spec, built.secrets, directory, talk)
             talk.stage("prepare")
             prepared = prepare(built.spec, fetched, directory, talk)
-    _print_check(built, directory, prepared, as_json)
+    _print_check(built, directory, prepared, flags.as_json)
 
 
-@app.command(epilog="Example: tuner plan workspace.yaml --gpu 24GB")
+@command("plan", example="tuner plan workspace.yaml --gpu 24GB")
 def plan(
-    workspace: Annotated[Path, typer.Argument(metavar="WORKSPACE", help="a Workspace YAML file")],
-    gpu: Annotated[str | None, typer.Option("--gpu", metavar="G", help="24GB, H100-80, A10, …")] = None,
-    instance_type: Annotated[
-        str | None, typer.Option("--instance-type", metavar="T", help="Standard_NC24ads_A100_v4 [the Workspace's]")
-    ] = None,
+    workspace: WorkspaceArgument,
+    gpu: Annotated[
+        str | None,
+        scheduling("--gpu", metavar="G", help="24GB, H100-80, A10, …", autocompletion=completion.gpus),
+    ],
+    instance_type: InstanceType,
     price: Annotated[
-        float | None, typer.Option("--price", metavar="P", min=0, help="of the machine for an hour, in any currency")
-    ] = None,
+        float | None, output("--price", metavar="P", min=0, help="of the machine for an hour, in any currency")
+    ],
     prepared_file: Annotated[
-        Path | None, typer.Option("--prepared", metavar="FILE", help="prepared.json of a `tuner check --data`")
-    ] = None,
-    base_model: BaseModel = None,
-    config: Config = None,
-    set_: Set = None,
-    as_json: AsJson = False,
+        Path | None, data("--prepared", metavar="FILE", help="prepared.json of a `tuner check --data`")
+    ],
+    base_model: BaseModel,
+    flags: SettingFlags,
+    as_json: AsJson,
 ) -> int:
     """Estimate whether it fits a GPU, and how long it takes: no GPU and no download needed."""
     import json
-    from dataclasses import replace
 
     from tuner.plan import choose_machine, describe_plan, make_plan, plan_as_json
     from tuner.request import Request
     from tuner.runspec import Prepared
 
-    request = Request(base_model=base_model, config=config, overrides=tuple(set_ or ()), output=".", preflight=False)
-    file = read_workspace_file(workspace, None, None, None, request)
+    request = Request(
+        base_model=base_model, config=flags.config, overrides=flags.overrides, output=".", preflight=False
+    )
+    file = read_workspace_file(workspace, None, (), None, request)
     machine = choose_machine(gpu, instance_type, file.workspace.resource.instance_type)
     built, _ = build(file, replace(request, world_size=machine.gpus), None)
     try:
@@ -219,27 +197,13 @@ def plan(
     return made.exit_code
 
 
-def _request(typed: Mapping[str, Any]) -> "Request":
-    """The flags that run and check have in common, from their parameters."""
-    from tuner.request import Request
-
-    return Request(
-        smoke=typed["smoke"],
-        base_model=typed["base_model"],
-        config=typed["config"],
-        overrides=tuple(typed["set_"] or ()),
-        output=typed["output"],
-        docker_config=typed["docker_config"],
-        source_headers=typed["source_headers"],
-        network=make_network(
-            typed["plain_http"], typed["ca"], tuple(typed["allow_cidr"] or ()), typed["allow_private_urls"]
-        ),
-        overwrite=not typed["no_overwrite"],
-        preflight=not typed["no_preflight"],
-        trust_remote_code=typed["trust_remote_code"],
+def _request(flags: BoxFlags) -> "Request":
+    return replace(
+        make_request(flags),
+        base_model=flags.base_model,
+        output=flags.output,
+        docker_config=flags.docker_config,
         world_size=_gpu_count(),
-        require=tuple(typed["require"] or ()),
-        disable=tuple(typed["disable"] or ()),
     )
 
 

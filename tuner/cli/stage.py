@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tuner.cli.common import Stopped, environment_error, open_talk
-from tuner.cli.options import app
+from tuner.cli.flags import command
 from tuner.errors import ConfigError, InterruptedRunError, TunerError, UsageError
 from tuner.pod import CHECK, PUSH_HOLD_S, SPEC_FILE, TERMINATION_LOG
 
@@ -19,31 +19,30 @@ if TYPE_CHECKING:
     from tuner.runspec import Scalar, StageName, StageResult
 
 
-@app.command(
-    hidden=True,
-    epilog="Example: tuner stage fetch --spec run.json --secrets secrets.json --work-dir work",
+@command(
+    "stage",
+    example="tuner stage fetch --spec run.json --secrets secrets.json --work-dir work",
 )
 def stage(
-    names: Annotated[list[str], typer.Argument(metavar="STAGE…", help="preflight, fetch, prepare, train, push")],
-    spec_file: Annotated[Path | None, typer.Option("--spec", metavar="FILE", help="the RunSpec")] = None,
-    secrets_file: Annotated[Path | None, typer.Option("--secrets", metavar="FILE", help="its secrets")] = None,
-    work_dir: Annotated[Path | None, typer.Option("--work-dir", metavar="D", help="[tuner-work]")] = None,
+    names: Annotated[tuple[str, ...], typer.Argument(metavar="STAGE…", help="preflight, fetch, prepare, train, push")],
+    spec_file: Annotated[Path | None, typer.Option("--spec", metavar="FILE", help="the RunSpec")],
+    secrets_file: Annotated[Path | None, typer.Option("--secrets", metavar="FILE", help="its secrets")],
+    work_dir: Annotated[Path | None, typer.Option("--work-dir", metavar="D", help="[tuner-work]")],
     in_pod: Annotated[
         bool, typer.Option("--pod", help="as a container of a pod: paths, secrets and volumes as tuner/pod.py has them")
-    ] = False,
+    ],
     waits: Annotated[
         bool, typer.Option("--wait", help="push: as a sidecar, what the trainer beside has finished; then stay")
-    ] = False,
+    ],
+    registry_checkpoints: Annotated[
+        bool, typer.Option("--registry-checkpoints", help="preflight, push: the registry keeps checkpoints")
+    ],
+    max_data_bytes: Annotated[
+        int | None, typer.Option("--max-data", metavar="BYTES", min=0, help="check: larger data are left to the run")
+    ],
     hold_s: Annotated[
         float, typer.Option("--hold", metavar="S", min=0, help=f"push: try for so long, as {PUSH_HOLD_S}")
     ] = 0,
-    registry_checkpoints: Annotated[
-        bool,
-        typer.Option("--registry-checkpoints", help="preflight, push: the registry keeps checkpoints"),
-    ] = False,
-    max_data_bytes: Annotated[
-        int | None, typer.Option("--max-data", metavar="BYTES", min=0, help="check: larger data are left to the run")
-    ] = None,
 ) -> None:
     """Run stages of a RunSpec in this process; their StageResult is the last line of stdout.
 

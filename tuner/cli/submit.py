@@ -2,60 +2,11 @@
 
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from tuner.cli.cluster_options import (
-    AnonymousPush,
-    ClusterWorkspace,
-    Context,
-    Deadline,
-    DisruptionOk,
-    Gpus,
-    ImagePullSecret,
-    ImageVolume,
-    InstanceType,
-    Namespace,
-    OutputImage,
-    Patch,
-    PriorityClass,
-    PushHold,
-    Queue,
-    QueuePriority,
-    RegistryCheckpoints,
-    ResultsVolume,
-    Retries,
-    RuntimeClass,
-    Scheduler,
-    ServiceAccount,
-    SetImage,
-    Spot,
-    Ttl,
-    Urls,
-    WeightsVolume,
-    WorkloadIdentity,
-    open_api,
-    read_cluster_run,
-)
+from tuner.cli.cluster_options import JobFlags, open_api, read_cluster_run
 from tuner.cli.common import open_talk, say
-from tuner.cli.options import (
-    AllowCidr,
-    AllowPrivate,
-    AsJson,
-    Ca,
-    Config,
-    Disable,
-    NoOverwrite,
-    NoPreflight,
-    PlainHttp,
-    Require,
-    Set,
-    Smoke,
-    SourceHeaders,
-    TrustRemoteCode,
-    app,
-)
+from tuner.cli.flags import cluster, command
+from tuner.cli.options import AsJson, Context, Wait, WorkspaceArgument
 from tuner.errors import UsageError
-from tuner.pod import PUSH_HOLD_S
 
 if TYPE_CHECKING:
     from tuner.cluster.api import Api
@@ -64,60 +15,25 @@ if TYPE_CHECKING:
     from tuner.workspace import WorkspaceFile
 
 
-@app.command(epilog="Example: tuner submit workspace.yaml --set-image reg.example/tuner:0.1.0 --wait")
+@command(
+    "submit",
+    example="tuner submit workspace.yaml --set-image reg.example/tuner:0.1.0 --wait",
+)
 def submit(
-    workspace: ClusterWorkspace,
-    set_image: SetImage = None,
-    namespace: Namespace = None,
-    context: Context = None,
-    wait: Annotated[bool, typer.Option("--wait", help="follow it; end with the failing stage's own exit code")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="let the server check every object, create none")] = False,
+    workspace: WorkspaceArgument,
+    context: Context,
+    wait: Wait,
+    dry_run: Annotated[bool, cluster("--dry-run", help="let the server check every object, create none")],
     check_job: Annotated[
         bool | None,
-        typer.Option(
+        cluster(
             "--check-job/--no-check-job",
             help="look at secrets, data and rows on a CPU first [where a node would have to boot for the Job]",
             show_default=False,
         ),
-    ] = None,
-    as_json: AsJson = False,
-    patch: Patch = None,
-    instance_type: InstanceType = None,
-    gpus: Gpus = None,
-    results_volume: ResultsVolume = None,
-    registry_checkpoints: RegistryCheckpoints = False,
-    weights_volume: WeightsVolume = None,
-    service_account: ServiceAccount = None,
-    workload_identity: WorkloadIdentity = False,
-    anonymous_push: AnonymousPush = False,
-    image_pull_secret: ImagePullSecret = None,
-    spot: Spot = False,
-    disruption_ok: DisruptionOk = False,
-    queue: Queue = None,
-    queue_priority: QueuePriority = None,
-    priority_class: PriorityClass = None,
-    scheduler: Scheduler = None,
-    runtime_class: RuntimeClass = None,
-    retries: Retries = 3,
-    ttl: Ttl = None,
-    deadline: Deadline = None,
-    push_hold: PushHold = PUSH_HOLD_S,
-    image_volume: ImageVolume = False,
-    data: Urls = None,
-    output: OutputImage = None,
-    smoke: Smoke = False,
-    config: Config = None,
-    set_: Set = None,
-    source_headers: SourceHeaders = None,
-    plain_http: PlainHttp = False,
-    ca: Ca = None,
-    allow_private_urls: AllowPrivate = False,
-    allow_cidr: AllowCidr = None,
-    no_overwrite: NoOverwrite = False,
-    no_preflight: NoPreflight = False,
-    require: Require = None,
-    disable: Disable = None,
-    trust_remote_code: TrustRemoteCode = False,
+    ],
+    flags: JobFlags,
+    as_json: AsJson,
 ) -> None:
     """Run a Workspace as a Job in the cluster of your kubeconfig. A second submit of the same does nothing."""
     from dataclasses import replace
@@ -129,27 +45,26 @@ def submit(
 
     if wait and dry_run:
         raise UsageError("--wait and --dry-run are both given", hint="choose one")
-    typed = dict(locals())
     found: list[Api] = []
     nodes = submission.Nodes()
 
     def ask_cluster(file: "WorkspaceFile", options: "JobOptions") -> "tuple[WorkspaceFile, JobOptions]":
         nonlocal nodes
-        api = open_api(context, namespace or file.workspace.metadata.namespace)
+        api = open_api(context, flags.namespace or file.workspace.metadata.namespace)
         found.append(api)
-        if not config:
+        if not flags.config:
             file = submission.with_config_map(api, file)
-        nodes = submission.read_nodes(api) if not smoke else nodes
+        nodes = submission.read_nodes(api) if not flags.smoke else nodes
         if nodes.unread is None:
             options = replace(options, labels_preferred=submission.prefers_labels(file, options, nodes))
         return file, replace(options, namespace=api.namespace)
 
-    file, run, options = read_cluster_run(typed, decide=ask_cluster)
+    file, run, options = read_cluster_run(workspace, flags, decide=ask_cluster)
     (api,) = found
     objects = render_job(file, run, options)
     for line in (*run.notes, *objects.notes, *([nodes.unread] if nodes.unread else ())):
         say(f"note: {line}")
-    asks_type = not smoke and written_instance_type(file.workspace, options) is not None
+    asks_type = not flags.smoke and written_instance_type(file.workspace, options) is not None
     checks = submission.needs_check(objects.job, nodes, instance_type=asks_type) if check_job is None else check_job
     if checks and check_job is None:
         say("note: no ready node fits, so a check Job runs on a CPU before one boots; --no-check-job leaves it out")

@@ -107,6 +107,9 @@ VALIDATING_WEBHOOK = Resource(
     "ValidatingWebhookConfiguration",
     namespaced=False,
 )
+
+OUR_JOBS = "app.kubernetes.io/managed-by=tuner"
+"""Label selector of every Job that was rendered here."""
 NETWORK_POLICY = Resource("networking.k8s.io", "v1", "networkpolicies", "NetworkPolicy")
 ACCESS_REVIEW = Resource(
     "authorization.k8s.io", "v1", "selfsubjectaccessreviews", "SelfSubjectAccessReview", namespaced=False

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from tuner import pod
-from tuner.cluster.api import EVENT, JOB, NAMESPACE, POD, WORKSPACE, Api, Object
+from tuner.cluster.api import EVENT, JOB, NAMESPACE, OUR_JOBS, POD, WORKSPACE, Api, Object
 from tuner.cluster.api_errors import ApiError, BadRequestError, ForbiddenError, NotFoundError, UnavailableError
 from tuner.cluster.beside import helper_name
 from tuner.cluster.job_options import GPU, INSTANCE_TYPE_LABEL, WORKSPACE_LABEL
@@ -30,7 +30,6 @@ from tuner.cluster.observe import (
 from tuner.errors import InputMissingError, TunerError, did_you_mean
 from tuner.runspec import Progress, Reporter, StageName
 
-OUR_JOBS = "app.kubernetes.io/managed-by=tuner"
 _PROGRESS_LINES = 20
 POLL_S = 3.0  # between two looks at what goes on
 _FORMS = {"preflight": "checking", "fetch": "fetching", "prepare": "preparing", "train": "training", "push": "pushing"}

@@ -21,6 +21,7 @@ from tuner.pipeline.labels import FALLBACK_CHAT_TEMPLATE, Example, Labeller
 from tuner.pipeline.libraries import check_packages, quiet
 from tuner.pipeline.prepare import LONGEST_DEFAULT, MOST_OVER_LENGTH, texts_of
 from tuner.presets import Preset, find_preset, preset_from_directory
+from tuner.request import with_template_text
 from tuner.runspec import Progress, Reporter
 from tuner.training_config import ConfigSource, resolve_training_config
 from tuner.training_settings import DatasetSettings, TrainingConfig
@@ -101,6 +102,7 @@ def load_preview(
     preset: str | None,
     base_model: Path | None,
     config: Path | None,
+    overrides: Sequence[str],
     rows: int,
     reporter: Reporter,
 ) -> Preview:
@@ -113,11 +115,11 @@ def load_preview(
     check_packages()
     quiet()
     facts = _preset(preset, base_model)
-    training = _training(facts, config)
+    training = _training(facts, config, overrides)
     for note in training.notes:
         reporter.note(note)
     settings = training.dataset
-    template = _chat_template(training, config)
+    template = training.model.chat_template
     data_files = _data_files(files)
     read = _read(data_files, settings)
     tokenizer, described = _tokenizer(facts, base_model, template, read.rows)
@@ -155,7 +157,7 @@ def _preset(name: str | None, base_model: Path | None) -> Preset:
     return own if name is None else find_preset(name).model_copy(update={"config": own.config})
 
 
-def _training(preset: Preset, config: Path | None) -> TrainingConfig:
+def _training(preset: Preset, config: Path | None, overrides: Sequence[str]) -> TrainingConfig:
     source = None
     if config:
         try:
@@ -163,21 +165,8 @@ def _training(preset: Preset, config: Path | None) -> TrainingConfig:
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise InputMissingError(f"--config {config}: cannot be read: {reason}") from error
-    return resolve_training_config(method="qlora", preset=preset, config_map=source)
-
-
-def _chat_template(training: TrainingConfig, config: Path | None) -> str | None:
-    """The template that the user wrote, read from its file where it is a path, as KAITO takes it."""
-    written: str | None = training.model.chat_template
-    if config is None or not written or "{" in written:
-        return written
-    try:
-        return (config.parent / written).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputMissingError(
-            f"ModelConfig.chat_template: {written} is no Jinja template, and no file that can be read",
-            hint="write the template itself, or a path relative to the config file",
-        ) from error
+    training = resolve_training_config(method="qlora", preset=preset, config_map=source, overrides=overrides)
+    return with_template_text(training, config.parent if config else Path(), Path("/mnt"))
 
 
 def _data_files(paths: Sequence[Path]) -> list[DataFile]:
