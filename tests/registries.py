@@ -53,7 +53,7 @@ def require(program: str) -> str:
     """The program's path."""
     path = shutil.which(program)
     if path is None and os.environ.get("CI") == "true":
-        pytest.fail(f"{program} is not installed: apt-get install docker-registry skopeo umoci openssl")
+        pytest.fail(f"{program} is not installed: apt-get install docker-registry skopeo umoci openssl zsh")
     if path is None:
         pytest.skip(f"{program} is not installed")
     return path

@@ -114,10 +114,8 @@ def options() -> dict[str, dict[str, Any]]:
 def test_an_option_is_the_same_in_every_command_that_has_it() -> None:
     unlike = set()
     for name, by_command in options().items():
-        said = {
-            (each.help, each.metavar, each.envvar, str(each.default), each.min, each.multiple, each.rich_help_panel)
-            for each in by_command.values()
-        }
+        known = ("help", "metavar", "envvar", "default", "min", "multiple", "rich_help_panel")
+        said = {tuple(str(getattr(each, fact, None)) for fact in known) for each in by_command.values()}
         if len(said) > 1:
             unlike.add(name)
     assert unlike == HOMONYMS

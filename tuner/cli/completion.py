@@ -34,7 +34,7 @@ def read_bash_words(env: MutableMapping[str, str]) -> None:
                 words[-1] += word
             else:
                 words.append(word)
-        if words[-1][-1:] in _BREAKS:
+        if words[-1][-1:] in _BREAKS and not last.startswith("-"):
             head = words.pop()[:-1]
             words += [head] if head.startswith("-") else []
             _key_in_bash = head
@@ -96,6 +96,8 @@ def runs(ctx: typer.Context) -> list[str]:
     """The Jobs in the namespace that was typed, else in the context's."""
     names: list[str] = []
     with suppress(Exception):
+        import kubernetes.config  # noqa: F401  # takes as long as it takes; the cluster is what may not answer
+
         from tuner.cluster.api import JOB, OUR_JOBS, Api
 
         with _briefly(_PATIENCE_S):
