@@ -1,9 +1,10 @@
 """What every test gets: no home directory, token or proxy of the person who runs it."""
 
 import os
-from pathlib import Path
 
 import pytest
+
+from tuner.gpus import visible_gpus
 
 # Tiny models gain nothing from threads, and two test processes that spin on the same cores lose a lot.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -45,7 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "long" in item.keywords and not config.getoption("--long"):
             item.add_marker(skip_long)
-        if "gpu" in item.keywords and not Path("/proc/driver/nvidia/version").exists():
+        if "gpu" in item.keywords and not visible_gpus(os.environ):
             item.add_marker(skip_gpu)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.fake_kubernetes import FakeKubernetes
 from tests.registries import make_certificate
-from tuner.cluster.api import CONFIG_MAP, JOB, POD, SECRET, WORKSPACE, Api, resource_of
+from tuner.cluster.api import CONFIG_MAP, JOB, POD, SECRET, Api, resource_of
 from tuner.cluster.api_errors import (
     AlreadyExistsError,
     ApiError,
@@ -148,7 +148,11 @@ def test_an_expired_token_says_how_to_sign_in(api: Api, cluster: FakeKubernetes)
         (lambda api: api.get(SECRET, "s"), '- {apiGroups: [""], resources: [secrets], verbs: [get]}'),
         (lambda api: api.logs("p", "c"), '- {apiGroups: [""], resources: [pods/log], verbs: [get]}'),
         (
-            lambda api: api.patch_status(WORKSPACE, "w", {}),
+            lambda api: api.apply(
+                {"apiVersion": "kaito.sh/v1beta1", "kind": "Workspace", "metadata": {"name": "w"}, "status": {}},
+                api.namespace,
+                subresource="status",
+            ),
             "- {apiGroups: [kaito.sh], resources: [workspaces/status], verbs: [patch]}",
         ),
         (lambda api: api.create(config_map()), '- {apiGroups: [""], resources: [configmaps], verbs: [create]}'),

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_train import StopAtOnce, arguments, trial
-from tiny import Heard, Job, make_job, prepared_job, rows_of
+from test_train import arguments, trial
+from tiny import Heard, Job, make_job, prepared_job, rows_of, stopped_in_the_first_step
 
 from tuner.errors import ConfigError, InterruptedRunError
 from tuner.pipeline.checkpoints import changes
@@ -28,11 +28,8 @@ def job_of(directory: Path, rows: int = 30, **written: Any) -> Job:
 def interrupted(directory: Path, **written: Any) -> Job:
     job = job_of(directory, **written)
     fetched, prepared = prepared_job(job)
-    stop = StopAtOnce().stop
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tuner.pipeline.train.Stop", lambda warn: stop)
-        with pytest.raises(InterruptedRunError):
-            train(job.spec, fetched, prepared, job.work_dir, Heard())
+    with stopped_in_the_first_step(), pytest.raises(InterruptedRunError):
+        train(job.spec, fetched, prepared, job.work_dir, Heard())
     return job
 
 

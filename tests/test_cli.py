@@ -1006,16 +1006,16 @@ def test_plan_answers_without_data_secret_or_gpu(tuner: Tuner, tmp_path: Path) -
     assert tuner("plan", path).code == 64
 
 
-@pytest.mark.parametrize("has_driver", [False, True])
+@pytest.mark.parametrize("gpus", [0, 1])
 def test_a_real_model_on_a_cpu_is_warned_of_before_it_is_downloaded(
-    tuner: Tuner, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, has_driver: bool
+    tuner: Tuner, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, gpus: int
 ) -> None:
-    monkeypatch.setattr("tuner.pipeline.run._NVIDIA_DRIVER", tmp_path if has_driver else tmp_path / "none")
+    monkeypatch.setattr("tuner.pipeline.run.visible_gpus", lambda env: gpus)
     monkeypatch.setattr("tuner.pipeline.run._check_gpu", lambda: None)
     monkeypatch.setattr("shutil.disk_usage", lambda path: _Usage())
     ended = tuner("run", "--model", PRESET, "--data", data, "--output", "adapter")
     assert ended.code == 78
-    assert ("warning: no NVIDIA GPU is here: training a model of 7.1 GiB" in ended.err) is not has_driver
+    assert ("warning: no NVIDIA GPU is here: training a model of 7.1 GiB" in ended.err) is not bool(gpus)
 
 
 def test_plan_without_a_prepared_json_says_what_leaves_one(tuner: Tuner, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from tuner.pipeline.dataset import (
     PlainText,
     gather_rows,
     order_sha256,
-    read_rows,
+    read_shaped_rows,
     split_rows,
 )
 from tuner.training_settings import DatasetSettings
@@ -40,7 +40,7 @@ def as_file(path: Path) -> DataFile:
 
 
 def read(*paths: Path, **changes: Any) -> list[Any]:
-    return list(read_rows([as_file(path) for path in paths], settings(**changes)))
+    return [row for _, row in read_shaped_rows([as_file(path) for path in paths], settings(**changes))]
 
 
 def gather(*paths: Path, **changes: Any) -> Gathered:
@@ -201,8 +201,8 @@ def test_content_says_what_a_file_is_when_its_name_says_something_else(tmp_path:
 
 def test_the_source_says_the_kind_when_the_local_name_does_not(tmp_path: Path) -> None:
     path = write_data(tmp_path / "a.csv", text_rows(3)).rename(tmp_path / "0001")
-    rows = list(read_rows([DataFile(path, "https://example.com/data/train.csv")], settings()))
-    assert rows[0].origin == Origin("https://example.com/data/train.csv", 1)
+    ((_, row), *_) = read_shaped_rows([DataFile(path, "https://example.com/data/train.csv")], settings())
+    assert row.origin == Origin("https://example.com/data/train.csv", 1)
 
 
 def test_dataset_extension_says_the_kind_when_nothing_else_does(tmp_path: Path) -> None:

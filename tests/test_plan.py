@@ -88,16 +88,16 @@ def test_small_card_recomputes_and_a_large_one_does_not() -> None:
 
 def test_checkpointing_as_written_is_kept() -> None:
     assert plan(
-        "phi-3-mini-4k-instruct", "H200", "TrainingArguments.gradient_checkpointing=true"
+        "phi-3-mini-4k-instruct", "H200", "TrainingArguments.activation_checkpointing=true"
     ).estimate.checkpointing
-    off = plan("phi-3-mini-4k-instruct", "24GB", "TrainingArguments.gradient_checkpointing=false")
+    off = plan("phi-3-mini-4k-instruct", "24GB", "TrainingArguments.activation_checkpointing=false")
     assert not off.estimate.checkpointing
 
 
 @pytest.mark.parametrize(
     ("gpu", "settings", "method", "change"),
     [
-        ("16GB", ["TrainingArguments.gradient_checkpointing=false"], "qlora", "gradient_checkpointing: true"),
+        ("16GB", ["TrainingArguments.activation_checkpointing=false"], "qlora", "activation_checkpointing: true"),
         ("24GB", [], "lora", "method: qlora"),
         ("17GB", ["QuantizationConfig.load_in_8bit=true"], "qlora", "load_in_4bit: true"),
         ("24GB", ["LoraConfig.r=512"], "qlora", "LoraConfig.r: 64"),
@@ -128,7 +128,7 @@ def test_larger_machines_hold_it_unchanged() -> None:
 
 
 def test_what_no_card_holds_is_said() -> None:
-    answer = plan("phi-4", "A2", "TrainingArguments.gradient_checkpointing=false", "LoraConfig.r=4096")
+    answer = plan("phi-4", "A2", "TrainingArguments.activation_checkpointing=false", "LoraConfig.r=4096")
     assert (answer.verdict, answer.exit_code, answer.larger) == ("does not fit", 73, ())
     assert "no GPU of the table holds it unchanged" in describe_plan(answer)
 

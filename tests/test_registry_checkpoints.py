@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from registries import docker_config
 from test_cluster_job import workspace
-from tiny import Heard, make_job, rows_of
+from tiny import Heard, make_job, rows_of, stopped_in_the_first_step
 
 from tests.fake_registry import FakeRegistry, fake_registry
 from tuner.cli import main
@@ -192,8 +192,6 @@ def test_when_the_adapter_is_pushed_it_is_deleted_where_that_is_allowed(registry
 
 @pytest.mark.train
 def test_a_run_whose_machine_is_lost_goes_on_on_another_one(registry: FakeRegistry, tmp_path: Path) -> None:
-    from test_train import StopAtOnce
-
     from tuner.pipeline.run import run
 
     job = make_job(
@@ -212,11 +210,8 @@ def test_a_run_whose_machine_is_lost_goes_on_on_another_one(registry: FakeRegist
         )
         return heard, result.image.rpartition("@")[2]
 
-    stop = StopAtOnce().stop
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tuner.pipeline.train.Stop", lambda warn: stop)
-        with pytest.raises(InterruptedRunError):
-            attempt("lost")
+    with stopped_in_the_first_step(), pytest.raises(InterruptedRunError):
+        attempt("lost")
     (tag,) = tags(registry)
     assert tag.startswith("checkpoint-")
     heard, digest = attempt("another")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tuner.errors import ConfigError
 from tuner.reference import parse_reference
-from tuner.registry.credentials import Credential, credential_expiry, expires_at, parse_credentials
+from tuner.registry.credentials import Credential, expires_at, parse_credentials
 
 
 def encoded(user: str, password: str) -> str:
@@ -260,13 +260,3 @@ def test_any_text_is_parsed_or_refused(text: str) -> None:
 @given(st.text(), st.sampled_from(["a.b/c:1", "localhost:5000/x/y", "phi"]))
 def test_any_key_matches_or_not(key: str, reference: str) -> None:
     parse_credentials([config(**{key: {"auth": encoded("ci", "pw")}})]).find(parse_reference(reference))
-
-
-def test_the_end_of_the_credential_that_is_tried_first_is_told() -> None:
-    token = jwt({"exp": 1_900_000_000})
-    zero = "00000000-0000-0000-0000-000000000000"
-    texts = [config(**{"*.azurecr.io": {"auth": encoded(zero, token)}, "a.b": {"auth": encoded("ci", "static")}})]
-    end = credential_expiry(parse_reference("my.azurecr.io/phi"), texts)
-    assert end == datetime.fromtimestamp(1_900_000_000, UTC)
-    assert credential_expiry(parse_reference("a.b/phi"), texts) is None
-    assert credential_expiry(parse_reference("c.d/phi"), texts) is None

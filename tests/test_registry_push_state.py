@@ -65,7 +65,7 @@ def test_a_state_of_another_program_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_state_that_can_not_be_written_does_not_stop_the_push(adapter: Path) -> None:
-    (adapter.parent / f"{PUSH_STATE}.tmp").mkdir()
+    (adapter.parent / f".{PUSH_STATE}.tmp").mkdir()
     reporter = Recorder()
     with fake_registry() as fake:
         assert deliver(adapter, fake.host, reporter=reporter).digest == image_of(adapter).digest

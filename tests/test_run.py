@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,12 @@ def test_two_runs_do_not_work_in_one_directory(tmp_path: Path) -> None:
         pass
 
 
+def test_a_program_may_call_run_in_any_thread(tmp_path: Path) -> None:
+    """Only the main thread can hear signals; that is no reason not to train in another."""
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run_whole, job_with_image(tmp_path)).result().steps == 4
+
+
 def test_an_output_directory_with_somebodys_files_is_left_alone(tmp_path: Path) -> None:
     from tuner.pipeline.run import _check_only_ours
 
@@ -232,8 +239,7 @@ def test_an_output_directory_with_somebodys_files_is_left_alone(tmp_path: Path) 
         _check_only_ours(tmp_path, Heard())
 
 
-_TOLD = """
-import sys, threading
+_AS_COMMAND = """
 from tuner.__main__ import main
 
 sys.argv = ["tuner", *sys.argv[1:]]
@@ -241,6 +247,16 @@ try:
     main()
 except SystemExit as end:
     assert not end.code, end.code
+"""
+_FROM_A_PROGRAM = """
+import huggingface_hub.constants
+from tuner.cli import main
+
+assert main(sys.argv[1:]) == 0
+"""
+_TOLD = """
+import sys, threading
+{run}
 from huggingface_hub import constants
 from trl.trainer import base_trainer
 
@@ -249,7 +265,8 @@ print(constants.HF_HUB_DISABLE_TELEMETRY, [one.name for one in threading.enumera
 
 
 @pytest.mark.train
-def test_a_run_tells_nobody_of_itself(tmp_path: Path) -> None:
+@pytest.mark.parametrize("run", [_AS_COMMAND, _FROM_A_PROGRAM], ids=["as a command", "from a program"])
+def test_a_run_tells_nobody_of_itself(run: str, tmp_path: Path) -> None:
     """TRL sends a line about each trainer, unless it is told not to or runs in CI."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"a{n}", "completion": f"b{n}"}) + "\n" for n in range(8)))
@@ -265,7 +282,7 @@ def test_a_run_tells_nobody_of_itself(tmp_path: Path) -> None:
     ]
     environment = {name: value for name, value in os.environ.items() if name not in ("CI", "DO_NOT_TRACK")}
     done = subprocess.run(
-        [sys.executable, "-c", _TOLD, *words, "--work-dir", str(tmp_path / "w")],
+        [sys.executable, "-c", _TOLD.replace("{run}", run), *words, "--work-dir", str(tmp_path / "w")],
         env=environment | {"PYTHONPATH": str(Path(__file__).parent.parent)},
         capture_output=True,
         text=True,

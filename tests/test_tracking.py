@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_train import StopAtOnce
-from tiny import Heard, Job, make_job, prepared_job, rows_of
+from tiny import Heard, Job, make_job, prepared_job, rows_of, stopped_in_the_first_step
 
 from tuner.errors import ConfigError, InterruptedRunError, ServiceError
 from tuner.pipeline import tracking
@@ -90,11 +89,8 @@ def test_mlflow_reads_the_losses_back_from_a_file_store_and_a_resumed_run_is_one
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # for reading it
     job = job_of(tmp_path, "mlflow", eval_strategy="no")
     fetched, prepared = prepared_job(job)
-    with monkeypatch.context() as patch:
-        asked = StopAtOnce().stop
-        patch.setattr("tuner.pipeline.train.Stop", lambda warn: asked)
-        with pytest.raises(InterruptedRunError):
-            train(job.spec, fetched, prepared, job.work_dir, Heard())
+    with stopped_in_the_first_step(), pytest.raises(InterruptedRunError):
+        train(job.spec, fetched, prepared, job.work_dir, Heard())
     train(job.spec, fetched, prepared, job.work_dir, Heard())
     assert mlflow_history(job, "loss") == [(step, pytest.approx(loss)) for step, loss in enumerate(losses(job), 1)]
     assert [step for step, _ in mlflow_history(job, "eval_loss")] == [0, 4]

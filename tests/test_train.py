@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import SHAPES, Heard, Job, make_job, prepared_job, rows_of, tiny_base
+from tiny import SHAPES, Heard, Job, make_job, prepared_job, rows_of, stopped_in_the_first_step, tiny_base
 
 from tuner.errors import ConfigError, InterruptedRunError
 from tuner.pipeline.adapter import file_digests
@@ -614,6 +616,13 @@ HARD_TO_RESUME: dict[str, Sections] = {
     ),
     "the best adapter is not the last": overshooting(max_steps=3),
     "stopped early": overshooting(early_stopping_patience=2, logging_steps=3),
+    "a rate that follows the evaluations": arguments(
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=1,
+        lr_scheduler_type="reduce_lr_on_plateau",
+        lr_scheduler_kwargs={"patience": 0, "factor": 0.1, "threshold": 10.0},
+    ),
     "rows of like length together": arguments(
         max_steps=-1, num_train_epochs=2, gradient_accumulation_steps=5, train_sampling_strategy="group_by_length"
     ),
@@ -628,10 +637,11 @@ def test_an_interrupted_and_resumed_run_is_the_unbroken_run(
     unbroken, broken = (trial(tmp_path / side, HARD_TO_RESUME[name]) for side in ("unbroken", "broken"))
     whole = unbroken.train()
     # Stop at every step: whatever a step is next to, it must be possible to go on from it.
-    for step in range(1, whole.steps):
-        with pytest.raises(InterruptedRunError, match=f"stopped after step {step} of "):
-            broken.train(StopAtOnce())
-    outcome = broken.train(StopAtOnce())  # the last step finishes, whoever asks
+    for step in range(1, whole.steps + 1):
+        said = rf"stopped (after|in the evaluation after) step {step} of \d+; checkpoint saved"
+        with stopped_in_the_first_step(), pytest.raises(InterruptedRunError, match=said):
+            broken.train()
+    outcome = broken.train()
     assert broken.metrics() == unbroken.metrics()
     assert broken.weights() == unbroken.weights()
     same = (
@@ -648,20 +658,106 @@ def test_an_interrupted_and_resumed_run_is_the_unbroken_run(
     assert [getattr(outcome, key) for key in same] == [getattr(whole, key) for key in same]
 
 
-class StopAtOnce(StopAfter):
-    """Somebody who has asked to stop before the first step."""
+WITH_EVALUATIONS = arguments(max_steps=4, eval_strategy="steps", eval_steps=2) | {
+    "LoraConfig": {"lora_dropout": 0.1},
+    "DatasetConfig": {"train_test_split": 0.5},
+}
 
-    def __init__(self) -> None:
-        super().__init__(0)
-        self.stop.requested = True
+
+def told_to_stop_in_an_evaluation(patch: pytest.MonkeyPatch, *, number: int, after: int) -> list[int]:
+    """A signal comes after so many micro-batches of an evaluation, counted from 0. How many each computes."""
+    from tuner.pipeline import train
+
+    computed: list[int] = []
+    evaluate, summed_loss = train._Trainer.evaluate, train._Trainer._summed_loss
+
+    def counted(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        computed.append(0)
+        return evaluate(trainer, *args, **kwargs)
+
+    def told(trainer: Any, documents: Any) -> float:
+        computed[-1] += 1
+        if len(computed) - 1 == number and computed[-1] == after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return float(summed_loss(trainer, documents))
+
+    patch.setattr(train, "CPU_MICRO_BATCH_TOKENS", 64)  # about two rows
+    patch.setattr(train._Trainer, "evaluate", counted)
+    patch.setattr(train._Trainer, "_summed_loss", told)
+    return computed
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (0, "stopped before the first step"),
+        (1, "stopped in the evaluation after step 2 of 4; checkpoint saved"),
+        (2, "stopped in the evaluation after step 4 of 4; checkpoint saved"),
+    ],
+)
+def test_a_signal_in_an_evaluation_leaves_it_at_once_with_a_checkpoint(number: int, said: str, tmp_path: Path) -> None:
+    """However long it would take: whoever sent the signal may not wait for that."""
+    from tuner.pipeline.run import train
+
+    whole, left = (make_job(tmp_path / side, rows_of("messages", 40), WITH_EVALUATIONS) for side in ("whole", "left"))
+    prepared = {job.work_dir: prepared_job(job) for job in (whole, left)}
+    with pytest.MonkeyPatch.context() as patch:
+        computed = told_to_stop_in_an_evaluation(patch, number=number, after=3)
+        with pytest.raises(InterruptedRunError, match=said) as caught:
+            train(left.spec, *prepared[left.work_dir], left.work_dir, Heard())
+        assert caught.value.exit_code == 75
+        assert computed[number] == 3
+        files = train(left.spec, *prepared[left.work_dir], left.work_dir, Heard()).files
+        assert min(computed[number + 1 :]) > 3
+        assert files == train(whole.spec, *prepared[whole.work_dir], whole.work_dir, Heard()).files
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"save_steps": 1, "max_steps": 3},
+        {"save_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2, "eval_strategy": "epoch"},
+        {"save_strategy": "epoch", "early_stopping_patience": 2},
+        {"save_steps": 1, "early_stopping_patience": 2},
+    ],
+)
+def test_no_step_is_saved_twice(written: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second time would be in the place of the first, and a crash in the middle of it leave neither."""
+    from tuner.pipeline import checkpoints, train
+
+    saved: list[str] = []
+
+    def noted(checkpoint: Path, **contents: Any) -> None:
+        saved.append(checkpoint.name)
+        checkpoints.seal(checkpoint, **contents)
+
+    monkeypatch.setattr(train, "seal", noted)
+    config = overshooting(**written) if "early_stopping_patience" in written else arguments(**written)
+    trial(tmp_path, config).train()
+    assert saved == list(dict.fromkeys(saved))
+    assert saved
+
+
+def test_one_who_stops_before_training_does_not_wait_for_a_step(tmp_path: Path) -> None:
+    heard = StopAfter(0)
+    heard.stop.requested = True
+    with pytest.raises(InterruptedRunError, match="before another step"):
+        trial(tmp_path, arguments()).train(heard)
+    assert not heard.steps
+
+
+def test_without_held_out_rows_the_last_step_finishes_whoever_asks(tmp_path: Path) -> None:
+    config = arguments(max_steps=1) | {"DatasetConfig": {"train_test_split": 1.0}}
+    with stopped_in_the_first_step():
+        assert trial(tmp_path, config).train().steps == 1
 
 
 def test_a_damaged_newest_checkpoint_is_left_for_the_one_before(tmp_path: Path) -> None:
     unbroken, broken = (trial(tmp_path / side, arguments()) for side in ("unbroken", "broken"))
     unbroken.train()
     for _ in range(3):
-        with pytest.raises(InterruptedRunError):
-            broken.train(StopAtOnce())
+        with stopped_in_the_first_step(), pytest.raises(InterruptedRunError):
+            broken.train()
     newest = broken.checkpoints / "checkpoint-3"
     optimizer = newest / "optimizer.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:-100])
@@ -730,9 +826,6 @@ def test_recovery_checkpoints_come_by_the_clock_and_only_two_stay(
 
 
 def test_a_signal_is_acknowledged_at_once_and_the_second_one_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-    import signal
-
     from tuner.pipeline.train import Stop
 
     said: list[str] = []

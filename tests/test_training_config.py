@@ -1,5 +1,6 @@
 """training_config.py: what was written, what we fill in, and what is refused before a GPU is asked for."""
 
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -330,7 +331,7 @@ def test_kaito_fault_17_null_means_unset() -> None:
 
 def test_kaito_fault_17_nested_maps_arrive() -> None:
     config = resolve("TrainingArguments: {gradient_checkpointing_kwargs: {use_reentrant: false}}")
-    assert setting(config, "TrainingArguments.gradient_checkpointing_kwargs") == {"use_reentrant": False}
+    assert setting(config, "TrainingArguments.activation_checkpointing_kwargs") == {"use_reentrant": False}
 
 
 @pytest.mark.parametrize("key", ["learning_rat", "learning"])
@@ -517,6 +518,7 @@ def test_output_directory_elsewhere_is_refused(written: str) -> None:
         ("TrainingArguments: {adafactor: true}", "TrainingArguments", "optim", "adafactor"),
         ("TrainingArguments: {dataset_text_field: body}", "DatasetConfig", "response_column", "body"),
         ("ModelConfig: {torch_dtype: torch.float16}", "ModelConfig", "dtype", "float16"),
+        ("TrainingArguments: {gradient_checkpointing: false}", "TrainingArguments", "activation_checkpointing", False),
     ],
 )
 def test_renamed_key_is_translated_and_said(written: str, section: str, key: str, value: object) -> None:
@@ -551,6 +553,46 @@ def test_a_key_under_its_old_and_its_new_name_is_refused() -> None:
     (problem,) = problems("TrainingArguments:\n  max_length: 10\n  max_seq_length: 20\n")
     assert problem.startswith("config.yaml:4 TrainingArguments.max_seq_length: ")
     assert problem.endswith("TrainingArguments.max_length (config.yaml:3) is the same setting")
+
+
+@pytest.mark.parametrize(("new", "old"), [("true", "false"), ("false", "true"), ("true", "true")])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_both_names_of_activation_checkpointing_are_refused(new: str, old: str, is_first: bool) -> None:
+    """One was read by `tuner plan`, the other by the training."""
+    lines = [f"  activation_checkpointing: {new}\n", f"  gradient_checkpointing: {old}\n"]
+    (problem,) = problems("TrainingArguments:\n" + "".join(lines if is_first else reversed(lines)))
+    assert problem.endswith("checkpointing (config.yaml:3) is the same setting")
+    typed = [f"TrainingArguments.activation_checkpointing={new}", f"TrainingArguments.gradient_checkpointing={old}"]
+    (problem,) = problems(None, *typed)
+    assert problem.endswith("TrainingArguments.activation_checkpointing (--set) is the same setting")
+
+
+def test_what_is_typed_wins_over_the_other_name_in_the_file() -> None:
+    config = resolve(
+        "TrainingArguments: {gradient_checkpointing: true}", "TrainingArguments.activation_checkpointing=false"
+    )
+    assert config.arguments.activation_checkpointing is False
+    taken_back = resolve(
+        "TrainingArguments: {activation_checkpointing: true}", "TrainingArguments.gradient_checkpointing=null"
+    )
+    assert taken_back.arguments.activation_checkpointing is None
+
+
+@pytest.mark.train
+def test_every_alias_that_the_libraries_know_is_one_setting_here() -> None:
+    """Else both of its names could be written, and each be read somewhere."""
+    from dataclasses import fields
+
+    from peft import LoraConfig
+    from trl import SFTConfig
+
+    aliases = {}
+    for section, kind in (("TrainingArguments", SFTConfig), ("LoraConfig", LoraConfig)):
+        for field in fields(kind):
+            if found := re.search(r"[Dd]eprecated alias of `(\w+)`", str(field.metadata.get("help"))):
+                aliases[f"{section}.{field.name}"] = f"{section}.{found[1]}"
+    assert aliases
+    assert {old: RENAMED[old][0] for old in aliases if old in RENAMED} == aliases
 
 
 @pytest.mark.parametrize("path", IGNORED)
@@ -688,7 +730,8 @@ def test_tables_of_old_keys_name_sections_and_keys_that_exist() -> None:
     for path, (name, _) in RENAMED.items():
         section, _, key = name.partition(".")
         assert key in types[section], path
-        assert path.partition(".")[2] not in types[path.partition(".")[0]] or path.endswith("dataset_text_field")
+        is_theirs = path.endswith("dataset_text_field") or "gradient_checkpointing" in path
+        assert path.partition(".")[2] not in types[path.partition(".")[0]] or is_theirs
     assert not set(IGNORED) & set(REFUSED) | set(RENAMED) & (set(IGNORED) | set(REFUSED))
 
 

@@ -3,13 +3,15 @@
 import atexit
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import pytest
 import yaml
 from data_files import Rows, write_data
 
@@ -140,6 +142,22 @@ class Heard:
     def progress(self, progress: Progress) -> None:
         if progress.unit == "steps":
             self.steps.append(progress)
+
+
+@contextmanager
+def stopped_in_the_first_step() -> Iterator[None]:
+    """Whoever trains in the block is asked to stop while the first step is taken, of a resumed run the next one."""
+    from tuner.pipeline.train import _Trainer
+
+    step = _Trainer.training_step
+
+    def stopped(trainer: _Trainer, *args: Any) -> Any:
+        trainer.stop.requested = True
+        return step(trainer, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Trainer, "training_step", stopped)
+        yield
 
 
 def prepared_job(job: Job, reporter: Reporter | None = None) -> tuple[Fetched, Prepared]:

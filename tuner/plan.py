@@ -155,7 +155,7 @@ def make_plan(
     shape = read_shape(preset.name, preset.config)
     setup = read_setup(preset, training, shape, machine.gpus)
     workload = _workload(preset, training, prepared)
-    ask = _Ask(setup, workload.longest, training.arguments.gradient_checkpointing)
+    ask = _Ask(setup, workload.longest, training.arguments.activation_checkpointing)
     fitting = _fits(shape, ask, machine.gpu.memory_bytes)
     verdict: Verdict = "cannot run" if machine.gpu.problem else "fits" if fitting else "does not fit"
     estimate = fitting or _smallest(shape, ask)
@@ -345,7 +345,7 @@ def _possible(ask: _Ask) -> Iterator[Sequence[_Change]]:
     """Kinds of change, each with its steps from mild to strong."""
     setup = ask.setup
     if ask.checkpointing is False:
-        yield [("TrainingArguments.gradient_checkpointing: true", partial(replace, checkpointing=None))]
+        yield [("TrainingArguments.activation_checkpointing: true", partial(replace, checkpointing=None))]
     if setup.weight_bits > 4:
         words = "QuantizationConfig.load_in_4bit: true" if setup.weight_bits == 8 else "method: qlora (4-bit weights)"
         yield [(words, partial(_with_setup, weight_bits=4, double_quant=True))]

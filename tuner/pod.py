@@ -35,7 +35,7 @@ PULL_SECRETS_DIR = Path("/run/secrets/pull")  # one below it for each, called as
 SOURCES_VOLUME, SOURCES_DIR = "source-secrets", Path("/run/secrets/sources")
 HEADERS_VOLUME, HEADERS_DIR = "source-headers", Path("/run/secrets/headers")
 TMP_VOLUME, TMP_DIR = "tmp", Path("/tmp")
-SHM_VOLUME, SHM_DIR = "dshm", Path("/dev/shm")
+SHM_VOLUME = "dshm"
 
 # ── files in them ────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -58,7 +58,6 @@ class Preset(BaseModel):
     licence: str | None = None
     gated: bool = Field(default=False, description="the hub asks for a token of somebody who agreed to the licence")
     weights_gib: float | None = Field(default=None, description="the safetensors files, as downloaded")
-    disk_gib: int | None = Field(default=None, description="what a run needs, weights, data and checkpoints together")
     linear_modules: tuple[str, ...] = Field(default=(), description="the linear layers of one block")
     config: dict[str, Any] = Field(default_factory=dict, description="config.json, in its own key names")
     chat_template: str | None = Field(default=None, description="Jinja; a real run prefers the tokenizer's own")

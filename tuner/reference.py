@@ -80,10 +80,6 @@ class ImageReference:
         """`registry/repository@digest`, without the tag: what can not move."""
         return replace(self, tag=None, digest=digest)
 
-    def with_tag(self, tag: str) -> "ImageReference":
-        """`registry/repository:tag`, without the digest."""
-        return replace(self, tag=tag, digest=None)
-
 
 @dataclass(frozen=True)
 class LayoutReference:

@@ -26,6 +26,7 @@ from pydantic import (
     field_validator,
 )
 
+from tuner.durable import replacing
 from tuner.errors import ConfigError, InputMissingError
 from tuner.gates import Gate, parse_gates
 from tuner.presets import Preset
@@ -42,11 +43,10 @@ class Contract(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    def save(self, path: Path) -> None:
-        """Write it whole or not at all."""
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
+    def save(self, path: Path, *, durably: bool = True) -> None:
+        """Write it whole or not at all, and `durably` so that a power cut leaves it, too."""
+        with replacing(path, durably=durably) as file:
+            file.write((self.model_dump_json(indent=2) + "\n").encode())
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -134,6 +134,8 @@ RENAMED: Mapping[str, tuple[str, Callable[[Any], Any]]] = MappingProxyType(
         "TrainingArguments.adafactor": ("TrainingArguments.optim", _if_true("adafactor")),
         "TrainingArguments.dataset_text_field": ("DatasetConfig.response_column", _unless_text),
         "TrainingArguments.evaluation_strategy": ("TrainingArguments.eval_strategy", _same),
+        "TrainingArguments.gradient_checkpointing": ("TrainingArguments.activation_checkpointing", _same),
+        "TrainingArguments.gradient_checkpointing_kwargs": ("TrainingArguments.activation_checkpointing_kwargs", _same),
         "TrainingArguments.group_by_length": ("TrainingArguments.train_sampling_strategy", _if_true("group_by_length")),
         "TrainingArguments.max_seq_length": ("TrainingArguments.max_length", _same),
         "TrainingArguments.no_cuda": ("TrainingArguments.use_cpu", _same),
@@ -198,6 +200,8 @@ IGNORED: Mapping[str, str] = MappingProxyType(
         },
         **{f"TrainingArguments.{key}": _LIGER for key in ("liger_kernel_config", "use_liger_kernel")},
         "TrainingArguments.dataloader_drop_last": "every row is trained on",
+        # Its handler would take SIGTERM, and end the training as if it were finished.
+        "TrainingArguments.enable_jit_checkpoint": "a run that is stopped saves a checkpoint anyway",
         "TrainingArguments.shuffle_dataset": "DatasetConfig.shuffle_dataset is the one that counts",
         "TrainingArguments.truncation_mode": "DatasetConfig.over_length says what happens to long rows",
         **{

@@ -108,7 +108,7 @@ class TrainingSettings(Section):
     seed: int = 42
     bf16: bool | None = None
     fp16: bool | None = None
-    gradient_checkpointing: bool | None = None
+    activation_checkpointing: bool | None = None
     train_sampling_strategy: str | None = None
     eval_strategy: str = "steps"
     eval_steps: int | float | None = Field(default=None, description="below 1 a share of all steps")

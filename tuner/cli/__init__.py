@@ -27,6 +27,7 @@ from tuner.errors import (
     TunerError,
     UsageError,
 )
+from tuner.signals import handling
 
 __all__ = ["app", "main"]
 
@@ -92,14 +93,8 @@ def _signals() -> Iterator[None]:
         patience.start()
         raise Stopped(exit_code)
 
-    # What is ignored stays ignored: nohup, and jobs in the background of a script.
-    heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, end) for number in heard}
-    try:
+    with handling(end):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _leave(exit_code: int) -> None:

@@ -1,7 +1,6 @@
 """`tuner controller`: what the Deployment of `tuner install` runs."""
 
 import os
-import signal
 import socket
 import uuid
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Annotated, Literal
 from tuner.cli.cluster_options import IMAGE_VARIABLE, PodFlags, pod_options
 from tuner.cli.flags import cluster, command, other, scheduling
 from tuner.cli.options import AllowCidr, Context
+from tuner.signals import handling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +82,5 @@ def controller(flags: ControllerFlags) -> None:
             leader_election=flags.leader_elect,
         ),
     )
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: process.stop())
-    process.run()
+    with handling(lambda *_: process.stop()):
+        process.run()

@@ -30,6 +30,7 @@ from tuner.cli.options import (
     WorkspaceArgument,
 )
 from tuner.errors import ConfigError, InputMissingError, UsageError
+from tuner.gpus import visible_gpus
 
 if TYPE_CHECKING:
     from tuner.request import Request, Run
@@ -203,7 +204,7 @@ def _request(flags: BoxFlags) -> "Request":
         base_model=flags.base_model,
         output=flags.output,
         docker_config=flags.docker_config,
-        world_size=_gpu_count(),
+        world_size=max(1, visible_gpus(os.environ)),
     )
 
 
@@ -262,15 +263,6 @@ def _destination(destination: "Destination") -> str:
             return str(layout)
         case DirectoryDestination(path=path):
             return path
-
-
-def _gpu_count() -> int:
-    """GPUs that a run here would use, without asking torch."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    present = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
-    if visible is not None and present:
-        return max(1, min(present, len([name for name in visible.split(",") if name.strip()])))
-    return max(1, present)
 
 
 def _plan(spec: "RunSpec") -> str:

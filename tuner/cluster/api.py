@@ -84,9 +84,7 @@ EVENT = Resource("", "v1", "events", "Event")
 EVENT_V1 = Resource("events.k8s.io", "v1", "events", "Event")
 NODE = Resource("", "v1", "nodes", "Node", namespaced=False)
 NAMESPACE = Resource("", "v1", "namespaces", "Namespace", namespaced=False)
-SERVICE = Resource("", "v1", "services", "Service")
 SERVICE_ACCOUNT = Resource("", "v1", "serviceaccounts", "ServiceAccount")
-RESOURCE_QUOTA = Resource("", "v1", "resourcequotas", "ResourceQuota")
 LEASE = Resource("coordination.k8s.io", "v1", "leases", "Lease")
 CONTROLLER_REVISION = Resource("apps", "v1", "controllerrevisions", "ControllerRevision")
 DEPLOYMENT = Resource("apps", "v1", "deployments", "Deployment")
@@ -111,9 +109,6 @@ VALIDATING_WEBHOOK = Resource(
 OUR_JOBS = "app.kubernetes.io/managed-by=tuner"
 """Label selector of every Job that was rendered here."""
 NETWORK_POLICY = Resource("networking.k8s.io", "v1", "networkpolicies", "NetworkPolicy")
-ACCESS_REVIEW = Resource(
-    "authorization.k8s.io", "v1", "selfsubjectaccessreviews", "SelfSubjectAccessReview", namespaced=False
-)
 
 RESOURCES: tuple[Resource, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Resource))
 _BY_KIND = {(known.api_version, known.kind): known for known in RESOURCES} | {
@@ -443,21 +438,6 @@ class Api:
             body=manifest,
             content_type="application/apply-patch+yaml",  # JSON is YAML
         )
-
-    def patch_status(
-        self,
-        resource: Resource,
-        name: str,
-        status: Mapping[str, Any],
-        namespace: str | None = None,
-        *,
-        field_manager: str = FIELD_MANAGER,
-    ) -> Object:
-        """Server-side apply of `status` as a whole: a condition type that is left out goes, another manager's stays."""
-        namespace = self.namespace if namespace is None else namespace
-        metadata = {"name": name, "namespace": namespace} if resource.namespaced else {"name": name}
-        manifest = {"apiVersion": resource.api_version, "kind": resource.kind, "metadata": metadata, "status": status}
-        return self.apply(manifest, namespace, field_manager=field_manager, subresource="status")
 
     def delete(
         self,

@@ -96,12 +96,7 @@ class NotFoundError(ApiError):
     exit_code = 66
 
 
-class AlreadyExistsError(ApiError):
-    """`is_terminating`: the one that is there is being deleted."""
-
-    @property
-    def is_terminating(self) -> bool:
-        return "object is being deleted" in self.server_message
+class AlreadyExistsError(ApiError): ...
 
 
 class ConflictError(ApiError):

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from tuner.cluster.api import ALL_NAMESPACES, CUSTOM_RESOURCE_DEFINITION, DEPLOYMENT, VALIDATING_WEBHOOK, Api
+from tuner.cluster.api import ALL_NAMESPACES, DEPLOYMENT, VALIDATING_WEBHOOK, Api
 from tuner.cluster.api_errors import ApiError, ForbiddenError
-from tuner.cluster.crd import MADE_BY, NAME
+from tuner.cluster.crd import MADE_BY
 from tuner.errors import ConfigError
 
 CONTROLLER = "kaito-workspace"  # the Deployment of its chart, and of the add-on of AKS
@@ -46,15 +46,6 @@ def _deployment(api: Api) -> str | None:
 
 def _webhook(api: Api) -> str | None:
     return f"ValidatingWebhookConfiguration {WEBHOOK}" if api.find(VALIDATING_WEBHOOK, WEBHOOK) else None
-
-
-def has_kaitos_crd(api: Api) -> bool:
-    """Whether the CRD is there and not ours; its status has no room for `tuning`."""
-    try:
-        crd = api.find(CUSTOM_RESOURCE_DEFINITION, NAME)
-    except ForbiddenError:
-        return False
-    return crd is not None and not is_ours(crd)
 
 
 def is_ours(manifest: dict[str, Any]) -> bool:

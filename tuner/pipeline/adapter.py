@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tuner import __version__
+from tuner.durable import write_text
 from tuner.errors import DataError, GateError
 from tuner.runspec import Fetched, FetchedFile, FetchedModel, Prepared, RunSpec, perplexity
 
@@ -266,4 +267,4 @@ def file_digests(directory: Path) -> dict[str, str]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

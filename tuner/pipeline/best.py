@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from tuner.durable import make_directories
 from tuner.pipeline.checkpoints import room_for
 from tuner.training_settings import TrainingConfig
 
@@ -82,7 +83,7 @@ class KeepBest(TrainerCallback):  # type: ignore[misc]
 
     def begin(self, resume: Path | None) -> None:
         """Have what the checkpoint has, and nothing else."""
-        self._directory.mkdir(parents=True, exist_ok=True)
+        make_directories(self._directory)
         for path in self._directory.glob(_NAME.format("*")):
             path.unlink()
         if resume:

@@ -2,12 +2,13 @@
 
 import errno
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from tuner.durable import make_directories, sync_directory, sync_tree
 from tuner.errors import ConfigError, InputMissingError
 from tuner.pipeline.adapter import file_digests, write_json
 from tuner.runspec import Reporter, RunSpec
@@ -19,20 +20,32 @@ _RUN = "run.json"  # whose they are
 _SHOWN_CHANGES = 5
 
 
-def seal(checkpoint: Path, *, unlogged_loss: float, last_logged_step: int) -> None:
-    """Put the checkpoint on the disk for good, then say in its last file what it consists of."""
-    for path in [*checkpoint.iterdir(), checkpoint]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    contents = {"files": file_digests(checkpoint), "unlogged_loss": unlogged_loss, "last_logged_step": last_logged_step}
+def seal(checkpoint: Path, *, unlogged_loss: float, last_logged_step: int, evaluation_due: bool = False) -> None:
+    """Put the checkpoint on the disk for good, then say in its last file what it consists of.
+
+    `evaluation_due`: its step is to be evaluated before the next one; a run was stopped in the middle of that.
+    """
+    sync_tree(checkpoint)
+    sync_directory(checkpoint.parent)
+    contents = {
+        "files": file_digests(checkpoint),
+        "unlogged_loss": unlogged_loss,
+        "last_logged_step": last_logged_step,
+        "evaluation_due": evaluation_due,
+    }
     write_json(checkpoint / SEAL, contents)
+
+
+def read_seal(checkpoint: Path) -> dict[str, Any]:
+    """What seal() has written. Raises OSError and ValueError where there is none."""
+    contents: dict[str, Any] = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+    return contents
 
 
 def is_whole(checkpoint: Path) -> bool:
     """Whether every file is there as it was sealed."""
     try:
-        sealed = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))["files"]
+        sealed = read_seal(checkpoint)["files"]
     except (OSError, ValueError):
         return False
     found = file_digests(checkpoint)
@@ -93,7 +106,7 @@ def _is_full(error: Exception) -> bool:
 
 def begin(directory: Path, spec: RunSpec) -> None:
     """Say whose checkpoints come here."""
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directories(directory)
     if not (directory / _RUN).is_file():
         spec.save(directory / _RUN)
 

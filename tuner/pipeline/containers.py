@@ -19,6 +19,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from tuner import pod
+from tuner.durable import make_directories, remove, write_text
 from tuner.errors import (
     EXIT_INTERNAL,
     KINDS,
@@ -220,7 +221,7 @@ class Container:
         """What each stage is worth saying, in one. Raises what the stages raise."""
         if "train" in stages:
             # A pod that was replaced because its node was lost may still be at work, on a volume that both have.
-            self.work_dir.mkdir(parents=True, exist_ok=True)
+            make_directories(self.work_dir)
             with wait_until_alone(self.work_dir / ".lock", "training in it", self.reporter, threading.Event()):
                 return self._run(stages, push)
         return self._run(stages, push)
@@ -366,7 +367,7 @@ class Container:
     def prepare(self) -> Values:
         """Nothing where an earlier pod left a finished adapter of these inputs: train says so."""
         if isinstance(self.spec.destination, DirectoryDestination):
-            self._sentinel.unlink(missing_ok=True)  # an earlier run's, which would speak for this one
+            remove(self._sentinel)  # an earlier run's, which would speak for this one
         with suppress(InputMissingError, ConfigError):
             if finished_adapter(inputs_digest(Fetched.load(self.work_dir / FETCHED)), self.work_dir):
                 return {}
@@ -419,7 +420,7 @@ class Container:
         if uploads:
             uploads.forget()
         if isinstance(self.spec.destination, DirectoryDestination):
-            self._sentinel.touch()
+            write_text(self._sentinel, "")
         return values
 
     def _wait_for_adapter(self, uploads: Uploads | None) -> Finished:

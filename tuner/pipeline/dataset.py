@@ -131,16 +131,6 @@ PEEKED_ROWS = 100  # how many rows of a file without a schema are looked at for 
 REASONS_SHOWN = 5
 
 
-def read_rows(files: Sequence[DataFile], settings: DatasetSettings) -> Iterator[Row | BadRow]:
-    """Every row of every file that `dataset_path` selects (without it: all), in order.
-
-    Files are streamed; only a JSON file that is one value is held whole. Raises InputMissingError when a file is not
-    there, ConfigError when `dataset_path` selects none, DataError when one cannot be read, is empty or has rows of no
-    known shape.
-    """
-    return (row for _, row in read_shaped_rows(files, settings))
-
-
 def gather_rows(files: Sequence[DataFile], settings: DatasetSettings) -> Gathered:
     """All rows in memory. Raises DataError when there are none, or more bad ones than `bad_row_share` allows."""
     rows: list[Row] = []
@@ -167,6 +157,12 @@ def gather_rows(files: Sequence[DataFile], settings: DatasetSettings) -> Gathere
 
 
 def read_shaped_rows(files: Sequence[DataFile], settings: DatasetSettings) -> Iterator[tuple[str, Row | BadRow]]:
+    """Every row of every file that `dataset_path` selects (without it: all), in order, each with its shape's name.
+
+    Files are streamed; only a JSON file that is one value is held whole. Raises InputMissingError when a file is not
+    there, ConfigError when `dataset_path` selects none, DataError when one cannot be read, is empty or has rows of no
+    known shape.
+    """
     for file in _selected(files, settings):
         with _reading(file):
             table = _open_table(file, settings)

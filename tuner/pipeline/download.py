@@ -22,6 +22,7 @@ from typing import Protocol
 from pydantic import ValidationError
 
 from tuner.content import check_readable, hash_file
+from tuner.durable import sync_tree
 from tuner.errors import ConfigError, DataError, InterruptedRunError, ServiceError, TunerError
 from tuner.pipeline.web import Answer, StaleError, Transfer, TransientError, Version
 from tuner.retry import Retries
@@ -331,7 +332,7 @@ class _Download:
                 size_bytes=self._size,
                 parts=tuple((part.start, part.at, part.end) for part in self._parts),
                 boot=None if is_on_disk else _boot(),
-            ).save(self._partial_path)
+            ).save(self._partial_path, durably=is_on_disk)
 
     # bytes
 
@@ -353,7 +354,7 @@ class _Download:
     def _keep(self) -> None:
         """Put what has arrived where the next run finds it; all parts are at rest."""
         try:
-            _sync(self._part_path)
+            sync_tree(self._part_path)
             self._save_partial(is_on_disk=True)
         except (ConfigError, OSError):  # a full disk: a little of what came last makes room for saying what is there
             last = max((part for part in self._parts if part.at > part.start), key=lambda part: part.at)
@@ -514,7 +515,7 @@ class _Download:
                 f"{url}: the server did not say how long the file is; only #sha256= would prove that it is whole"
             )
         size = whole.stat().st_size
-        _sync(whole)
+        sync_tree(whole)
         self._record_path.unlink(missing_ok=True)
         whole.replace(self._path)
         record = _Record(
@@ -545,12 +546,6 @@ class _Download:
             decoded.unlink(missing_ok=True)
             raise
         return decoded
-
-
-def _sync(path: Path) -> None:
-    """On the disk itself: a node may vanish right after."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _boot() -> str:

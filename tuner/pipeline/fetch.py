@@ -26,6 +26,7 @@ from tuner.content import (
     model_digest,
     named_as_data,
 )
+from tuner.durable import make_directories
 from tuner.errors import DataError, InputMissingError, InterruptedRunError, ServiceError, TunerError
 from tuner.pipeline.download import Wanted, download_all, format_bytes, interrupted
 from tuner.pipeline.hub import HubRepository, hub_headers, patiently
@@ -89,7 +90,7 @@ def fetch(
     started = time.monotonic()
     cancelled = cancelled or threading.Event()
     stop = threading.Event()
-    work_dir.mkdir(parents=True, exist_ok=True)
+    make_directories(work_dir)
     with _alone(work_dir, reporter, cancelled), ThreadPoolExecutor(2, "fetch") as pool:
         sources = pool.submit(
             fetch_sources, spec, secrets, work_dir, reporter, data_dir=data_dir, cancelled=stop, transfer=transfer
@@ -169,7 +170,7 @@ def fetch_sources(
     cancelled = cancelled or threading.Event()
     reporter = _Stoppable(reporter, cancelled)
     data_dir = data_dir or work_dir / DATA_DIRECTORY
-    data_dir.mkdir(parents=True, exist_ok=True)
+    make_directories(data_dir)
     by_source: dict[int, tuple[FetchedFile, ...]] = {}
     failures: dict[int, TunerError] = {}
     check_stores(spec.sources)
@@ -477,7 +478,7 @@ def _pull_shared(
         content, _ = source.get_manifest(reference.digest or str(reference.tag))
     digest = sha256_digest(content)
     target = weights_dir / f"image-{digest.removeprefix('sha256:')[:12]}"
-    weights_dir.mkdir(parents=True, exist_ok=True)
+    make_directories(weights_dir)
     with _alone(weights_dir, reporter, cancelled):
         _pull(reference.with_digest(digest), target, spec, secrets, reporter, only_under="")
     return target

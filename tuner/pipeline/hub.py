@@ -17,6 +17,7 @@ import httpx2
 from tuner.content import DUPLICATE_WEIGHTS, MODEL_CODE, MODEL_FILES, check_has_safetensors
 from tuner.errors import DeniedError, InputMissingError, ServiceError, TunerError
 from tuner.pipeline.download import disk_errors, interrupted, no_space
+from tuner.pipeline.libraries import report_nothing
 from tuner.pipeline.web import Transfer, TransientError
 from tuner.retry import Retries
 from tuner.runspec import HubModel, Progress, Reporter
@@ -57,6 +58,7 @@ def dataset_files(url: str, token: str | None, transfer: Transfer, stop: threadi
     """The path in a hf://datasets/… URL, and every file of that dataset at the commit its revision is now."""
     from huggingface_hub.errors import HfHubHTTPError
 
+    report_nothing()
     parsed = HUB_DATASET.fullmatch(url)
     assert parsed is not None, "url_problem let it pass"
     name, revision = parsed["id"], unquote(parsed["revision"] or "main")
@@ -110,6 +112,7 @@ class HubRepository:
         from huggingface_hub import constants
         from huggingface_hub.utils import logging as hub_logging
 
+        report_nothing()
         hub_logging.set_verbosity_error()  # its warnings name signed addresses
         self._model = model
         self._token = token or False  # False: never the token of whoever once logged in here

@@ -1,6 +1,11 @@
-"""One training process for each GPU of this machine, started, watched and ended together."""
+"""One training process for each GPU of this machine, started, watched and ended together.
+
+Nobody else's: what torchrun, Kubeflow, accelerate, Ray or MPI say in the environment of RANK and WORLD_SIZE is about
+processes that tuner did not start, and is kept from the libraries, which would wait for them.
+"""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,20 +20,54 @@ from pydantic import ValidationError
 
 from tuner.errors import EXIT_INTERNAL, KINDS, InterruptedRunError, TunerError
 from tuner.runspec import Reporter, RunSpec, StageResult
+from tuner.signals import handling
 
 _POLL_S = 0.1
 _GRACE_S = 60
 _LOST_S = 5
 
 
+_WORKER = "TUNER_WORKER"  # in the environment of the processes that train_in_processes starts, and of no other
+# By what launchers tell a process of the others, as torch, accelerate and transformers read it.
+_LAUNCHERS = re.compile(
+    r"((LOCAL|NODE|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|(TORCHELASTIC|ACCELERATE|FSDP)_\w+"
+    r"|(PMI|(OMPI|MV2)_COMM_WORLD(_LOCAL)?)_(RANK|SIZE)|MPI_LOCALN?RANK(ID|S)"
+)
+
+
+def is_worker() -> bool:
+    """Whether this is one of several training processes of a run."""
+    return _WORKER in os.environ
+
+
 def rank() -> int:
-    """Which of a run's training processes this is; 0 where there is only one."""
-    return int(os.environ.get("RANK", "0"))
+    """Which of a run's training processes this is, and which GPU it has; 0 where there is only one."""
+    return int(os.environ["RANK"]) if is_worker() else 0
 
 
 def world_size() -> int:
     """How many training processes there are."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ["WORLD_SIZE"]) if is_worker() else 1
+
+
+@contextmanager
+def by_itself(reporter: Reporter) -> Iterator[None]:
+    """In the block this process is alone, whatever another launcher has said to it; that it has is said."""
+    names = [] if is_worker() else [name for name in os.environ if _LAUNCHERS.fullmatch(name)]
+    theirs = {name: os.environ.pop(name) for name in names}
+    if theirs:
+        shown = ", ".join(sorted(theirs)[:4]) + (", …" if len(theirs) > 4 else "")
+        reporter.note(
+            f"{shown} in the environment {'is' if len(theirs) == 1 else 'are'} another launcher's, and ignored: tuner "
+            "starts one process for each GPU of this machine itself"
+        )
+    others = theirs.get("WORLD_SIZE", "1")
+    if others not in ("", "0", "1"):
+        reporter.warn(f"each of the {others} processes that the other launcher starts does the whole run: start one")
+    try:
+        yield
+    finally:
+        os.environ.update(theirs)
 
 
 def end_with_parent() -> None:
@@ -43,10 +82,6 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def is_worker() -> bool:
-    return "RANK" in os.environ
-
-
 def train_in_processes(spec: RunSpec, work_dir: Path, count: int, reporter: Reporter) -> None:
     """Run the train stage on `count` GPUs; it leaves trained.json as in one process.
 
@@ -57,7 +92,8 @@ def train_in_processes(spec: RunSpec, work_dir: Path, count: int, reporter: Repo
     spec_file = work_dir / "spec.json"
     spec.save(spec_file)
     command = [sys.executable, "-m", "tuner", "stage", "train", "--spec", str(spec_file), "--work-dir", str(work_dir)]
-    group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    port = str(_free_port())
+    group = {_WORKER: "1", "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     with ExitStack() as stack:
         workers = []
         for number in range(count):
@@ -125,12 +161,8 @@ def _passing_on(workers: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
             if worker.poll() is None:
                 worker.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handling(forward):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _failure(code: int, number: int, said: Sequence[bytes], work_dir: Path) -> BaseException:

@@ -1,6 +1,8 @@
 """The training libraries: whether they are there, which versions, and that they keep quiet."""
 
 import logging
+import os
+import sys
 import warnings
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -32,8 +34,19 @@ def versions() -> dict[str, str]:
     return found
 
 
+def report_nothing() -> None:
+    """Have libraries tell nobody whom a run's file does not name: TRL would report every trainer through
+    huggingface_hub, and mlflow itself. Whoever has set DO_NOT_TRACK has decided that already."""
+    if "DO_NOT_TRACK" in os.environ:
+        return
+    os.environ["DO_NOT_TRACK"] = "true"
+    if constants := sys.modules.get("huggingface_hub.constants"):  # which has read it
+        constants.HF_HUB_DISABLE_TELEMETRY = True  # type: ignore[attr-defined]
+
+
 def quiet_logs() -> None:
     """What of quiet() needs no import."""
+    report_nothing()
     for name in ("bitsandbytes", "liger_kernel"):  # kernels for other hardware that are not there
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(accelerate|transformers|trl|peft)\.")

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tuner import __version__
 from tuner.content import model_digest, model_files
+from tuner.durable import make_directories, move
 from tuner.errors import ConfigError, DataError, InputMissingError
 from tuner.pipeline.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER_FILES, check_weights, write_json
 from tuner.pipeline.download import format_bytes
@@ -110,7 +111,7 @@ def merge(adapter: Path, target: Path, base: Path | None, reporter: Reporter) ->
     # Of what is on the disk, not of what was in memory.
     drift = _drift(before, _logits(_load(partial, device, dtype), probes))
     _write_card(partial, config, lock, dtype, drift)
-    partial.rename(target)
+    move(partial, target)
     reporter.note(f"merged: {drift}")
     return drift
 
@@ -188,7 +189,7 @@ def _check_base(directory: Path, lock: dict[str, Any]) -> None:
 def _check_target(target: Path, base: Path) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target}: is not empty", hint="give a new directory")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_directories(target.parent)
     weights = sum(path.stat().st_size for path in model_files(base) if path.suffix == ".safetensors")
     need, free = int(weights * _SPARE), shutil.disk_usage(target.parent).free
     if free < need:

@@ -1,6 +1,5 @@
 """Base weights → quantized model with LoRA, and what LoRA covers."""
 
-import os
 import re
 import warnings
 from collections import Counter
@@ -18,6 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from tuner.errors import ConfigError, DataError, did_you_mean
 from tuner.pipeline.kernels import DOCUMENT_ATTENTION
+from tuner.pipeline.launch import rank
 from tuner.training_config import HEAD_AND_EMBEDDINGS, OUTSIDE_BLOCKS, resolve_target_modules
 from tuner.training_settings import TrainingConfig
 
@@ -44,7 +44,7 @@ def pick_device() -> Device:
     """This process's GPU, or the CPU. Raises ConfigError for a GPU that the installed torch has no kernels for."""
     if not torch.cuda.is_available():
         return Device(torch.device("cpu"), torch.float32, "CPU")
-    number = int(os.environ.get("LOCAL_RANK", "0"))
+    number = rank()
     torch.cuda.set_device(number)
     capability = torch.cuda.get_device_capability(number)
     name = torch.cuda.get_device_name(number)

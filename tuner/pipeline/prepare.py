@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tuner.content import hash_file
+from tuner.durable import make_directories, sync_tree
 from tuner.errors import ConfigError, DataError, InputMissingError
 from tuner.pipeline.dataset import (
     HELD_OUT_ROWS_AT_MOST,
@@ -69,7 +70,7 @@ def make_tokens(spec: RunSpec, fetched: Fetched, work_dir: Path, reporter: Repor
     settings = spec.training.dataset
     directory = work_dir / "prepared"
     shutil.rmtree(directory, ignore_errors=True)  # an earlier run's template must not stay beside this one's tokenizer
-    directory.mkdir(parents=True)
+    make_directories(directory)
     gathered = gather_rows([DataFile(work_dir / file.path, file.source) for file in fetched.files], settings)
     split = split_rows(gathered.rows, settings)
     train, evaluation = split.train, split.evaluation
@@ -139,6 +140,9 @@ def make_tokens(spec: RunSpec, fetched: Fetched, work_dir: Path, reporter: Repor
         base_model_dir=base_dir,
     )
     _say(result, split, reporter)
+    sync_tree(directory)
+    if spec.smoke:
+        sync_tree(work_dir / base_dir)
     result.save(work_dir / "prepared.json")
     if key:
         cache = TokenCache(key=key, prepared=result, files=_files(directory), said=heard.said)

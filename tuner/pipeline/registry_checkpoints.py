@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tuner.durable import make_directories, move
 from tuner.errors import DataError, InputMissingError, TunerError
 from tuner.pipeline.checkpoints import CHECKPOINTS, LEVERS, SEAL, by_step, is_whole
 from tuner.pipeline.download import format_bytes
@@ -167,7 +168,7 @@ def restore(spec: RunSpec, secrets: Secrets, work_dir: Path, reporter: Reporter)
     reference = checkpoint_reference(spec)
     fetched = work_dir / ".restored"
     shutil.rmtree(fetched, ignore_errors=True)
-    work_dir.mkdir(parents=True, exist_ok=True)
+    make_directories(work_dir)
     try:
         with client_for(reference, spec.network, secrets.push_docker_configs(), reporter=reporter) as client:
             client.finish_within(_WITHIN_S)
@@ -180,10 +181,10 @@ def restore(spec: RunSpec, secrets: Secrets, work_dir: Path, reporter: Reporter)
         if pulled.annotations.get(_RUN) != spec.digest or not named or not is_whole(checkpoint):
             raise DataError(f"{reference}: not a whole checkpoint of this run")
         target = work_dir / CHECKPOINTS / folder
-        target.mkdir(parents=True, exist_ok=True)
+        make_directories(target)
         for path in (fetched / LEVERS, checkpoint):
             if path.exists():
-                path.rename(target / path.name)
+                move(path, target / path.name)
     except (DataError, InputMissingError) as error:
         reporter.warn(f"{error.message}: beginning anew")
         return None

@@ -22,7 +22,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
 
+from tuner.durable import copy_file, make_directories, remove, sync_tree
 from tuner.errors import ConfigError, DeniedError, GateError, InputMissingError, NotPushedError, TunerError
+from tuner.gpus import visible_gpus
 from tuner.pipeline.adapter import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -36,7 +38,7 @@ from tuner.pipeline.adapter import (
 from tuner.pipeline.checkpoints import CHECKPOINTS, begin, check_unfinished, newest_checkpoint
 from tuner.pipeline.download import format_bytes
 from tuner.pipeline.fetch import check_stores, fetch
-from tuner.pipeline.launch import end_with_parent, is_worker, rank, train_in_processes, world_size
+from tuner.pipeline.launch import by_itself, end_with_parent, is_worker, rank, train_in_processes, world_size
 from tuner.pipeline.libraries import check_packages, quiet
 from tuner.pipeline.package import LOCK, PACKAGED_FILES, adapter_image
 from tuner.pipeline.prepare import prepare
@@ -93,7 +95,7 @@ def run(
     """
     started = time.monotonic()
     uploads = Uploads(spec, work_dir, lambda: secrets, reporter) if registry_checkpoints else None
-    with _alone_in(work_dir):
+    with _alone_in(work_dir), by_itself(reporter):
         return _run(spec, secrets, work_dir, reporter, on_stage, options, uploads, started)
 
 
@@ -132,7 +134,7 @@ def _run(
         fetched = fetch(spec, secrets, work_dir, reporter)
     fetched.save(work_dir / FETCHED)
     if not finished_adapter(inputs_digest(fetched), work_dir):
-        startup.load_ahead(spec, fetched, work_dir)
+        startup.load_ahead(spec, fetched, work_dir, _import_training)
     on_stage("prepare")
     with startup.part("tokens"):
         prepared = prepare(spec, fetched, work_dir, reporter)
@@ -167,6 +169,19 @@ def run_stage(
     """
     if is_worker():
         end_with_parent()
+    with by_itself(reporter if name == "train" else Silent()):
+        return _run_stage(name, spec, secrets, work_dir, reporter, options, startup)
+
+
+def _run_stage(
+    name: StageName,
+    spec: RunSpec,
+    secrets: Secrets,
+    work_dir: Path,
+    reporter: Reporter,
+    options: PushOptions | None,
+    startup: StartUp | None,
+) -> dict[str, Scalar]:
     match name:
         case "preflight":
             preflight(spec, secrets, work_dir, reporter, trains=False)
@@ -178,7 +193,7 @@ def run_stage(
         case "prepare":
             fetched = _left(Fetched, work_dir / FETCHED, spec)
             if startup:
-                startup.load_ahead(spec, fetched, work_dir)
+                startup.load_ahead(spec, fetched, work_dir, _import_training)
             with (startup or StartUp()).part("tokens"):
                 prepared = prepare(spec, fetched, work_dir, reporter)
             return prepared_values(prepared)
@@ -327,12 +342,9 @@ def _check_only_ours(directory: Path, reporter: Reporter) -> None:
     reporter.note(f"{directory} has an adapter, which will be replaced")
 
 
-_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
-
-
 def _warn_of_cpu(spec: RunSpec, reporter: Reporter) -> None:
     """A real model on a laptop: gigabytes are downloaded, and then nothing seems to happen."""
-    if isinstance(spec.base_model, HubModel | ImageModel) and not _NVIDIA_DRIVER.exists():
+    if isinstance(spec.base_model, HubModel | ImageModel) and not visible_gpus(os.environ):
         size = f" of {spec.preset.weights_gib:.1f} GiB" if spec.preset.weights_gib else ""
         reporter.warn(
             f"no NVIDIA GPU is here: training a model{size} on the CPU takes days or more. --smoke tries it with a "
@@ -341,8 +353,8 @@ def _warn_of_cpu(spec: RunSpec, reporter: Reporter) -> None:
 
 
 def _check_gpu() -> None:
-    """Only where there is an NVIDIA driver is it worth the seconds that importing torch takes."""
-    if _NVIDIA_DRIVER.exists():
+    """Only where there is a GPU is it worth the seconds that importing torch takes."""
+    if visible_gpus(os.environ):
         from tuner.pipeline.model import pick_device
 
         pick_device()
@@ -387,7 +399,7 @@ def _check_model_access(spec: RunSpec, secrets: Secrets) -> None:
 
 def check_writable(directory: Path) -> None:
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directories(directory)
         marker = directory / ".tuner-writable"
         marker.touch()
         marker.unlink()
@@ -429,6 +441,11 @@ def _probe(destination: ImageDestination, spec: RunSpec, secrets: Secrets, repor
 
 
 # ── train ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _import_training() -> None:
+    quiet()
+    import tuner.pipeline.train  # noqa: F401
 
 
 def train(
@@ -512,8 +529,10 @@ def train(
         levers=outcome.levers,
         startup=outcome.startup,
     )
+    sync_tree(adapter_dir)
     trained.save(work_dir / TRAINED)
-    shutil.rmtree(checkpoints, ignore_errors=True)  # they were for getting here
+    # They were for getting here, and what a power cut would leave is the adapter.
+    shutil.rmtree(checkpoints, ignore_errors=True)
     return trained
 
 
@@ -644,13 +663,14 @@ def push(
 
 
 def _copy_adapter(adapter_dir: Path, trained: Trained, target: Path) -> None:
-    """Each file whole or not at all, the one that readers look for last. Only contents: a volume's root is not ours."""
+    """Each file whole or not at all. What readers look for goes first, should an earlier adapter be there, and comes
+    last; the lock, by which a run that goes on knows its own directory, comes first. Only contents: a volume's root is
+    not ours."""
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        for name in sorted(trained.files, key=lambda name: (name == ADAPTER_CONFIG, name)):
-            temporary = target / f".{name}.tmp"
-            shutil.copyfile(adapter_dir / name, temporary)
-            temporary.replace(target / name)
+        make_directories(target)
+        remove(target / ADAPTER_CONFIG)
+        for name in sorted(trained.files, key=lambda name: (name != LOCK, name == ADAPTER_CONFIG, name)):
+            copy_file(adapter_dir / name, target / name)
     except OSError as error:
         raise NotPushedError(
             f"trained, but not written to {target}: {error.strerror}", hint=f"the adapter is kept in {adapter_dir}"

@@ -60,9 +60,13 @@ class StartUp:
             import bitsandbytes  # noqa: F401
             import torch  # noqa: F401
 
-    def load_ahead(self, spec: RunSpec, fetched: Fetched, work_dir: Path) -> None:
-        """Load and quantize the base model beside the tokenizing of rows. Nothing for a smoke run, whose base is made
-        from the rows, nor where several GPUs each load their own."""
+    def load_ahead(
+        self, spec: RunSpec, fetched: Fetched, work_dir: Path, import_training: Callable[[], object]
+    ) -> None:
+        """Load and quantize the base model beside the tokenizing of rows, once all that training needs is imported.
+
+        Nothing for a smoke run, whose base is made from the rows, nor where several GPUs each load their own.
+        """
         if fetched.base_model is None:
             return
         directory = work_dir / fetched.base_model.path
@@ -72,6 +76,7 @@ class StartUp:
         if self._imports:
             self._imports.result()  # has its own time: waiting for it is not another import
         with self.part("imports"):
+            import_training()
             load = _loader(spec, directory)
         reads.result()
         if load:
@@ -117,12 +122,8 @@ def read_ahead(directory: Path) -> None:
 
 def _loader(spec: RunSpec, directory: Path) -> Callable[[], Any] | None:
     """What loads the model, with all that it and the tokenizer import imported: only one thread should import."""
-    from tuner.pipeline.libraries import quiet
-
-    quiet()
     import transformers
 
-    from tuner.pipeline import train  # noqa: F401
     from tuner.pipeline.model import gpu_count, load_base_model, pick_device
 
     if gpu_count() > 1:

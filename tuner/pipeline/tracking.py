@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from tuner.durable import write_text
 from tuner.errors import ConfigError, Problem, ServiceError
 from tuner.runspec import RunSpec
 from tuner.training_settings import TrainingConfig
@@ -146,7 +147,7 @@ def _mlflow_run(spec: RunSpec, remembered: Path) -> str:
     experiment = mlflow.set_experiment(os.environ["MLFLOW_EXPERIMENT_NAME"])
     name = spec.training.arguments.run_name or spec.name
     run_id = str(client.create_run(experiment.experiment_id, run_name=name).info.run_id)
-    remembered.write_text(run_id, encoding="utf-8")
+    write_text(remembered, run_id)
     return run_id
 
 

@@ -20,12 +20,13 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTConfig
 
+from tuner.durable import make_directories
 from tuner.errors import ConfigError, InputMissingError, InterruptedRunError, OutOfGpuMemoryError, TunerError
 from tuner.levers import LEARNT_HEAD, PACKING
 from tuner.memory import read_shape
 from tuner.pipeline.adapter import ADAPTER_WEIGHTS, vllm_problems
 from tuner.pipeline.best import KeepBest, Rule, held_out_losses
-from tuner.pipeline.checkpoints import LEVERS, SEAL, newest_checkpoint, room_for, seal
+from tuner.pipeline.checkpoints import LEVERS, newest_checkpoint, read_seal, room_for, seal
 from tuner.pipeline.kernels import Exact, has_plain_head, prove
 from tuner.pipeline.launch import is_worker, rank, world_size
 from tuner.pipeline.levers import LARGER_STEPS, Choice, apply, choose
@@ -37,6 +38,7 @@ from tuner.pipeline.trainer import PackedTrainer
 from tuner.pipeline.watchdog import Watchdog, check_finite
 from tuner.plan import choose_micro_batch, count_steps, read_setup, steps_between_evaluations
 from tuner.runspec import Prepared, Progress, Reporter, RunSpec, Split
+from tuner.signals import handling
 from tuner.training_config import OWN_TYPES
 from tuner.training_settings import DEFAULT_WARMUP_SHARE, TrainingConfig
 
@@ -92,13 +94,9 @@ class Stop:
 
     @contextmanager
     def listening(self) -> Iterator["Stop"]:
-        """Signals come here while the block runs. Only the main thread may enter it."""
-        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        """Signals come here while the block runs."""
+        with handling(self._handle):
             yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 class _Recorder(TrainerCallback):  # type: ignore[misc]
@@ -116,6 +114,7 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]
         self._last_checkpoint = 0.0
         self._last_log = (0.0, 0, 0)  # when, after how many tokens and steps
         self._saved_step: int | None = None
+        self._saves_at_epoch_end = False  # as the user's save_steps asked for at the step before
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -132,13 +131,16 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        # At the end of an epoch an evaluation may follow, and must be in the checkpoint: on_epoch_end is next.
         ends_training = state.global_step >= state.max_steps
         if ends_training and self._evaluates and args.eval_strategy == "no":
             control.should_evaluate = True  # while those who are reported to still listen
         if ends_training or control.should_evaluate:  # which may be the end
             control.should_log = True  # the last loss, however seldom the user wants to hear
-        if not ends_training and not float(state.epoch).is_integer() and self._is_checkpoint_due(state):
+        if ends_training or float(state.epoch).is_integer():
+            # on_epoch_end is next, where an evaluation may follow that must be in the checkpoint. Saving here, too,
+            # would let it write over a checkpoint that nothing else may stand in for.
+            self._saves_at_epoch_end, control.should_save = control.should_save, False
+        elif self._is_checkpoint_due(state):
             control.should_save = True
         return control
 
@@ -147,13 +149,11 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]
     ) -> TrainerControl:
         if control.should_evaluate:
             control.should_log = True
-        if self._is_checkpoint_due(state) and not self._stopped_early(state, control):  # which has saved
+        if control.should_training_stop and state.global_step < state.max_steps:
+            control.should_save = False  # an evaluation has ended the run, and was saved with that
+        elif self._is_checkpoint_due(state) or self._saves_at_epoch_end:
             control.should_save = True
         return control
-
-    @staticmethod
-    def _stopped_early(state: TrainerState, control: TrainerControl) -> bool:
-        return bool(control.should_training_stop and state.global_step < state.max_steps)
 
     def _is_checkpoint_due(self, state: TrainerState) -> bool:
         self._stop.requested = _any_rank(self._stop.requested)
@@ -259,7 +259,7 @@ class _Carry(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, trainer: "_Trainer", checkpoint: Path) -> None:
         self._trainer = trainer
-        self._seal = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+        self._seal = read_seal(checkpoint)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -287,11 +287,24 @@ def metrics(log_history: list[dict[str, float]]) -> list[dict[str, float]]:
     ]
 
 
+class _EvaluationLeftError(Exception):
+    """Somebody asked to stop, and the evaluation was not finished."""
+
+
+class _OverError(Exception):
+    """What a resumed run evaluated first has ended it before another step."""
+
+
 class _Trainer(PackedTrainer):
-    """PackedTrainer whose checkpoints are sealed, and can be gone on from in every respect."""
+    """PackedTrainer whose checkpoints are sealed, and can be gone on from in every respect.
+
+    `evaluation_due`: the step of its state is still to be evaluated, as the run was stopped in the middle of that.
+    """
 
     chosen: Choice | None = None
     keep_best: KeepBest
+    stop: Stop
+    evaluation_due = False
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -302,7 +315,12 @@ class _Trainer(PackedTrainer):
             if self.args.should_save:
                 self._keep_pieces()
                 self.keep_best.copy_into(checkpoint)
-                seal(checkpoint, unlogged_loss=unlogged_loss, last_logged_step=self._globalstep_last_logged)
+                seal(
+                    checkpoint,
+                    unlogged_loss=unlogged_loss,
+                    last_logged_step=self._globalstep_last_logged,
+                    evaluation_due=self.evaluation_due,
+                )
 
     def _keep_pieces(self) -> None:
         """A run that had to make its steps smaller goes on with those after a stop."""
@@ -310,6 +328,41 @@ class _Trainer(PackedTrainer):
             now = {"tokens": self.micro_batch_tokens, "recomputes": self.recomputes}
             self.chosen = self.chosen.model_copy(update=now)
             self.chosen.save(Path(self.args.output_dir) / LEVERS)
+
+    # ── stopped in an evaluation, which may take longer than whoever stops it waits ──────────────────────────────────
+
+    def is_stopping(self) -> bool:
+        return self.stop.requested
+
+    def after_evaluation_batch(self) -> None:
+        self.stop.requested = _any_rank(self.stop.requested)
+        if self.stop.requested:
+            raise _EvaluationLeftError
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        try:
+            return super().evaluate(*args, **kwargs)
+        except _EvaluationLeftError:
+            step = self.state.global_step
+            if step == 0:
+                raise InterruptedRunError("stopped before the first step") from None
+            if self.is_in_train and not self.evaluation_due:  # else the run has begun with its checkpoint
+                self.evaluation_due = True
+                self._save_checkpoint(self.model, None)
+            raise InterruptedRunError(
+                f"stopped in the evaluation after step {step} of {self.state.max_steps}; checkpoint saved"
+            ) from None
+
+    def _evaluate(
+        self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False
+    ) -> dict[str, float]:
+        """Of a resumed run the first evaluation may be the one that it was stopped in: as if it came at its step."""
+        was_due = self.evaluation_due
+        figures: dict[str, float] = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler and not was_due)
+        self.evaluation_due = False
+        if was_due and self.control.should_training_stop:
+            raise _OverError
+        return figures
 
     def finish_from(self, checkpoint: Path) -> None:
         """Be as train() leaves it, from the checkpoint of the last step."""
@@ -334,7 +387,7 @@ def _longest(prepared: Prepared) -> int:
 def choose_pieces(spec: RunSpec, prepared: Prepared, base_dir: Path, device: Device) -> Pieces:
     """As many tokens as the GPU's free memory holds by the estimate of `tuner plan`, kept activations before recomputed
     ones. An estimate: on a GPU the probe measures it, and PackedTrainer gives way where both are wrong."""
-    written = spec.training.arguments.gradient_checkpointing
+    written = spec.training.arguments.activation_checkpointing
     if not device.is_cuda:
         return Pieces(CPU_MICRO_BATCH_TOKENS, bool(written))
     longest = _longest(prepared)
@@ -360,10 +413,10 @@ def training_arguments(
     asked = spec.training.arguments
     own = OWN_TYPES["TrainingArguments"].keys() | _BEST_IS_OURS
     written = {key: value for key, value in asked.keywords().items() if key not in own}
-    recomputes = pieces.recomputes
-    written["gradient_checkpointing"] = recomputes
-    if "activation_checkpointing" in SFTConfig.__dataclass_fields__:  # its name since transformers 5.20
-        written["activation_checkpointing"] = recomputes
+    written["activation_checkpointing"] = pieces.recomputes
+    if "activation_checkpointing" not in SFTConfig.__dataclass_fields__:  # before transformers 5.20
+        for key in ("checkpointing", "checkpointing_kwargs"):
+            written[f"gradient_{key}"] = written.pop(f"activation_{key}", None)
     if not device.is_cuda:
         written |= {"bf16": False, "fp16": False, "tf32": None, "dataloader_pin_memory": False}
         written["optim"] = asked.optim.removeprefix("paged_")  # there is nothing to page out of
@@ -476,11 +529,13 @@ def _optimise(
     resume = newest_checkpoint(checkpoints, reporter)
     # The checkpoint carries the evaluation before the first step.
     pieces = choose_pieces(spec, prepared, work_dir / prepared.base_model_dir, device)
-    evaluate_first = prepared.evaluation is not None and resume is None
+    evaluation_due = resume is not None and bool(read_seal(resume)["evaluation_due"])
+    evaluate_first = prepared.evaluation is not None and (resume is None or evaluation_due)
     arguments = training_arguments(spec, prepared, device, pieces, checkpoints, evaluate_first=evaluate_first)
     with startup.part("model"):
         model, coverage, exact = _model(spec, prepared, work_dir, device, reporter, startup)
-    adapter_dir.mkdir(parents=True, exist_ok=True)
+    _leave_if_asked(stop)
+    make_directories(adapter_dir)
     metrics_file = adapter_dir / METRICS
     metrics_file.unlink(missing_ok=True)
     watches = spec.training.arguments.watchdog
@@ -491,9 +546,10 @@ def _optimise(
     first_step = _FirstStep(startup, device, reporter)
     callbacks = [recorder, keep_best, first_step]
     trainer = _trainer(model, exact, arguments, pieces, prepared, work_dir, callbacks, reporter, spec.trust_remote_code)
-    trainer.keep_best = keep_best
+    trainer.keep_best, trainer.stop = keep_best, stop
     with startup.part("levers"):
         chosen = _take_levers(trainer, exact, device, spec, pieces, checkpoints)
+    _leave_if_asked(stop)
     reporter.note(f"{device.name}: {chosen}")
     documents = arguments.per_device_train_batch_size * trainer.accelerator.num_processes
     if hint := small_steps(chosen.larger_steps_gain, documents):
@@ -512,7 +568,11 @@ def _optimise(
     else:
         if resume:
             trainer.add_callback(_Carry(trainer, resume))
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        trainer.evaluation_due = evaluation_due
+        try:
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        except _OverError:
+            trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
     before, kept, after = _keep(trainer, prepared, reporter)
     recorder.record(trainer.state.log_history)
     history = metrics(trainer.state.log_history)
@@ -539,6 +599,13 @@ def _optimise(
         levers=chosen.told,
         startup=first_step.seconds,
     )
+
+
+def _leave_if_asked(stop: Stop) -> None:
+    """Where no step has been taken since the run began or went on, there is nothing to save."""
+    stop.requested = _any_rank(stop.requested)
+    if stop.requested:
+        raise InterruptedRunError("stopped before another step was taken")
 
 
 def small_steps(gain: float | None, documents: int) -> str | None:
@@ -605,12 +672,12 @@ def _take_levers(
             device,
             disabled=spec.disabled,
             estimated=estimated,
-            checkpointing=spec.training.arguments.gradient_checkpointing,
+            checkpointing=spec.training.arguments.activation_checkpointing,
             machine=machine,
         )
         chosen = _agreed(chosen)
         if trainer.args.should_save:
-            decided.parent.mkdir(parents=True, exist_ok=True)
+            make_directories(decided.parent)
             chosen.save(decided)
     apply(chosen, trainer, exact, device)
     trainer.chosen = chosen

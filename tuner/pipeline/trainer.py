@@ -162,7 +162,10 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
             at_once = _EVALUATED_AT_ONCE * self.accelerator.num_processes
             for documents in DataLoader(rows, batch_size=at_once, collate_fn=list):
                 for bin_ in self._micro_batches(self._share(documents)):
+                    if self.is_stopping():
+                        break  # this rank alone: what it says to the others comes with the end of the batch
                     sums += torch.tensor([self._summed_loss(bin_), sum(map(_learnt, bin_))], dtype=torch.float64)
+                self.after_evaluation_batch()
         total, count = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
         loss = total / max(count, 1)
         figures = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_perplexity": perplexity(loss)}
@@ -170,6 +173,13 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
         self.model.train(training)
         return figures
+
+    def is_stopping(self) -> bool:
+        """Whether an evaluation is of no use any more: asked before each micro-batch."""
+        return False
+
+    def after_evaluation_batch(self) -> None:
+        """Called as often on every rank, and may raise to leave an evaluation."""
 
     def _summed_loss(self, documents: Sequence[Document]) -> float:
         """Their loss without a gradient, one after the other where the memory does not hold them together."""

@@ -137,16 +137,6 @@ def expires_at(credential: Credential) -> datetime | None:
     return None
 
 
-def credential_expiry(reference: ImageReference, docker_configs: Sequence[str]) -> datetime | None:
-    """When the credential that would be tried first for `reference` ends, where it says so itself.
-
-    Before a run this is worth a warning: what ends during the training can not push. Raises ConfigError for a
-    malformed text.
-    """
-    found = parse_credentials(docker_configs).find(reference)
-    return expires_at(found[0]) if found else None
-
-
 def _helpers_of(text: str) -> Mapping[str, str]:
     """Registry → program, from `credHelpers`; under "" that of `credsStore`."""
     try:

@@ -112,8 +112,6 @@ class Extractor:
                 for chunk in chunks:
                     sha256.update(chunk)
                     file.write(chunk)
-                file.flush()
-                os.fsync(file.fileno())
         finally:
             os.close(parent_fd)
         self._layer_of[path] = self._layer

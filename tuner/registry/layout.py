@@ -8,12 +8,12 @@ import fcntl
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tuner.durable import make_directories, replacing
 from tuner.errors import ConfigError, DataError, InputMissingError, ServiceError
 from tuner.reference import LayoutReference
 from tuner.registry.image import MANIFEST_TYPE, Blob, Image, canonical_json
@@ -75,25 +75,27 @@ def write_layout(image: Image, reference: LayoutReference, *, on_progress: Calla
     A blob that is there and whole is kept; other tags stay. `on_progress` gets the bytes of the image that are done.
     """
     directory = reference.path
-    if directory.is_dir() and not (directory / _VERSION_FILE).is_file() and any(directory.iterdir()):
+    names = [path.name for path in directory.iterdir() if path.name[0] != "."] if directory.is_dir() else []
+    if names and _VERSION_FILE not in names:
         raise ConfigError(
             f"{reference.name}: {directory} has other files in it and is not an OCI layout",
             hint="name a directory that is empty or does not exist",
         )
     try:
-        (directory / "blobs" / "sha256").mkdir(parents=True, exist_ok=True)
-        _write(directory / _VERSION_FILE, canonical_json({"imageLayoutVersion": "1.0.0"}))
-        written_bytes = kept_blobs = done_bytes = 0
-        for blob in image.blobs:
-            if _is_there(directory, blob):
-                kept_blobs += 1
-            else:
-                _write_blob(directory, blob)
-                written_bytes += blob.size_bytes
-            done_bytes += blob.size_bytes
-            on_progress(done_bytes)
-        _write(_blob_path(directory, image.digest), image.manifest_bytes)
+        make_directories(directory)
         with _locked(directory):  # another process may add its own image now
+            _write(directory / _VERSION_FILE, canonical_json({"imageLayoutVersion": "1.0.0"}))
+            make_directories(directory / "blobs" / "sha256")
+            written_bytes = kept_blobs = done_bytes = 0
+            for blob in image.blobs:
+                if _is_there(directory, blob):
+                    kept_blobs += 1
+                else:
+                    _write_blob(directory, blob)
+                    written_bytes += blob.size_bytes
+                done_bytes += blob.size_bytes
+                on_progress(done_bytes)
+            _write(_blob_path(directory, image.digest), image.manifest_bytes)
             index = _with_image(_existing_index(directory), image, reference.tag)
             _write(directory / _INDEX_FILE, canonical_json(index))
     except (NotADirectoryError, FileExistsError) as error:
@@ -173,27 +175,15 @@ def _is_there(directory: Path, blob: Blob) -> bool:
 
 
 def _write_blob(directory: Path, blob: Blob) -> None:
-    path = _blob_path(directory, blob.digest)
-    with blob.open() as stream:
-        digest = _write(path, iter(lambda: stream.read(_CHUNK_BYTES) or b"", b""))
-    if digest != blob.digest:
-        path.unlink()
-        raise DataError(f"the files of {blob.digest} have changed since it was built", hint="push again")
-
-
-def _write(path: Path, content: bytes | Iterator[bytes]) -> str:
-    """Writes a file whole or not at all and returns the digest of what was written."""
     sha256 = hashlib.sha256()
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        with temporary.open("wb") as file:
-            for chunk in [content] if isinstance(content, bytes) else content:
-                sha256.update(chunk)
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return f"sha256:{sha256.hexdigest()}"
+    with blob.open() as stream, replacing(_blob_path(directory, blob.digest)) as file:
+        while chunk := stream.read(_CHUNK_BYTES):
+            sha256.update(chunk)
+            file.write(chunk)
+        if f"sha256:{sha256.hexdigest()}" != blob.digest:
+            raise DataError(f"the files of {blob.digest} have changed since it was built", hint="push again")
+
+
+def _write(path: Path, content: bytes) -> None:
+    with replacing(path) as file:
+        file.write(content)

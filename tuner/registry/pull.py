@@ -6,7 +6,6 @@ artifacts whose layers are the files themselves, which is how `oras push` writes
 
 import hashlib
 import json
-import os
 import secrets
 import shutil
 import zlib
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from tuner.durable import make_directories, move
 from tuner.errors import ConfigError, DataError, ServiceError
 from tuner.reference import ImageReference, LayoutReference
 from tuner.registry.extract import Extractor, Limits
@@ -273,7 +273,7 @@ def _unpack_beside(
     _check_layers(manifest)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_directories(target.parent)
         temporary.mkdir(mode=0o755)
         keep_others = manifest.diff_ids is None  # an artifact's files have no common root
         with Extractor(temporary, only_under, limits, reporter, keep_others=keep_others) as extractor:
@@ -282,8 +282,7 @@ def _unpack_beside(
         if not files:
             place = f"under /{only_under}" if only_under else "in it"
             raise DataError(f"no files {place}", hint="an image for KAITO has its files in /data")
-        temporary.rename(target)  # over an empty directory, if there is one
-        _sync_directory(target.parent)
+        move(temporary, target)  # over an empty directory, if there is one
     except (NotADirectoryError, FileExistsError) as error:
         raise ConfigError(f"{target}: a file is where a directory would be", hint="name another directory") from error
     except OSError as error:
@@ -458,11 +457,3 @@ def _unzstd(chunks: Iterator[bytes]) -> Iterator[bytes]:
         raise DataError("a layer is not zstd, or broken") from error
     while compressed.read(_CHUNK_BYTES):  # so that its digest is verified too
         pass
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -10,7 +10,6 @@ import contextlib
 import os
 import shlex
 import signal
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from tuner.durable import make_directories
 from tuner.errors import ConfigError, DataError, InputMissingError, InterruptedRunError, NotPushedError, TunerError
 from tuner.reference import ImageReference
 from tuner.registry import client_for
@@ -26,6 +26,7 @@ from tuner.registry.compression import Compression
 from tuner.registry.image import Image
 from tuner.registry.push import Pushed, push_image, push_referrer
 from tuner.runspec import Contract, Network, Reference, Reporter
+from tuner.signals import handling
 
 if TYPE_CHECKING:
     from tuner.registry.transport import Patience
@@ -174,29 +175,17 @@ def push_resumably(
 
 @contextlib.contextmanager
 def interrupted_by_signals() -> Iterator[None]:
-    """In here SIGTERM and SIGINT raise InterruptedRunError, so that what was begun is taken back; a second one kills.
-
-    Other threads than the main one get no signals, so nothing changes there.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    """In here SIGTERM and SIGINT raise InterruptedRunError, so that what was begun is taken back; the second kills."""
 
     def stop(number: int, _: FrameType | None) -> None:
-        for each in before:
+        for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, signal.SIG_DFL)
         raise InterruptedRunError(
             f"stopped by {signal.Signals(number).name} while pushing; what has arrived is not sent again"
         )
 
-    for number in before:
-        signal.signal(number, stop)
-    try:
+    with handling(stop):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _take_up(state: PushState, directory: Path) -> PushState:
@@ -213,7 +202,7 @@ def _take_up(state: PushState, directory: Path) -> PushState:
 def _save(state: PushState, directory: Path, reporter: Reporter) -> None:
     """A full disk must not keep an adapter from leaving it."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directories(directory)
         state.save(directory / PUSH_STATE)
     except OSError as error:
         reporter.warn(f"{directory / PUSH_STATE}: can not be written: {error.strerror}; the push goes on without it")
