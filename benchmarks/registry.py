@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.registries import RunningRegistry, running_registry
+from tuner.open_files import OpenDirectory, OpenFile
 from tuner.reference import ImageReference, LayoutReference
 from tuner.registry import client_for
 from tuner.registry.image import build_image, measure
@@ -71,8 +72,8 @@ def _adapter(directory: Path, size_bytes: int) -> Path:
     return directory
 
 
-def _files(adapter: Path) -> dict[str, Path]:
-    return {path.name: path for path in adapter.iterdir()}
+def _files(adapter: Path) -> dict[str, OpenFile]:
+    return {path.name: OpenFile.at(path) for path in adapter.iterdir()}
 
 
 def _layout(adapter: Path, work: Path) -> LayoutReference:
@@ -128,8 +129,8 @@ def _job_end_to_pushed(adapter: Path) -> float:
             lambda: push_resumably(
                 build_image(_files(adapter)),
                 ImageReference(registry.host, "small", "v1"),
-                adapter_dir=adapter,
-                directory=adapter.parent,
+                adapter=OpenDirectory.at(adapter),
+                directory=OpenDirectory.at(adapter.parent),
                 network=Network(plain_http=True),
                 docker_configs=(),
                 options=PushOptions(),

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tests.registries import Fault, FaultyRegistry, RunningRegistry, faulty, running_registry
 from tests.test_registry_image import ADAPTER, write
+from tuner.open_files import OpenFile
 from tuner.reference import ImageReference, LayoutReference
 from tuner.registry import client_for
 from tuner.registry.image import build_image
@@ -154,7 +155,7 @@ def _skopeo(*options: str) -> Callable[[str, str, str, Path], list[str]]:
         tool = ["skopeo", "--insecure-policy", "copy", *options]
         if act == "pull":
             return [*tool, "--src-tls-verify=false", image, f"dir:{directory}/pulled"]
-        files = {path.name: path for path in (directory / "adapter").iterdir()}
+        files = {path.name: OpenFile.at(path) for path in (directory / "adapter").iterdir()}
         layout = LayoutReference(directory / "layout", "v1")
         push_layout(build_image(files), layout, reporter=Silent())
         return [*tool, "--dest-tls-verify=false", str(layout), image]
@@ -174,7 +175,7 @@ def _tuner(act: str, host: str, repository: str, directory: Path) -> None:
     reference = ImageReference(host, repository, "v1")
     with client_for(reference, Network(plain_http=True), []) as client:
         if act == "push":
-            files = {path.name: path for path in (directory / "adapter").iterdir()}
+            files = {path.name: OpenFile.at(path) for path in (directory / "adapter").iterdir()}
             push_image(build_image(files), reference, client, reporter=Silent())
         else:
             pull_image(reference, directory / "pulled", client, reporter=Silent())

@@ -594,6 +594,7 @@ def _kaito_chain(bed: Bed, data: Path, documents: int, host: str) -> str:
 
 def _pusher(adapter: Path, image: Path, host: str) -> None:
     """What pusher.sh does, with Tuner's client in place of oras, which may not be there."""
+    from tuner.open_files import OpenFile
     from tuner.reference import ImageReference
     from tuner.registry import client_for
     from tuner.registry.image import build_image
@@ -609,7 +610,9 @@ def _pusher(adapter: Path, image: Path, host: str) -> None:
     subprocess.run(["gzip", "-9", "layer.tar"], cwd=image, check=True)
     reference = ImageReference(host, "bench/kaito", "v1")
     with client_for(reference, Network(plain_http=True), []) as client:
-        push_image(build_image({"layer.tar.gz": image / "layer.tar.gz"}), reference, client, reporter=Silent())
+        push_image(
+            build_image({"layer.tar.gz": OpenFile.at(image / "layer.tar.gz")}), reference, client, reporter=Silent()
+        )
 
 
 def kaito_script(bed: Bed, data: Path, documents: int, out: Path) -> None:

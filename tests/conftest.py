@@ -1,10 +1,12 @@
 """What every test gets: no home directory, token or proxy of the person who runs it."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
 from tuner.gpus import visible_gpus
+from tuner.redaction import forgotten
 
 # Tiny models gain nothing from threads, and two test processes that spin on the same cores lose a lot.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -55,3 +57,10 @@ def _nobodys_environment(tmp_path_factory: pytest.TempPathFactory, monkeypatch: 
     monkeypatch.setenv("HOME", str(tmp_path_factory.getbasetemp()))
     for name in _LEAKS:
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _nobodys_secrets() -> Iterator[None]:
+    """A password of one test may be a word that another one is looking for."""
+    with forgotten():
+        yield

@@ -14,6 +14,7 @@ from kaito_runtime import logits_in_kaitos_runtime
 from tiny import Job, make_job, prepared_job, rows_of, tiny_base
 
 from tuner.errors import DataError, GateError
+from tuner.open_files import OpenFile
 from tuner.pipeline.adapter import adapter_config, check_weights, model_card, run_lock, source_label
 from tuner.runspec import Fetched, FetchedFile, FetchedModel, Prepared, Silent, Trained
 
@@ -91,26 +92,30 @@ def weights(path: Path, dtype: str = "BF16", *, b: float = 1.0, cut: int = 0, od
     return path
 
 
+def written(path: Path, dtype: str = "BF16", **how: Any) -> OpenFile:
+    return OpenFile.at(weights(path, dtype, **how))
+
+
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
 class TestWeights:
     def test_good_ones_pass(self, dtype: str, tmp_path: Path) -> None:
-        check_weights(weights(tmp_path / "a.safetensors", dtype))
+        check_weights(written(tmp_path / "a.safetensors", dtype))
 
     @pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
     def test_no_number_is_refused(self, dtype: str, odd: float, tmp_path: Path) -> None:
         with pytest.raises(GateError, match=r"model\.lora_A\.weight has NaN or infinite"):
-            check_weights(weights(tmp_path / "a.safetensors", dtype, odd=odd))
+            check_weights(written(tmp_path / "a.safetensors", dtype, odd=odd))
 
     @pytest.mark.parametrize("zero", [0.0, -0.0])
     def test_an_adapter_that_changes_nothing_is_refused(self, dtype: str, zero: float, tmp_path: Path) -> None:
         with pytest.raises(GateError, match="every lora_B is zero"):
-            check_weights(weights(tmp_path / "a.safetensors", dtype, b=zero))
+            check_weights(written(tmp_path / "a.safetensors", dtype, b=zero))
 
 
 @pytest.mark.parametrize("cut", [1, 40, 150, 10_000])
 def test_a_file_that_is_cut_short_is_refused(cut: int, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.safetensors"):
-        check_weights(weights(tmp_path / "a.safetensors", cut=cut))
+        check_weights(written(tmp_path / "a.safetensors", cut=cut))
 
 
 @pytest.mark.parametrize(
@@ -128,7 +133,7 @@ def test_what_is_no_safetensors_file_is_refused(content: bytes, tmp_path: Path) 
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"a\.safetensors"):
-        check_weights(path)
+        check_weights(OpenFile.at(path))
 
 
 def test_tensors_that_overlap_or_cannot_be_checked_are_refused(tmp_path: Path) -> None:
@@ -136,10 +141,10 @@ def test_tensors_that_overlap_or_cannot_be_checked_are_refused(tmp_path: Path) -
     content = path.read_bytes()
     path.write_bytes(content.replace(b'"data_offsets": [16, 32]', b'"data_offsets": [00, 32]'.replace(b"00", b" 0")))
     with pytest.raises(DataError, match="overlap"):
-        check_weights(path)
+        check_weights(OpenFile.at(path))
     path.write_bytes(content.replace(b"BF16", b"F8_8"))
     with pytest.raises(DataError, match="F8_8 cannot be checked"):
-        check_weights(path)
+        check_weights(OpenFile.at(path))
 
 
 # ── card and lock ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from power_cuts import Disk, Seen
 
-from tuner.durable import copy_file, make_directories, move, remove, replacing, sync_directory, sync_tree, write_text
+from tuner.durable import make_directories, move, remove, replacing, sync_directory, sync_tree, write_text
 from tuner.pipeline.checkpoints import is_whole, seal
 from tuner.reference import LayoutReference
 from tuner.registry.image import build_image
@@ -78,20 +78,6 @@ def test_what_a_killed_writer_left_is_no_obstacle_and_a_link_in_its_place_is_not
     write_text(root / "file", "new")
     assert (read(root / "file"), read(root / "elsewhere")) == ("new", "mine")
     assert not (root / "file").is_symlink()
-
-
-def test_a_copy_has_the_contents_and_not_the_mode(root: Path) -> None:
-    (root / "source").write_text("contents")
-    (root / "source").chmod(0o600)
-    during, after = seen(root, lambda: copy_file(root / "source", root / "target"), lambda left: read(left / "target"))
-    assert (set(during), set(after)) == ({None, "contents"}, {"contents"})
-    assert (root / "target").stat().st_mode & 0o777 == 0o666 & ~_umask()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def test_a_removed_file_does_not_come_back(root: Path) -> None:

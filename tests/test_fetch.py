@@ -20,6 +20,7 @@ import pytest
 from tests.data_files import message_rows, write_data
 from tests.http_server import Answer, HttpServer
 from tests.hub import publish_model
+from tests.test_registry_image import pack
 from tuner.content import model_digest
 from tuner.errors import (
     ConfigError,
@@ -36,7 +37,6 @@ from tuner.pipeline.fetch import announced_bytes, fetch, fetch_base_model, fetch
 from tuner.pipeline.web import Transfer, expired_at
 from tuner.presets import Preset
 from tuner.reference import LayoutReference
-from tuner.registry.image import build_image
 from tuner.registry.push import push_layout
 from tuner.retry import Backoff
 from tuner.runspec import (
@@ -876,7 +876,7 @@ def a_layout(tmp_path: Path, files: dict[str, bytes]) -> str:
         paths[name].parent.mkdir(parents=True, exist_ok=True)
         paths[name].write_bytes(content)
     reference = LayoutReference(tmp_path / "layout", "v1", None)
-    push_layout(build_image(paths), reference, reporter=Silent())
+    push_layout(pack(paths), reference, reporter=Silent())
     return str(reference)
 
 
@@ -1000,6 +1000,28 @@ def test_only_the_runs_own_token_is_sent(
     assert {request.headers.get("authorization") for request in hub.requests} == {None}
     fetch_hub_model(tmp_path, reporter, token="hf_mine")
     assert "Bearer hf_mine" in {request.headers.get("authorization") for request in hub.requests}
+
+
+def test_the_token_stays_with_the_hub_where_that_redirects_to_a_storage(
+    hub: HttpServer, tmp_path: Path, reporter: Recording
+) -> None:
+    """As it does with weights: the address there is signed."""
+    content = model_content()
+    publish(hub, content)
+    with HttpServer() as storage:
+        for name, data in content.items():
+            path = f"/org/tiny/resolve/{COMMIT}/{name}"
+            headers = dict(hub._answers[path][0].headers)
+            storage.serve(f"/{name}", Answer(body=data, headers=headers))
+            linked = {"X-Linked-Size": str(len(data)), "X-Linked-Etag": headers["ETag"]}
+            hub.serve(
+                path, Answer(status=302, headers={**headers, **linked, "Location": f"{storage.url}/{name}?sig=1"})
+            )
+        model = fetch_hub_model(tmp_path, reporter, token="hf_mine")
+        assert (Path(model.path) / "model.safetensors").read_bytes() == content["model.safetensors"]
+        assert storage.requests
+        assert {request.headers.get("authorization") for request in storage.requests} == {None}
+    assert {request.headers.get("authorization") for request in hub.requests} == {"Bearer hf_mine"}
 
 
 HUB_REFUSALS: list[tuple[Answer, type[TunerError], str]] = [

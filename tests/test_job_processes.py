@@ -37,6 +37,7 @@ from tuner.cluster.beside import render_check_job, render_retry_push
 from tuner.cluster.job import JobObjects, render_job
 from tuner.cluster.job_options import JobOptions
 from tuner.cluster.templates import container
+from tuner.open_files import OpenFile
 from tuner.presets import find_preset
 from tuner.reference import parse_reference
 from tuner.registry import client_for
@@ -551,10 +552,10 @@ def test_a_secret_that_is_renewed_while_the_pusher_holds_is_the_one_that_pushes(
 @pytest.fixture
 def base_image(registry: RunningRegistry) -> str:
     """A tiny model as KAITO ships weights: an image that needs a pull secret."""
-    files = {path.name: path for path in sorted(tiny_base().iterdir()) if path.is_file()}
+    files = {path.name: OpenFile.at(path) for path in sorted(tiny_base().iterdir()) if path.is_file()}
     reference = parse_reference(f"{registry.host}/models/tiny:1")
     with client_for(reference, OPEN, [docker_config(registry.host)], reporter=Silent()) as client:
-        push_image(build_image(files, annotations={}), reference, client, reporter=Silent())
+        push_image(build_image(files), reference, client, reporter=Silent())
     return str(reference)
 
 

@@ -11,13 +11,14 @@ import requests
 
 from tests.fake_registry import FakeRegistry, fake_registry
 from tests.registries import PASSWORD, USER, RunningRegistry, require
-from tests.test_registry_image import ADAPTER, write
+from tests.test_registry_image import ADAPTER, pack, write
 from tests.test_registry_push import Recorder, client, push, registry
 from tests.test_registry_robustness import deliver
 from tuner.errors import ConfigError, DataError, InputMissingError, NotPushedError
+from tuner.open_files import OpenDirectory
 from tuner.reference import ImageReference, LayoutReference
 from tuner.registry.artifacts import modelpack_artifact, parse_lock, provenance_artifact, read_lock
-from tuner.registry.image import Image, build_image, canonical_json
+from tuner.registry.image import Image, canonical_json
 from tuner.registry.push import push_layout, push_referrer
 from tuner.registry.referrers import referrers_tag
 from tuner.registry.verify import verify_image
@@ -54,7 +55,7 @@ def make_image(directory: Path, *, lock: object = LOCK, config: object = CONFIG,
     files = {**ADAPTER, "adapter_config.json": json.dumps(config).encode(), "README.md": str(directory).encode()}
     if lock is not None:
         files["run.lock.json"] = json.dumps(lock).encode()
-    return build_image(write(directory / "adapter", files), annotations={**ANNOTATIONS, **annotations})
+    return pack(write(directory / "adapter", files), annotations={**ANNOTATIONS, **annotations})
 
 
 @pytest.fixture
@@ -91,7 +92,7 @@ def test_the_modelpack_sibling_has_the_images_layers_under_its_own_types(image: 
 
 @pytest.mark.parametrize("compression", ["gzip", "zstd"])
 def test_the_modelpack_sibling_says_how_its_layers_are_compressed(tmp_path: Path, compression: Any) -> None:
-    packed = build_image(write(tmp_path / "adapter", ADAPTER), compression=compression)
+    packed = pack(write(tmp_path / "adapter", ADAPTER), compression=compression)
     layers = json.loads(modelpack_artifact(packed).manifest_bytes)["layers"]
     assert {layer["mediaType"].rpartition("+")[2] for layer in layers} == {compression}
 
@@ -138,7 +139,7 @@ def test_equal_runs_make_equal_statements(image: Image) -> None:
 def test_an_adapter_without_a_lock_has_no_provenance(tmp_path: Path) -> None:
     adapter = write(tmp_path / "adapter", ADAPTER)["README.md"].parent
     with pytest.raises(InputMissingError, match="nothing is known"):
-        read_lock(adapter)
+        read_lock(OpenDirectory.at(adapter))
     with fake_registry() as fake, pytest.raises(NotPushedError, match=r"run\.lock\.json"):
         deliver(adapter, fake.host, provenance=True)
 
@@ -248,7 +249,7 @@ def test_a_config_that_no_reader_can_use_is_named(tmp_path: Path, config: object
 
 
 def test_missing_weights_are_named(tmp_path: Path) -> None:
-    image = build_image(write(tmp_path / "adapter", {"adapter_config.json": canonical_json(CONFIG)}))
+    image = pack(write(tmp_path / "adapter", {"adapter_config.json": canonical_json(CONFIG)}))
     with pytest.raises(DataError, match=r"no adapter_model\.safetensors"):
         verify(image, tmp_path)
 

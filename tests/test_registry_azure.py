@@ -11,14 +11,14 @@ import pytest
 
 from tests.fake_registry import FakeHandler, FakeRegistry
 from tests.registries import docker_config, running_server
-from tests.test_registry_image import ADAPTER, write
+from tests.test_registry_image import ADAPTER, pack, write
 from tests.test_registry_push import client, push
 from tuner.errors import ConfigError, DeniedError, InputMissingError, ServiceError
 from tuner.reference import ImageReference, parse_reference
 from tuner.registry import client_for
 from tuner.registry.azure import WorkloadIdentity, is_azure_registry, parse_reply, workload_identity
 from tuner.registry.credentials import Credential
-from tuner.registry.image import Image, build_image
+from tuner.registry.image import Image
 from tuner.registry.probe import probe_push
 from tuner.runspec import Network
 
@@ -109,7 +109,7 @@ def token_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def image(tmp_path: Path) -> Image:
-    return build_image(write(tmp_path / "adapter", ADAPTER))
+    return pack(write(tmp_path / "adapter", ADAPTER))
 
 
 def test_a_workload_identity_pushes_without_a_secret(image: Image, token_file: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from tiny import Heard, make_job, rows_of, stopped_in_the_first_step
 from tests.fake_registry import FakeRegistry, fake_registry
 from tuner.cli import main
 from tuner.errors import InterruptedRunError, ServiceError
-from tuner.pipeline.checkpoints import CHECKPOINTS, LEVERS, is_whole, seal
+from tuner.open_files import OpenDirectory, OpenFile
+from tuner.pipeline.checkpoints import CHECKPOINTS, LEVERS, is_whole, seal, sealed_files
 from tuner.pipeline.registry_checkpoints import Uploads, checkpoint_reference, restore
 from tuner.request import Request, build_run
 from tuner.runspec import ImageDestination, Network, RunSpec, Secrets
@@ -59,7 +61,9 @@ def checkpoint(work_dir: Path, step: int) -> Path:
 
 
 def uploads(registry: FakeRegistry, work_dir: Path, heard: Heard | None = None) -> Uploads:
-    return Uploads(spec_of(registry), work_dir, lambda: secrets_of(registry), heard or Heard())
+    return Uploads(
+        spec_of(registry), partial(OpenDirectory.at, work_dir), lambda: secrets_of(registry), heard or Heard()
+    )
 
 
 def tags(registry: FakeRegistry) -> list[str]:
@@ -129,17 +133,17 @@ def test_what_the_trainer_takes_away_meanwhile_is_not_missed(
     registry: FakeRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = checkpoint(tmp_path, 5)
-    whole = is_whole
 
-    def gone(path: Path) -> bool:
+    def gone(directory: OpenDirectory) -> dict[str, OpenFile] | None:
+        files = sealed_files(directory)
         shutil.rmtree(made)
-        return whole(path)
+        return files
 
-    monkeypatch.setattr("tuner.pipeline.registry_checkpoints.is_whole", gone)
+    monkeypatch.setattr("tuner.pipeline.registry_checkpoints.sealed_files", gone)
     heard = Heard()
     uploads(registry, tmp_path, heard).look()
     assert not heard.warnings
-    assert tags(registry)  # it was held by links
+    assert restore(spec_of(registry), secrets_of(registry), tmp_path / "new", heard) == 5  # it was held open
 
 
 def test_a_checkpoint_of_another_run_or_a_damaged_one_is_as_good_as_none(
@@ -155,8 +159,8 @@ def test_a_checkpoint_of_another_run_or_a_damaged_one_is_as_good_as_none(
     assert restore(other, secrets_of(registry), tmp_path / "other", Heard()) is None
 
     (made / "optimizer.pt").write_bytes(b"damaged")  # after it was sealed
-    sent = Uploads(spec, tmp_path / "one", lambda: secrets_of(registry), Heard())
-    sent._push(made, made, 60)
+    files = {f"{made.name}/{path.name}": OpenFile.at(path) for path in made.iterdir()}
+    uploads(registry, tmp_path / "one")._push(5, FOLDER, files, 60)
     heard = Heard()
     assert restore(spec, secrets_of(registry), tmp_path / "two", heard) is None
     assert "not a whole checkpoint of this run: beginning anew" in heard.warnings[0]

@@ -23,14 +23,14 @@ from tests.registries import (
     running_registry,
     running_token_server,
 )
-from tests.test_registry_image import ADAPTER, write
+from tests.test_registry_image import ADAPTER, pack, write
 from tests.test_registry_push import Recorder, client, push, skopeo
 from tests.test_registry_tar import info, make_tar
 from tuner.errors import ConfigError, DataError, InputMissingError, ServiceError, TunerError
 from tuner.reference import ImageReference, LayoutReference
 from tuner.registry.credentials import Credential
 from tuner.registry.extract import Limits
-from tuner.registry.image import Image, build_image, canonical_json, sha256_digest
+from tuner.registry.image import Image, canonical_json, sha256_digest
 from tuner.registry.layout import layout_digest
 from tuner.registry.pull import Pulled, pull_image
 from tuner.registry.push import push_layout
@@ -44,7 +44,7 @@ MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 @pytest.fixture
 def image(tmp_path: Path) -> Image:
     files = write(tmp_path / "adapter", {**ADAPTER, "run.lock.json": str(tmp_path).encode()})
-    return build_image(files, annotations={"sh.kaito.model.name": "phi-3"})
+    return pack(files, annotations={"sh.kaito.model.name": "phi-3"})
 
 
 def tree(directory: Path) -> dict[str, bytes]:

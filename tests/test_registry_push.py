@@ -26,12 +26,12 @@ from tests.registries import (
     running_server,
     running_token_server,
 )
-from tests.test_registry_image import ADAPTER, write
+from tests.test_registry_image import ADAPTER, pack, write
 from tuner.errors import ConfigError, DataError, DeniedError, InputMissingError, ServiceError
 from tuner.reference import ImageReference, parse_reference
 from tuner.registry import client_for
 from tuner.registry.credentials import Credential, parse_credentials
-from tuner.registry.image import Blob, Image, build_image, sha256_digest
+from tuner.registry.image import Blob, Image, sha256_digest
 from tuner.registry.probe import probe_push
 from tuner.registry.push import Pushed, push_image
 from tuner.registry.transport import Patience, RegistryClient
@@ -65,7 +65,7 @@ def registry() -> Iterator[RunningRegistry]:
 def image(tmp_path: Path) -> Image:
     # Of every test its own: a registry keeps blobs for all repositories together.
     files = write(tmp_path / "adapter", {**ADAPTER, "run.lock.json": str(tmp_path).encode()})
-    return build_image(files, annotations={"sh.kaito.model.name": "phi-3"})
+    return pack(files, annotations={"sh.kaito.model.name": "phi-3"})
 
 
 def client(host: str, *credentials: Credential, name: str = "adapters/phi", **options: object) -> RegistryClient:
@@ -131,7 +131,7 @@ def test_another_card_sends_only_the_small_layer_and_the_config(
 ) -> None:
     push(image, registry.host, name="card")
     (tmp_path / "adapter/README.md").write_text(f"# Another {tmp_path}\n")
-    other = build_image({path.name: path for path in (tmp_path / "adapter").iterdir()})
+    other = pack({path.name: path for path in (tmp_path / "adapter").iterdir()})
     pushed = push(other, registry.host, name="card")
     assert pushed.bytes_sent == other.config.size_bytes + other.layers[0].size_bytes
 

@@ -12,6 +12,7 @@ from tests.test_registry_image import ADAPTER, write
 from tests.test_registry_push import QUICK, Recorder
 from tests.test_registry_robustness import adapter, deliver, image_of
 from tuner.errors import ConfigError, DataError, InputMissingError, NotPushedError
+from tuner.open_files import OpenDirectory
 from tuner.registry.push_state import PUSH_STATE, PushOptions, PushState, interrupted_by_signals, load_push_state
 
 __all__ = ["adapter"]  # a fixture
@@ -19,19 +20,27 @@ __all__ = ["adapter"]  # a fixture
 
 def test_what_a_later_push_needs_is_written_down_before_the_first_byte(adapter: Path) -> None:
     seen: list[PushState] = []
-    with fake_registry(on_request=lambda method, path: seen.append(load_push_state(adapter.parent))) as fake:
+    with fake_registry() as fake:
+        fake.on_request = lambda method, path: seen.append(load_push_state(OpenDirectory.at(adapter.parent)))
         deliver(adapter, fake.host, compression="zstd", docker_configs=(docker_config(fake.host, "ci", "hunter2"),))
     first = seen[0]
     assert (str(first.reference), first.pushed) == (f"{fake.host}/adapters/phi:v1", False)
-    assert first.adapter_path(adapter.parent) == adapter
+    assert first.open_adapter(OpenDirectory.at(adapter.parent)).path == adapter
     assert first.options == PushOptions(compression="zstd")
     assert first.network.plain_http
     assert "hunter2" not in (adapter.parent / PUSH_STATE).read_text()
 
 
-def test_an_adapter_that_lies_elsewhere_is_found_from_the_state(tmp_path: Path) -> None:
-    state = PushState(adapter_dir="../elsewhere/adapter", reference="a.b/c:v1", digest="sha256:0")
-    assert state.adapter_path(tmp_path / "work") == tmp_path / "elsewhere/adapter"
+@pytest.mark.parametrize("written", ["../elsewhere", "{}/elsewhere", "link", "adapter/../../elsewhere"])
+def test_a_state_leads_nowhere_but_below_itself(adapter: Path, written: str) -> None:
+    """Whoever can write there could have another directory pushed, and to another registry."""
+    elsewhere = adapter.rename(adapter.with_name("elsewhere"))
+    work = adapter.with_name("work")
+    work.mkdir()
+    (work / "link").symlink_to(elsewhere)
+    state = PushState(adapter_dir=written.format(elsewhere.parent), reference="a.b/c:v1", digest="sha256:0")
+    with OpenDirectory.at(work) as beside, pytest.raises((DataError, InputMissingError)):
+        state.open_adapter(beside)
 
 
 def test_pushing_again_sends_no_blob_and_another_card_only_the_small_layer(adapter: Path) -> None:
@@ -47,21 +56,21 @@ def test_files_that_are_not_those_of_the_push_are_not_pushed_in_their_place(adap
     with fake_registry() as fake:
         deliver(adapter, fake.host)
     (adapter / "README.md").write_text("# Another card\n")
-    state = load_push_state(adapter.parent)
+    state = load_push_state(OpenDirectory.at(adapter.parent))
     with pytest.raises(DataError, match="have changed since the push began") as caught:
-        state.check_image(image_of(adapter), adapter.parent)
+        state.check_image(image_of(adapter), OpenDirectory.at(adapter))
     assert f"tuner push {adapter} " in str(caught.value.hint)
 
 
 def test_a_directory_where_nothing_was_begun_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputMissingError, match="no push was begun"):
-        load_push_state(tmp_path)
+        load_push_state(OpenDirectory.at(tmp_path))
 
 
 def test_a_state_of_another_program_is_refused(tmp_path: Path) -> None:
     (tmp_path / PUSH_STATE).write_text('{"reference": "a.b/c:v1"}')
     with pytest.raises(ConfigError, match="not a PushState"):
-        load_push_state(tmp_path)
+        load_push_state(OpenDirectory.at(tmp_path))
 
 
 def test_a_state_that_can_not_be_written_does_not_stop_the_push(adapter: Path) -> None:
@@ -100,7 +109,7 @@ def test_an_error_after_the_push_has_begun_keeps_what_the_tag_had(adapter: Path,
         fake.answers[:] = [("PATCH", "", 400)]
         with pytest.raises(NotPushedError):
             deliver(adapter, fake.host)
-        assert load_push_state(adapter.parent).previous_digest == before.digest
+        assert load_push_state(OpenDirectory.at(adapter.parent)).previous_digest == before.digest
         reporter = Recorder()
         assert deliver(adapter, fake.host, reporter=reporter).previous_digest == before.digest
     assert reporter.warnings == []
@@ -131,4 +140,4 @@ def test_signals_are_left_alone_in_another_thread() -> None:
 def test_a_push_waits_for_a_registry_that_is_slow_to_come_up_only_as_long_as_it_may(adapter: Path) -> None:
     with pytest.raises(NotPushedError, match="nothing listens there"):
         deliver(adapter, "127.0.0.1:1", patience=QUICK)
-    assert not load_push_state(adapter.parent).began
+    assert not load_push_state(OpenDirectory.at(adapter.parent)).began

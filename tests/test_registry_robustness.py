@@ -36,12 +36,13 @@ from tests.registries import (
     running_token_server,
 )
 from tests.test_registry_credentials import jwt
-from tests.test_registry_image import ADAPTER, write
+from tests.test_registry_image import ADAPTER, pack, write
 from tests.test_registry_push import QUICK, UPLOAD, Recorder, client, found, push, registry
 from tuner.errors import ConfigError, DataError, DeniedError, InterruptedRunError, NotPushedError, ServiceError
+from tuner.open_files import OpenDirectory
 from tuner.reference import ImageReference
 from tuner.registry.credentials import Credential
-from tuner.registry.image import Image, build_image, sha256_digest
+from tuner.registry.image import Image, sha256_digest
 from tuner.registry.probe import probe_push
 from tuner.registry.push import Pushed, push_image
 from tuner.registry.push_state import PUSH_STATE, PushOptions, load_push_state, push_resumably
@@ -65,7 +66,7 @@ def image(adapter: Path) -> Image:
 
 
 def image_of(adapter: Path) -> Image:
-    return build_image({path.name: path for path in adapter.iterdir()})
+    return pack({path.name: path for path in adapter.iterdir()})
 
 
 def deliver(
@@ -83,8 +84,8 @@ def deliver(
     return push_resumably(
         image_of(adapter),
         ImageReference(host, name, "v1"),
-        adapter_dir=adapter,
-        directory=adapter.parent,
+        adapter=OpenDirectory.at(adapter),
+        directory=OpenDirectory.at(adapter.parent),
         overwrite=overwrite,
         network=Network(plain_http=True),
         docker_configs=docker_configs,
@@ -393,12 +394,13 @@ import sys
 from pathlib import Path
 from tuner.errors import ServiceError
 from tuner.reference import LayoutReference
+from tuner.open_files import OpenFile
 from tuner.registry.image import build_image
 from tuner.registry.push import push_layout
 from tuner.runspec import Silent
 adapter, disk = Path(sys.argv[1]), Path(sys.argv[2])
 try:
-    push_layout(build_image({p.name: p for p in adapter.iterdir()}), LayoutReference(disk / "out", "v1"),
+    push_layout(build_image({p.name: OpenFile.at(p) for p in adapter.iterdir()}), LayoutReference(disk / "out", "v1"),
                 reporter=Silent())
 except ServiceError as error:
     print(error.message, "|", sorted(p.name for p in disk.rglob("*") if p.is_file()))
@@ -434,7 +436,7 @@ def test_r15_a_registry_whose_disk_is_full_is_asked_again_and_then_said(
             deliver(adapter, proxy.host, name="r15")
         assert [method for method, path, _ in proxy.log if "digest=" in path].count("PUT") > 1
     assert (adapter / "adapter_model.safetensors").is_file()
-    assert not load_push_state(adapter.parent).pushed
+    assert not load_push_state(OpenDirectory.at(adapter.parent)).pushed
 
 
 def test_r16_a_tag_moved_by_another_writer_is_said_with_both_digests(
@@ -481,16 +483,18 @@ from pathlib import Path
 from tuner.errors import TunerError
 from tuner.reference import parse_reference
 from tuner.registry import transport
+from tuner.open_files import OpenDirectory, OpenFile
 from tuner.registry.image import build_image
 from tuner.registry.push_state import PushOptions, push_resumably
 from tuner.runspec import Network, Silent
 adapter, reference = Path(sys.argv[1]), sys.argv[2]
-image = build_image({p.name: p for p in adapter.iterdir()})
+image = build_image({p.name: OpenFile.at(p) for p in adapter.iterdir()})
 print("ready", flush=True)
 sys.stdin.readline()
 try:
     pushed = push_resumably(
-        image, parse_reference(reference), adapter_dir=adapter, directory=adapter.parent,
+        image, parse_reference(reference),
+        adapter=OpenDirectory.at(adapter), directory=OpenDirectory.at(adapter.parent),
         network=Network(plain_http=True), docker_configs=(), options=PushOptions(), reporter=Silent(),
     )
     print(pushed.digest)
@@ -528,7 +532,7 @@ def test_r18_a_signal_cancels_the_upload_and_leaves_the_rest_to_be_sent(
         assert (process.returncode, out) == (InterruptedRunError.exit_code, "")
         assert number.name in err
         assert [method for method, _, _ in fake.log].count("DELETE") == 1
-        assert not load_push_state(adapter.parent).pushed
+        assert not load_push_state(OpenDirectory.at(adapter.parent)).pushed
         assert fake.repository("adapters/phi").tags == {}
         fake.on_request = lambda method, path: None
         pushed = deliver(adapter, fake.host)
@@ -553,13 +557,15 @@ def test_r19_a_failed_push_says_how_to_finish_and_finishing_sends_what_is_missin
         assert registry.tags("r19") == []
         proxy.change_answer = lambda method, path, body: body
         proxy.faults.clear()
-        state = load_push_state(adapter.parent)
-        assert (state.adapter_path(adapter.parent), state.digest) == (adapter, image.digest)
-        state.check_image(image, adapter.parent)
-        pushed = deliver(state.adapter_path(adapter.parent), proxy.host, name="r19")
+        with OpenDirectory.at(adapter.parent) as beside:
+            state = load_push_state(beside)
+            kept = state.open_adapter(beside)
+        assert (kept.path, state.digest) == (adapter, image.digest)
+        state.check_image(image, kept)
+        pushed = deliver(kept.path, proxy.host, name="r19")
     assert (pushed.blobs_skipped, pushed.bytes_sent) == (3, image.layers[2].size_bytes)
     assert registry.tags("r19") == ["v1"]
-    assert load_push_state(adapter.parent).pushed
+    assert load_push_state(OpenDirectory.at(adapter.parent)).pushed
 
 
 def test_r20_at_no_point_of_failure_is_there_a_tag_whose_blobs_are_missing(adapter: Path, image: Image) -> None:

@@ -7,8 +7,9 @@ import time
 import pytest
 
 from tuner import talk as talk_module
+from tuner.redaction import redact
 from tuner.runspec import Progress
-from tuner.talk import Lasting, Talk, without_queries
+from tuner.talk import Lasting, Talk
 
 
 class Terminal(io.StringIO):
@@ -77,7 +78,7 @@ def test_no_line_has_a_query_or_a_user(text: str, shown: str) -> None:
     stream = io.StringIO()
     with Talk(stream) as talk:
         talk.note(text)
-    assert without_queries(text) == shown
+    assert redact(text) == shown
     assert stream.getvalue() == shown + "\n"
 
 

@@ -59,6 +59,29 @@ def test_userinfo_is_refused_and_not_repeated() -> None:
     assert "hunter2" not in problem
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("a.jsonl;sig=S", "a.jsonl%3Fsig=S", "a.jsonl%3fSig%3dS", "a.jsonl%253Fsig%253DS", "a.jsonl&token=S"),
+        *("a.jsonl%26sig=S", "sig=S/a.jsonl", "a;v=1;Signature=S", "a.jsonl,X-Amz-Signature=S", "a%3Bpassword=S?x=1"),
+    ],
+)
+def test_a_signature_in_the_path_is_refused_and_not_repeated(path: str) -> None:
+    """It would be taken for the file's name, and be in every message, record and lock."""
+    problem = url_problem(f"https://example.com/{path}", NOTHING)
+    assert problem is not None
+    assert "belongs into the query" in problem
+    assert "=S" not in problem
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["a;v=1/date=2024-01-01/t", "sign=1", "a?b;sig=c#;sig=d", "design=2/t", "tokens=4096/t", "a?sig=x", "author=me"],
+)
+def test_other_parameters_in_a_path_are_names(path: str) -> None:
+    assert url_problem(f"https://example.com/{path}", NOTHING) is None
+
+
 LOOPBACK_FORMS = [
     "127.0.0.1",
     "127.1",

@@ -9,7 +9,6 @@ all is there, does that after one of these has returned. Tests cut the power bet
 
 import errno
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,12 +44,6 @@ def replacing(path: Path, *, durably: bool = True) -> Iterator[BinaryIO]:
 def write_text(path: Path, text: str) -> None:
     with replacing(path) as file:
         file.write(text.encode())
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """The contents, and nothing else of `source`."""
-    with source.open("rb") as original, replacing(target) as copy:
-        shutil.copyfileobj(original, copy)
 
 
 def move(source: Path, target: Path) -> None:
@@ -92,6 +85,15 @@ def sync_directory(path: Path) -> None:
     """Bring the names in a directory to the disk, where its file system can."""
     try:
         _sync(path, os.O_DIRECTORY)
+    except OSError as error:
+        if error.errno not in _NO_SYNC_OF_DIRECTORIES:
+            raise
+
+
+def sync_open_directory(descriptor: int) -> None:
+    """The same for a directory that is open."""
+    try:
+        os.fsync(descriptor)
     except OSError as error:
         if error.errno not in _NO_SYNC_OF_DIRECTORIES:
             raise

@@ -21,18 +21,28 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from types import MappingProxyType
 
+from tuner.redaction import redact
+
 EXIT_INTERNAL = 70
 
 
 class TunerError(Exception):
-    """One sentence on what is wrong with which value, and a hint on what to do next."""
+    """One sentence on what is wrong with which value, and a hint on what to do next; neither shows a secret."""
 
     exit_code = EXIT_INTERNAL
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
+        self.message = redact(message)
+        super().__init__(self.message)
         self.hint = hint
+
+    @property
+    def hint(self) -> str | None:
+        return self._hint
+
+    @hint.setter
+    def hint(self, hint: str | None) -> None:
+        self._hint = hint and redact(hint)
 
 
 class UsageError(TunerError):
@@ -83,6 +93,10 @@ class Problem:
     file: str = ""
     line: int | None = None
     hint: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", redact(self.message))
+        object.__setattr__(self, "hint", self.hint and redact(self.hint))
 
     def __str__(self) -> str:
         where = f"{self.file}:{self.line}" if self.file and self.line else self.file

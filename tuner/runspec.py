@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -29,7 +30,9 @@ from pydantic import (
 from tuner.durable import replacing
 from tuner.errors import ConfigError, InputMissingError
 from tuner.gates import Gate, parse_gates
+from tuner.open_files import OpenDirectory
 from tuner.presets import Preset
+from tuner.redaction import hide, hide_url, redact
 from tuner.reference import ImageReference, LayoutReference, parse_destination, parse_reference
 from tuner.training_settings import TrainingConfig
 from tuner.urls import is_hub_url
@@ -48,15 +51,33 @@ class Contract(BaseModel):
         with replacing(path, durably=durably) as file:
             file.write((self.model_dump_json(indent=2) + "\n").encode())
 
+    def save_in(self, directory: OpenDirectory, name: str) -> None:
+        """The same in a directory that others write to."""
+        directory.write(name, (self.model_dump_json(indent=2) + "\n").encode())
+
     @classmethod
     def load(cls, path: Path) -> Self:
         """Raises InputMissingError when an earlier stage did not leave it, ConfigError when it is not ours."""
         try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+            return cls._parse(path.read_bytes(), path)
         except FileNotFoundError as error:
             raise InputMissingError(f"{path}: not there", hint="run the stages before this one first") from error
         except OSError as error:
             raise InputMissingError(f"{path}: cannot be read: {error.strerror}") from error
+
+    @classmethod
+    def load_from(cls, directory: OpenDirectory, name: str) -> Self:
+        """The same from a directory that others write to; DataError for what is no plain file."""
+        try:
+            return cls._parse(directory.file(name).content(), directory.path / name)
+        except InputMissingError as error:
+            error.hint = "run the stages before this one first"
+            raise
+
+    @classmethod
+    def _parse(cls, content: bytes, path: Path) -> Self:
+        try:
+            return cls.model_validate_json(content.decode())
         except UnicodeDecodeError:
             raise ConfigError(f"{path}: not a {cls.__name__} of this version of tuner: it is not text") from None
         except ValidationError as error:
@@ -285,6 +306,11 @@ class Secrets:
     source_headers: tuple[str, ...] = field(default=(), repr=False)  # sources.json texts, first match wins
     push_docker_config_file: str | None = None  # where docker_configs was read, if from a file
 
+    def __post_init__(self) -> None:
+        for query in self.queries.values():
+            hide_url(f"?{query}")
+        hide(self.hf_token)
+
     def push_docker_configs(self) -> tuple[str, ...]:
         """The docker configs to push with, read again: a token that was renewed while the GPU worked is the one."""
         if self.push_docker_config_file is None:
@@ -439,6 +465,7 @@ _GREATEST_EXPONENT = 700  # e to the power of more is no float
 # ── out ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 Scalar = str | int | float | bool | None
+Said = Annotated[str, AfterValidator(redact)]
 # Of one container a kubelet keeps 4,096 bytes, of a pod 12 KiB in equal shares. We have up to four containers; webhooks
 # (meshes, a cloud's identity) add some. Half a line of JSON would tell nothing.
 TERMINATION_MESSAGE_BYTES = 2048
@@ -450,8 +477,8 @@ class StageResult(Contract):
     stage: StageName
     exit_code: int = 0
     reason: str = "Completed"
-    message: str = ""
-    hint: str | None = None
+    message: Said = ""
+    hint: Said | None = None
     values: dict[str, Scalar] = Field(default_factory=dict)
 
     def to_message(self) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from tuner.errors import ConfigError, Problem
+from tuner.redaction import hide_header, hide_url
 from tuner.urls import redacted
 
 SOURCES_KEY = "sources.json"  # in a Secret
@@ -37,6 +38,10 @@ class SourceHeaders:
     port: int
     path: str  # without a slash at its end
     headers: Mapping[str, str] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        for value in self.headers.values():
+            hide_header(value)
 
     def match(self, parts: SplitResult) -> bool:
         pattern = re.escape(self.host).replace(r"\*", r"[^.]*")
@@ -67,6 +72,7 @@ def parse_source_headers(text: str, origin: str) -> tuple[SourceHeaders, ...]:
     entries: list[SourceHeaders] = []
     problems: list[Problem] = []
     for key, value in document.items():
+        hide_url(key)
         try:
             entries.append(_parse_entry(key, value))
         except ValueError as error:

@@ -1,7 +1,6 @@
 """How the command line talks while it works: bars on a terminal, plain lines and few JSON lines elsewhere."""
 
 import json
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -10,8 +9,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
+from tuner.redaction import redact
 from tuner.runspec import Progress, StageName
-from tuner.urls import redacted
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -20,22 +19,6 @@ if TYPE_CHECKING:
 _FIRST_INTERVAL_S, _LAST_INTERVAL_S = 5.0, 60.0  # between JSON lines: seldomer the longer a task takes
 _BAR_FROM_WIDTH = 80  # columns of a terminal
 _IDLE_AFTER_S = 1.0  # a stage without a bar shows its time, once it takes any
-_URL = re.compile(
-    r"(https?):/{1,2}(?!/)([^\s'\"<>`)\]]+)", re.IGNORECASE
-)  # one slash: a URL that somebody took for a path
-
-
-def without_queries(text: str) -> str:
-    """The text with `?…` for the query of each URL, and without user and fragment: the last gate for a signature.
-
-    Nobody should hand us one; libraries' messages and what was typed do.
-    """
-
-    def shown(match: re.Match[str]) -> str:
-        bare = redacted(f"{match[1]}://{match[2]}")
-        return f"{bare}?…" if "?" in match.group() else bare
-
-    return _URL.sub(shown, text)
 
 
 class Lasting:
@@ -129,7 +112,7 @@ class Talk:
         self._line(f"warning: {line}", style="yellow")
 
     def _line(self, line: str, style: str = "") -> None:
-        shown = without_queries(line)
+        shown = redact(line)
         if self._console:
             from rich.text import Text
 
@@ -171,7 +154,7 @@ def _is_line_due(task: _Task, now: float) -> bool:
 
 def _json_line(task: _Task, now: float) -> dict[str, Any]:
     progress = task.progress
-    line: dict[str, Any] = {"stage": progress.stage, "task": without_queries(progress.task)}
+    line: dict[str, Any] = {"stage": progress.stage, "task": redact(progress.task)}
     line |= {"done": progress.done, "total": progress.total, "unit": progress.unit}
     line |= {name: float(f"{value:.6g}") for name, value in progress.values.items()}
     left_s = task.left_s(now)
@@ -212,7 +195,7 @@ def _bars(tasks: list[_Task], now: float, width: int) -> "RenderableType":
         left_s = task.left_s(now)
         shown = ProgressBar(total=progress.total, completed=progress.done, width=24) if progress.total else ""
         table.add_row(
-            Text(without_queries(progress.task)),  # which may hold what rich takes for markup
+            Text(redact(progress.task)),  # which may hold what rich takes for markup
             *([shown] if has_bars else []),
             _amount(progress),
             "" if left_s is None else f"{_clock(left_s)} left",

@@ -14,6 +14,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 from tuner.errors import ConfigError
+from tuner.redaction import hide_url, is_secret_parameter, is_signed_in_path
 
 Address = IPv4Address | IPv6Address
 AddressRange = IPv4Network | IPv6Network
@@ -59,15 +60,6 @@ _IPV4_AT_END: tuple[IPv6Network, ...] = (
     IPv6Network("64:ff9b:1::/48"),  # NAT64 of one's own, RFC 8215
 )
 
-_SIGNATURE_PREFIXES = ("x-amz-", "x-goog-", "x-oss-", "x-obs-", "x-cos-", "q-sign", "q-ak", "q-key-time")
-# fmt: off
-_SECRETS = frozenset({
-    "sig", "signature", "token", "access_token", "accesstoken", "id_token", "auth", "authorization", "auth_token",
-    "apikey", "api_key", "api-key", "password", "passwd", "secret", "client_secret", "credential", "credentials",
-    "jwt", "sas", "hmac", "private_token", "job_token", "awsaccesskeyid", "googleaccessid", "ossaccesskeyid",
-    "key-pair-id", "x-ms-token",
-})
-# fmt: on
 # Short words that mean something else elsewhere: part of a signature only where there is one.
 # fmt: off
 _WITH_SIG = frozenset({
@@ -98,6 +90,7 @@ BAD_CHARACTER = f"{INVALID}: it has a space, a control character or a backslash"
 BAD_SCHEME = "a data source URL must use HTTP or HTTPS"
 NO_HOST = f"{INVALID}: it has no host"
 USERINFO = "a data source URL must not hold a user name or password"
+SIGNED_PATH = f"{INVALID}: what signs it stands in its path; it belongs into the query, which begins with a ?"
 NOT_A_HOST = f"{INVALID}: {{}} is not a host name"
 NOT_AN_ADDRESS = f"{INVALID}: {{}} is not an IP address in four decimal numbers"
 WRAPPED = f"{INVALID}: write the IPv4 address itself, without IPv6 around it"
@@ -173,6 +166,8 @@ def url_problem(url: str, allowed: Allowed, *, stores: bool = False) -> str | No
         return NO_HOST
     if "@" in parts.netloc:
         return USERINFO
+    if is_signed_in_path(url):
+        return SIGNED_PATH
     return _host_problem(host, allowed)
 
 
@@ -347,6 +342,7 @@ class SplitUrl:
 
 def split_url(text: str) -> SplitUrl:
     """A URL in its parts; ConfigError for one that does not parse or whose `#sha256=` is malformed."""
+    hide_url(text)
     try:
         parts = urlsplit(text)
         _ = parts.port
@@ -388,17 +384,13 @@ def _without_signature(query: str) -> str:
     """
     pairs = parse_qsl(query, keep_blank_values=True)
     names = {name.lower() for name, _ in pairs}
-    dropped = set(_SECRETS)
+    dropped: set[str] = set()
     if "sig" in names:
         dropped |= _WITH_SIG
     if "signature" in names:
         dropped |= _WITH_SIGNATURE
     return urlencode(
-        [
-            (name, value)
-            for name, value in pairs
-            if name.lower() not in dropped and not name.lower().startswith(_SIGNATURE_PREFIXES)
-        ]
+        [(name, value) for name, value in pairs if name.lower() not in dropped and not is_secret_parameter(name)]
     )
 
 
@@ -408,7 +400,7 @@ def _pin(fragment: str, shown_url: str) -> str | None:
         if name.lower() == "sha256":
             if not _PIN.fullmatch(value.lower()):
                 raise ConfigError(
-                    f"{shown_url}: #sha256= wants 64 hexadecimal digits, not {value!r}",
+                    f"{shown_url}: #sha256= wants 64 hexadecimal digits, not these {len(value)} characters",
                     hint="`sha256sum FILE` prints them",
                 )
             return value.lower()

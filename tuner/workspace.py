@@ -36,6 +36,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from pydantic_core.core_schema import no_info_after_validator_function, str_schema
 
 from tuner.errors import ConfigError, InputMissingError, Problem, did_you_mean
+from tuner.redaction import hide_url
 from tuner.reference import ImageReference, names_registry, parse_reference
 from tuner.urls import Allowed, url_problem
 
@@ -146,6 +147,7 @@ LOCAL_FILE = "names a file of one machine, which a pod cannot read"
 def checked_url(url: str, info: ValidationInfo) -> str:
     rules = info.context
     assert isinstance(rules, _Rules)
+    hide_url(url)
     if not url.strip():
         raise _fault(EMPTY)
     if not is_local_file(url):

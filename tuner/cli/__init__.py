@@ -11,7 +11,8 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from typing import Any, TextIO, cast
 
 import typer
 
@@ -27,6 +28,7 @@ from tuner.errors import (
     TunerError,
     UsageError,
 )
+from tuner.redaction import hide_arguments, hide_environment, redact
 from tuner.signals import handling
 
 __all__ = ["app", "main"]
@@ -41,8 +43,10 @@ def main(argv: Sequence[str]) -> int:
             stream.reconfigure(errors="backslashreplace")  # a terminal without "→" is no reason to stop
     if os.environ.get("_TUNER_COMPLETE") == "complete_bash":
         completion.read_bash_words(os.environ)
+    hide_environment(os.environ)
+    hide_arguments(argv)
     try:
-        with _signals():
+        with _redacted_stderr(), _signals():
             code = app(args=list(argv), prog_name="tuner", standalone_mode=False)
             print(end="", flush=True)  # a reader that is gone shows here, and not when Python ends
     except TunerError as error:
@@ -68,6 +72,27 @@ def main(argv: Sequence[str]) -> int:
 
 # Typer has a copy of click in newer releases: its errors are found through one that it exports.
 _TyperError: type[Exception] = typer.BadParameter.__mro__[2]
+
+
+class _Redacted:
+    """A text stream on which no secret gets: libraries, warnings and threads write there by themselves."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(redact(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def _redacted_stderr() -> Iterator[None]:
+    with redirect_stderr(cast(TextIO, _Redacted(sys.stderr))):
+        yield
+
 
 _PATIENCE_S = 3.0  # for an orderly end: a connection that says nothing may hold it up
 

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 
 def say(text: str) -> None:
-    from tuner.talk import Lasting, without_queries
+    from tuner.redaction import redact
+    from tuner.talk import Lasting
 
-    print(without_queries(text), file=Lasting(sys.stderr), flush=True)
+    print(redact(text), file=Lasting(sys.stderr), flush=True)
 
 
 class Stopped(BaseException):

@@ -191,14 +191,14 @@ def logs(
 ) -> None:
     """Print what a run says: of the stage that failed or runs, or of one of its stages."""
     from tuner.cluster.follow import read_logs
+    from tuner.redaction import redact
     from tuner.runspec import STAGES
-    from tuner.talk import without_queries
 
     known = next((known for known in STAGES if known == stage), None)
     if stage and known is None:
         raise UsageError(f"{stage!r} is no stage", hint=f"one of {', '.join(STAGES)}")
     for line in read_logs(open_api(place.context, place.namespace), name, known, follows=follow):
-        print(without_queries(line), flush=follow)
+        print(redact(line), flush=follow)
 
 
 @command("events", example="tuner events workspace-tuning-phi-3")
@@ -210,7 +210,7 @@ def events(name: RunName, place: ClusterFlags, as_json: AsJson) -> None:
     from rich.text import Text
 
     from tuner.cluster.follow import duration, read_events
-    from tuner.talk import without_queries
+    from tuner.redaction import redact
 
     api = open_api(place.context, place.namespace)
     found = read_events(api, name)
@@ -227,7 +227,7 @@ def events(name: RunName, place: ClusterFlags, as_json: AsJson) -> None:
             + (f" ×{each.count}" if each.count > 1 else ""),
             each.reason,
             each.about,
-            without_queries(each.message),
+            redact(each.message),
         )
         for each in found
     ]

@@ -45,6 +45,8 @@ def push(
     flags: PushFlags,
 ) -> None:
     """Package an adapter directory and push it; equal files give the digest that the run would have pushed."""
+    from tuner.open_files import OpenDirectory
+    from tuner.pipeline.package import open_adapter
     from tuner.pipeline.run import deliver, resume_push
     from tuner.request import docker_configs_for, parse_output
     from tuner.runspec import DirectoryDestination
@@ -52,8 +54,8 @@ def push(
     if resume:
         if directory or image:
             raise UsageError("--resume DIR knows what to push and where", hint=f"tuner push --resume {resume}")
-        with open_talk() as talk:
-            pushed = resume_push(resume, docker_configs_for(login.docker_config, os.environ), talk)
+        with open_talk() as talk, OpenDirectory.at(resume) as work:
+            pushed = resume_push(work, docker_configs_for(login.docker_config, os.environ), talk)
             _say_pushed(pushed, talk)
         print_result(pushed.reference, flags.digest_file, None)
         return
@@ -63,11 +65,10 @@ def push(
     if isinstance(destination, DirectoryDestination):
         raise UsageError(f"{image} names no registry", hint="registry/name:tag, or oci:DIR:TAG for a layout on disk")
     check_digest_file(flags.digest_file, destination)
-    with open_talk() as talk:
+    with open_talk() as talk, open_adapter(directory) as adapter, OpenDirectory.at(adapter.path.parent) as beside:
         credentials = docker_configs_for(login.docker_config, os.environ)
-        pushed = deliver(
-            directory, destination, registry_network(login), credentials, talk, options=push_options(flags)
-        )
+        network = registry_network(login)
+        pushed = deliver(adapter, beside, destination, network, credentials, talk, options=push_options(flags))
         _say_pushed(pushed, talk)
     print_result(pushed.reference, flags.digest_file, None)
 
@@ -91,6 +92,7 @@ def verify(
     from tempfile import TemporaryDirectory
 
     from tuner.content import check_model_directory
+    from tuner.open_files import OpenFile
     from tuner.pipeline.adapter import ADAPTER_WEIGHTS, check_weights
     from tuner.reference import LayoutReference
     from tuner.registry import client_for
@@ -109,7 +111,7 @@ def verify(
             credentials = docker_configs_for(login.docker_config, os.environ)
             with client_for(reference, registry_network(login), credentials, reporter=talk) as client:
                 verified = verify_image(reference, directory, client, reporter=talk)
-        check_weights(directory / ADAPTER_WEIGHTS)
+        check_weights(OpenFile.at(directory / ADAPTER_WEIGHTS))
         if load:
             _load_with_peft(directory, load)
         talk.note(f"{len(verified.files)} files are what they say" + (", and PEFT loads them" if load else ""))

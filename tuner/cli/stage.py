@@ -146,15 +146,14 @@ def _known(name: str) -> "StageName":
 def _failed(result: "StageResult", error: Exception) -> "StageResult":
     """Everything that a person would be told, as the pod's log may be gone when they look."""
     from tuner.errors import EXIT_INTERNAL
-    from tuner.talk import without_queries
 
     message, hint, exit_code = f"a bug in tuner: {error}", None, EXIT_INTERNAL
     if isinstance(error, TunerError):
         message, hint, exit_code = error.message, error.hint, error.exit_code
     if isinstance(error, ConfigError) and len(error.problems) > 1:
         message = "\n".join([message, *map(str, error.problems)])
-    told = {"message": without_queries(message), "hint": hint and without_queries(hint)}
-    return result.model_copy(update={"exit_code": exit_code, "reason": type(error).__name__, **told})
+    kept = result.model_dump(exclude={"exit_code", "reason", "message", "hint"})
+    return type(result)(**kept, exit_code=exit_code, reason=type(error).__name__, message=message, hint=hint)
 
 
 def _stopped(result: "StageResult", exit_code: int) -> "StageResult":

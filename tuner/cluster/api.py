@@ -35,6 +35,7 @@ from tuner.cluster.api_errors import (
     error_of_transport,
 )
 from tuner.errors import ConfigError
+from tuner.redaction import hide_header
 from tuner.retry import Backoff, Retries
 
 Object = dict[str, Any]
@@ -584,9 +585,12 @@ class Api:
             settings = self._configuration.auth_settings()
         except Exception as error:  # a credential plugin may raise anything
             raise error_of_config(error, "the credentials of the kubeconfig") from error
-        return {
+        headers = {
             entry["key"]: entry["value"] for entry in settings.values() if entry["in"] == "header" and entry["value"]
         }
+        for value in headers.values():
+            hide_header(value)
+        return headers
 
     def _body(self, response: Any, asked: Asked) -> bytes:
         import urllib3

@@ -72,6 +72,7 @@ from tuner.cluster.watched import Watched, WatchedNamespaces
 from tuner.cluster.work_queue import WorkQueue
 from tuner.cluster.workspace_status import with_others_conditions
 from tuner.pod import CHECK_JOB, PUSH_JOB
+from tuner.redaction import redact
 from tuner.workspace import TRAINING_CONFIG_KEY
 
 FIELD_MANAGER = "tuner-controller"
@@ -107,7 +108,8 @@ class ControllerOptions:
 
 def log_json(level: str, message: str, **fields: Any) -> None:
     """One line of JSON on stderr."""
-    said = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "level": level, "message": message, **fields}
+    said = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "level": level, "message": message}
+    said |= {name: redact(value) if isinstance(value, str) else value for name, value in fields.items()}
     sys.stderr.write(json.dumps(said, ensure_ascii=False, default=str) + "\n")  # one write: several threads talk
     sys.stderr.flush()
 

@@ -28,6 +28,7 @@ from tuner.cluster.observe import (
     view_job,
 )
 from tuner.errors import InputMissingError, TunerError, did_you_mean
+from tuner.redaction import redact
 from tuner.runspec import Progress, Reporter, StageName
 
 _PROGRESS_LINES = 20
@@ -579,6 +580,6 @@ def _event_line(event: Mapping[str, Any], about: str) -> EventLine:
         type=str(event.get("type", "")),
         reason=str(event.get("reason", "")),
         about=about,
-        message=" ".join(str(event.get("message") or event.get("note") or "").split()),
+        message=redact(" ".join(str(event.get("message") or event.get("note") or "").split())),
         count=int(series.get("count") or event.get("count") or 1),
     )

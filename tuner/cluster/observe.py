@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 from pydantic import ValidationError
 
 from tuner.pod import CHECK, DATA_DOWNLOADER, PREFLIGHT, PULLER, PUSHER
+from tuner.redaction import redact
 from tuner.runspec import Scalar, StageName, StageResult
 
 Object = Mapping[str, Any]
@@ -360,7 +361,8 @@ def _event_note(events: Iterable[Object], kind: str, name: str, reasons: Sequenc
 
 
 def _one_line(text: str) -> str:
-    return " ".join(str(text).split())
+    """What others have said, fit for a status."""
+    return redact(" ".join(str(text).split()))
 
 
 def _words(reason: str) -> str:

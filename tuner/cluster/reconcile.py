@@ -29,6 +29,7 @@ from tuner.cluster.workspace_status import (
     with_others_conditions,
 )
 from tuner.errors import ConfigError, TunerError
+from tuner.redaction import redact
 from tuner.request import RETRY_ANNOTATION
 from tuner.runspec import Scalar, StageName, StageResult
 from tuner.workspace import TRAINING_CONFIG_KEY
@@ -438,6 +439,10 @@ def _revision_manifest(observed: Observed, number: int, wanted: str) -> dict[str
     taken = {_name(newest)} if newest else set()
     named = next(f"{name}-{wanted[:length]}" for length in (5, 10, 64) if f"{name}-{wanted[:length]}" not in taken)
     data = {key: workspace[key] for key in ("resource", "inference", "tuning") if key in workspace}
+    if isinstance(urls := ((data.get("tuning") or {}).get("input") or {}).get("urls"), list):
+        # A record is kept when the Workspace has another URL by now: it repeats no signature.
+        shown = [redact(url) if isinstance(url, str) else url for url in urls]
+        data["tuning"] = {**data["tuning"], "input": {**data["tuning"]["input"], "urls": shown}}
     return {
         "apiVersion": "apps/v1",
         "kind": "ControllerRevision",
@@ -744,7 +749,7 @@ def event_manifest(
     workspace: Object, revision: int, kind: str, reason: str, note: str, now: datetime
 ) -> dict[str, Any]:
     """An Event about the Workspace. https://kubernetes.io/docs/reference/kubernetes-api/cluster-resources/event-v1"""
-    metadata = workspace["metadata"]
+    metadata, note = workspace["metadata"], redact(note)
     said = hashlib.sha256(f"{metadata['uid']} {revision} {reason} {note}".encode()).hexdigest()
     return {
         "apiVersion": "events.k8s.io/v1",

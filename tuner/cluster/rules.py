@@ -6,11 +6,12 @@ Sentences, patterns and limits are those of workspace.py, reference.py and urls.
 tests/test_crd.py evaluates both on the same table.
 
 What CEL cannot see is left to the controller: what a host name resolves to, hosts in letters other than ASCII, whether
-an IPv6 literal parses. The API server refuses a CRD whose rules might cost too much, estimated from the bounds of every
-string and list, and an object on which they did. So: only functions that servers since 1.29 have (`find`, `matches`,
-`lowerAscii`; no `ip()`), no variables (`[x].map(v, …)` has no size that the estimate knows), no numbers made text, and
-short regexes for URLs. tests/crd_server.py estimates as the server does. Rules instead of `pattern`: the server shows
-the value that fails a pattern, and a URL may be signed.
+an IPv6 literal parses. So is what takes long regexes: a signature in a URL's path. The API server refuses a CRD whose
+rules might cost too much, estimated from the bounds of every string and list, and an object on which they did. So:
+only functions that servers since 1.29 have (`find`, `matches`, `lowerAscii`; no `ip()`), no variables
+(`[x].map(v, …)` has no size that the estimate knows), no numbers made text, and short regexes for URLs.
+tests/crd_server.py estimates as the server does. Rules instead of `pattern`: the server shows the value that fails a
+pattern, and a URL may be signed.
 """
 
 import json

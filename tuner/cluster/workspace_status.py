@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from tuner.cluster.observe import ROUTINE, JobView, Object, ProgressLine
+from tuner.redaction import redact
 from tuner.runspec import Scalar, StageName
 
 State = Literal["Pending", "Running", "Succeeded", "Failed"]
@@ -255,7 +256,7 @@ def _dated(conditions: Mapping[str, Condition], workspace: Object, now: datetime
                 "type": kind,
                 "status": status,
                 "reason": reason,
-                "message": message,
+                "message": redact(message),
                 "observedGeneration": workspace["metadata"].get("generation", 1),
                 "lastTransitionTime": before[kind]["lastTransitionTime"] if same else timestamp(now),
             }

@@ -6,7 +6,7 @@ Nothing in here differs between two equal runs: no time, no host, no path of the
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ import numpy.typing as npt
 from tuner import __version__
 from tuner.durable import write_text
 from tuner.errors import DataError, GateError
+from tuner.open_files import OpenFile
 from tuner.runspec import Fetched, FetchedFile, FetchedModel, Prepared, RunSpec, perplexity
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -44,6 +45,7 @@ TOKENIZER_FILES = frozenset(
 )
 
 _MAX_SAFETENSORS_HEADER_BYTES = 100_000_000  # what the safetensors library itself accepts
+_PIECE_BYTES = 4 << 20  # a multiple of every word's size
 
 
 def adapter_config(
@@ -98,22 +100,21 @@ def vllm_problems(lora: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def check_weights(path: Path) -> None:
+def check_weights(weights: OpenFile) -> None:
     """Raises DataError for a file that is damaged, GateError for NaN, Inf or a lora_B that was nowhere updated."""
-    content = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
-    tensors = _safetensors_header(content, path.name)
+    file_name = weights.path.name
     updated = False
-    for name, tensor in tensors.items():
-        raw = content[tensor.begin : tensor.end]
-        if not _is_finite(raw, tensor.dtype):
-            raise GateError(
-                f"{path.name}: {name} has NaN or infinite values", hint="lower TrainingArguments.learning_rate"
-            )
-        # The sign bit alone is a negative zero.
-        updated = updated or ("lora_B" in name and bool((_words(raw, tensor.dtype) << 1).any()))
+    for name, tensor in _safetensors_header(weights).items():
+        for words in _words(weights, tensor):
+            if not _is_finite(words, tensor.dtype):
+                raise GateError(
+                    f"{file_name}: {name} has NaN or infinite values", hint="lower TrainingArguments.learning_rate"
+                )
+            # The sign bit alone is a negative zero.
+            updated = updated or ("lora_B" in name and bool((words << 1).any()))
     if not updated:
         raise GateError(
-            f"{path.name}: every lora_B is zero, so the adapter changes nothing",
+            f"{file_name}: every lora_B is zero, so the adapter changes nothing",
             hint="raise TrainingArguments.learning_rate, or train for more steps",
         )
 
@@ -124,14 +125,15 @@ class _Tensor(NamedTuple):
     end: int
 
 
-def _safetensors_header(content: npt.NDArray[np.uint8], name: str) -> dict[str, _Tensor]:
+def _safetensors_header(weights: OpenFile) -> dict[str, _Tensor]:
     """Where each tensor stands. https://github.com/huggingface/safetensors#format"""
-    header_bytes = int.from_bytes(content[:8].tobytes(), "little")
-    if not 2 <= header_bytes <= min(len(content) - 8, _MAX_SAFETENSORS_HEADER_BYTES):
+    name = weights.path.name
+    header_bytes = int.from_bytes(_read(weights, 0, min(8, weights.size_bytes)), "little")
+    if not 2 <= header_bytes <= min(weights.size_bytes - 8, _MAX_SAFETENSORS_HEADER_BYTES):
         raise DataError(f"{name} is not a safetensors file, or it is cut short")
     first = 8 + header_bytes
     try:
-        header = json.loads(content[8:first].tobytes())
+        header = json.loads(_read(weights, 8, header_bytes))
         tensors = {
             key: _Tensor(value["dtype"], first + value["data_offsets"][0], first + value["data_offsets"][1])
             for key, value in header.items()
@@ -144,7 +146,7 @@ def _safetensors_header(content: npt.NDArray[np.uint8], name: str) -> dict[str, 
         if tensor.begin != end or tensor.end < end:
             raise DataError(f"{name}: its tensors overlap or leave gaps")
         end = tensor.end
-    if end != len(content):
+    if end != weights.size_bytes:
         raise DataError(f"{name} is cut short or too long: its tensors do not cover the file")
     unknown = sorted({tensor.dtype for tensor in tensors.values()} - set(_EXPONENTS))
     if unknown:
@@ -158,13 +160,21 @@ _EXPONENTS: Mapping[str, tuple[type[np.unsignedinteger[Any]], int]] = MappingPro
 )
 
 
-def _words(raw: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[Any]:
-    return np.ascontiguousarray(raw).view(_EXPONENTS[dtype][0])
+def _words(weights: OpenFile, tensor: _Tensor) -> Iterator[npt.NDArray[Any]]:
+    """A tensor's values as words, some MB at a time: a pusher has less memory than a large tensor takes."""
+    for begin in range(tensor.begin, tensor.end, _PIECE_BYTES):
+        yield np.frombuffer(_read(weights, begin, min(_PIECE_BYTES, tensor.end - begin)), _EXPONENTS[tensor.dtype][0])
 
 
-def _is_finite(raw: npt.NDArray[np.uint8], dtype: str) -> bool:
+def _is_finite(words: npt.NDArray[Any], dtype: str) -> bool:
     word, mask = _EXPONENTS[dtype]
-    return not bool(np.any((_words(raw, dtype) & word(mask)) == word(mask)))
+    return not bool(np.any((words & word(mask)) == word(mask)))
+
+
+def _read(weights: OpenFile, offset: int, size_bytes: int) -> bytearray:
+    content = bytearray(size_bytes)
+    weights.read_into(memoryview(content), offset)
+    return content
 
 
 def source_label(file: FetchedFile) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from tuner.durable import make_directories, sync_directory, sync_tree
 from tuner.errors import ConfigError, InputMissingError
+from tuner.open_files import OpenDirectory, OpenFile
 from tuner.pipeline.adapter import file_digests, write_json
 from tuner.runspec import Reporter, RunSpec
 
@@ -51,6 +52,20 @@ def is_whole(checkpoint: Path) -> bool:
     found = file_digests(checkpoint)
     del found[SEAL]
     return bool(found == sealed)
+
+
+def sealed_files(checkpoint: OpenDirectory) -> dict[str, OpenFile] | None:
+    """Name → file of a whole checkpoint, its seal with them, held open as they were sealed; None for one not whole.
+
+    For who may not trust whoever wrote it: raises DataError when one of them is no plain file.
+    """
+    try:
+        sealed = json.loads(checkpoint.file(SEAL).content())["files"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    found = checkpoint.digests()
+    del found[SEAL]
+    return {name: checkpoint.file(name) for name in (*found, SEAL)} if found == sealed else None
 
 
 def by_step(directory: Path) -> dict[int, Path]:

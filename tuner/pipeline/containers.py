@@ -31,6 +31,7 @@ from tuner.errors import (
     ServiceError,
     TunerError,
 )
+from tuner.open_files import OpenDirectory
 from tuner.pipeline.dataset import DataFile, gather_rows
 from tuner.pipeline.download import format_bytes
 from tuner.pipeline.fetch import announced_bytes, check_stores, fetch, wait_until_alone
@@ -47,6 +48,7 @@ from tuner.pipeline.run import (
     inputs_digest,
     left_to_push,
     prepared_values,
+    push_left,
     run_checks,
     run_stage,
 )
@@ -244,6 +246,12 @@ class Container:
                     values |= self.push(push)
         return values
 
+    def open_work_dir(self) -> OpenDirectory:
+        """The work directory, from the volume's mount on, which is all that the trainer cannot replace by a link."""
+        mount = pod.results_dir(self.spec)
+        with OpenDirectory.at(mount) as results:
+            return results.below(*self.work_dir.relative_to(mount).parts)
+
     # before a GPU is asked for
 
     def preflight(self) -> None:
@@ -377,7 +385,8 @@ class Container:
         """Until the adapter is pushed, where a pusher beside does that: this container's end is the run's."""
         values = run_stage("train", self.spec, Secrets(), self.work_dir, self.reporter, startup=self.startup)
         if self.turns.is_shared:
-            trained = left_to_push(self.spec, self.work_dir)
+            with self.open_work_dir() as work:
+                trained = left_to_push(self.spec, work)
             self.turns.finish(Finished(run_digest=trained.run_digest, inputs_digest=trained.inputs_digest))
             values |= self._wait_for_push()
         return values
@@ -402,7 +411,7 @@ class Container:
         hold_s = how.hold_s
         uploads = None
         if self.registry_checkpoints:
-            uploads = Uploads(self.spec, self.work_dir, partial(read_secrets, self.env), self.reporter)
+            uploads = Uploads(self.spec, self.open_work_dir, partial(read_secrets, self.env), self.reporter)
         if how.waits:
             finished = self._wait_for_adapter(uploads)
             self.on_stage("push")
@@ -410,7 +419,8 @@ class Container:
                 self.turns.begin_push()
             except NotPushedError as error:
                 raise self._not_pushed(error) from error
-            trained = left_to_push(self.spec, self.work_dir)
+            with self.open_work_dir() as work:
+                trained = left_to_push(self.spec, work)
             if finished != Finished(run_digest=trained.run_digest, inputs_digest=trained.inputs_digest):
                 raise TunerError(f"{self.work_dir}: not the adapter that the trainer of this pod has finished")
             hold_s = max(1.0, hold_s - self.turns.seconds_since_adapter()) if hold_s else 0
@@ -462,7 +472,8 @@ class Container:
             cause = InputMissingError(error.message, hint=error.hint)
             raise NotPushedError(f"trained, but not pushed: {error.message}") from cause
         try:
-            return run_stage("push", self.spec, secrets, self.work_dir, self.reporter, options=options)
+            with self.open_work_dir() as work:
+                return push_left(self.spec, secrets, work, self.reporter, options=options)
         except ServiceError as error:  # 69 would have the whole pod run again
             raise NotPushedError(f"trained, but not pushed: {error.message}", hint=error.hint) from error
 

@@ -23,6 +23,7 @@ from tuner import __version__
 from tuner.content import model_digest, model_files
 from tuner.durable import make_directories, move
 from tuner.errors import ConfigError, DataError, InputMissingError
+from tuner.open_files import OpenFile
 from tuner.pipeline.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER_FILES, check_weights, write_json
 from tuner.pipeline.download import format_bytes
 from tuner.pipeline.model import Device, load_base_model, pick_device
@@ -75,7 +76,7 @@ def merge(adapter: Path, target: Path, base: Path | None, reporter: Reporter) ->
     for files that are not there; DataError for a damaged adapter.
     """
     config, lock = _read(adapter / ADAPTER_CONFIG), _read(adapter / LOCK)
-    check_weights(adapter / ADAPTER_WEIGHTS)
+    check_weights(OpenFile.at(adapter / ADAPTER_WEIGHTS))
     _check_mergeable(config, lock)
     directory = base or _cached_base(config)
     base_config = _read(directory / "config.json")

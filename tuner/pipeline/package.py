@@ -1,10 +1,12 @@
 """Adapter directory → the image that KAITO, vLLM and PEFT users pull."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tuner.errors import ConfigError, InputMissingError
+from tuner.errors import ConfigError, InputMissingError, TunerError
+from tuner.open_files import OpenDirectory
 from tuner.pipeline.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER_FILES, check_weights
 from tuner.registry.compression import Compression
 from tuner.registry.image import Image, build_image
@@ -18,28 +20,43 @@ PACKAGED_FILES = frozenset({ADAPTER_CONFIG, ADAPTER_WEIGHTS, "README.md", "metri
 _ADAPTERS = "a run leaves its adapter in adapter-… of its work directory, tuner-work/NAME"
 
 
-def adapter_image(directory: Path, compression: Compression = "none") -> Image:
+def open_adapter(path: Path) -> OpenDirectory:
+    """The directory that a user named. Raises InputMissingError for none."""
+    if path.is_file():
+        raise InputMissingError(f"{path}: is a file", hint=f"name its directory: {path.parent}")
+    if not path.is_dir():
+        raise InputMissingError(f"{path}: there is no such directory", hint=_ADAPTERS)
+    # What finishes the push later finds it from its parent, by its own name.
+    return OpenDirectory.at(path.resolve() if path.is_symlink() or path.name == ".." else path)
+
+
+def adapter_image(adapter: OpenDirectory, compression: Compression = "none") -> Image:
     """The image of an adapter directory; equal files give equal bytes, whoever packages them.
 
-    Raises InputMissingError when the two files that every reader needs are not there.
+    Raises InputMissingError when the two files that every reader needs are not there, DataError for a link.
     """
-    if directory.is_file():
-        raise InputMissingError(f"{directory}: is a file", hint=f"name its directory: {directory.parent}")
-    if not directory.is_dir():
-        raise InputMissingError(f"{directory}: there is no such directory", hint=_ADAPTERS)
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if not (directory / name).is_file():
-            inside = sorted(str(path.parent) for path in directory.glob(f"*/{name}"))
+        if not adapter.has(name):
+            inside = _directories_with(name, adapter)
             hint = f"below it: {', '.join(inside[:3])}" if inside else _ADAPTERS
-            raise InputMissingError(f"{directory}: no adapter, there is no {name} in it", hint=hint)
-    check_weights(directory / ADAPTER_WEIGHTS)
-    files = {path.name: path for path in sorted(directory.iterdir()) if path.name in PACKAGED_FILES}
-    return build_image(files, annotations=annotations(directory), compression=compression)
+            raise InputMissingError(f"{adapter.path}: no adapter, there is no {name} in it", hint=hint)
+    check_weights(adapter.file(ADAPTER_WEIGHTS))
+    files = {name: adapter.file(name) for name in adapter.names() if name in PACKAGED_FILES}
+    return build_image(files, annotations=annotations(adapter), compression=compression)
 
 
-def annotations(directory: Path) -> dict[str, str]:
+def _directories_with(name: str, adapter: OpenDirectory) -> list[str]:
+    found = []
+    for each in adapter.names():
+        with suppress(TunerError), adapter.below(each) as inside:
+            if inside.has(name):
+                found.append(str(inside.path))
+    return found
+
+
+def annotations(adapter: OpenDirectory) -> dict[str, str]:
     """The manifest's annotations, from what the directory itself says: `tuner push` needs no RunSpec."""
-    config = _read(directory / ADAPTER_CONFIG)
+    config = _read(adapter, ADAPTER_CONFIG)
     described = {
         "org.opencontainers.image.title": str(config.get("base_model_name_or_path") or "LoRA adapter"),
         "tuner.lora.r": config.get("r"),
@@ -47,11 +64,11 @@ def annotations(directory: Path) -> dict[str, str]:
         "tuner.base-model.id": config.get("base_model_name_or_path"),
         "tuner.base-model.revision": config.get("revision"),
     }
-    if (directory / LOCK).is_file():
+    if adapter.has(LOCK):
         try:
-            described |= _of_lock(_read(directory / LOCK))
+            described |= _of_lock(_read(adapter, LOCK))
         except (KeyError, TypeError) as error:
-            raise ConfigError(f"{directory / LOCK}: not the lock of a run of tuner") from error
+            raise ConfigError(f"{adapter.path / LOCK}: not the lock of a run of tuner") from error
     return {key: str(value) for key, value in described.items() if value is not None}
 
 
@@ -71,10 +88,11 @@ def _of_lock(lock: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(adapter: OpenDirectory, name: str) -> dict[str, Any]:
+    path = adapter.path / name
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+        value = json.loads(adapter.file(name).content())
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: not a JSON object")

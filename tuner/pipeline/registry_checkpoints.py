@@ -7,19 +7,19 @@ In a pod the trainer has no credential and knows nothing of it; on a box a threa
 pulled is taken for what its seal says.
 """
 
-import os
 import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tuner.durable import make_directories, move
 from tuner.errors import DataError, InputMissingError, TunerError
-from tuner.pipeline.checkpoints import CHECKPOINTS, LEVERS, SEAL, by_step, is_whole
+from tuner.open_files import OpenDirectory, OpenFile
+from tuner.pipeline.checkpoints import CHECKPOINTS, LEVERS, SEAL, is_whole, sealed_files
 from tuner.pipeline.download import format_bytes
 from tuner.reference import ImageReference
 from tuner.registry import client_for
@@ -48,10 +48,10 @@ class Uploads:
     """The pusher's part. Whatever fails is a warning: training goes on, and the next checkpoint is tried."""
 
     spec: RunSpec
-    work_dir: Path
+    open_work_dir: Callable[[], OpenDirectory]
     secrets: Callable[[], Secrets]
     reporter: Reporter
-    _uploaded: str = ""
+    _uploaded: tuple[int, str] | None = None
     _next_look: float = 0.0
     _one_at_a_time: threading.Lock = field(default_factory=threading.Lock)
 
@@ -108,36 +108,34 @@ class Uploads:
             return self._upload_newest(within_s)
 
     def _upload_newest(self, within_s: float) -> bool:
-        newest = _newest_sealed(self.work_dir)
-        if newest is None or str(newest) == self._uploaded:
-            return True
-        copy = self.work_dir / ".uploading"
-        shutil.rmtree(copy, ignore_errors=True)
         try:
-            # By links: the trainer may take its own away at any time.
-            shutil.copytree(newest, copy, copy_function=os.link)
-            if not is_whole(copy):
-                return True
-            began = time.monotonic()
-            sent = self._push(newest, copy, within_s)
-            took = time.monotonic() - began
-        except FileNotFoundError:  # taken away meanwhile: there is a newer one
+            with self.open_work_dir() as work:
+                newest = _newest_sealed(work)
+                if newest is None or newest == self._uploaded:
+                    return True
+                files = _files_of(*newest, work)  # open from here on: the trainer may take its own away at any time
+        except InputMissingError:  # there is none yet, or it was taken away meanwhile: then there is a newer one
             return True
-        except (TunerError, OSError) as error:
-            self.reporter.warn(f"{newest.name} could not be kept in the registry: {error}")
+        except DataError as error:
+            self.reporter.warn(f"no checkpoint is kept in the registry: {error}")
             return False
-        finally:
-            shutil.rmtree(copy, ignore_errors=True)
-        self._uploaded = str(newest)
-        self.reporter.note(f"{newest.name} is in the registry: {format_bytes(sent)} in {took:.0f} s")
+        if files is None:
+            return True
+        step, folder = newest
+        began = time.monotonic()
+        try:
+            sent = self._push(step, folder, files, within_s)
+        except (TunerError, OSError) as error:
+            self.reporter.warn(f"checkpoint-{step} could not be kept in the registry: {error}")
+            return False
+        self._uploaded = newest
+        self.reporter.note(
+            f"checkpoint-{step} is in the registry: {format_bytes(sent)} in {time.monotonic() - began:.0f} s"
+        )
         return True
 
-    def _push(self, checkpoint: Path, copy: Path, within_s: float) -> int:
-        files = {f"{checkpoint.name}/{path.name}": path for path in copy.iterdir()}
-        if (levers := checkpoint.parent / LEVERS).is_file():
-            files[LEVERS] = levers
-        step = checkpoint.name.rpartition("-")[2]
-        about = {_FOLDER: checkpoint.parent.name, _STEP: step, _RUN: self.spec.digest}
+    def _push(self, step: int, folder: str, files: Mapping[str, OpenFile], within_s: float) -> int:
+        about = {_FOLDER: folder, _STEP: str(step), _RUN: self.spec.digest}
         reference = checkpoint_reference(self.spec)
         image = build_image(files, annotations=about)
         with client_for(
@@ -147,14 +145,29 @@ class Uploads:
             return push_image(image, reference, client, reporter=Silent()).bytes_sent
 
 
-def _newest_sealed(work_dir: Path) -> Path | None:
-    sealed = [
-        (step, path)
-        for folder in (work_dir / CHECKPOINTS).glob("*")
-        for step, path in by_step(folder).items()
-        if (path / SEAL).is_file()
-    ]
-    return max(sealed)[1] if sealed else None
+def _newest_sealed(work: OpenDirectory) -> tuple[int, str] | None:
+    """Its step, and the folder that it is in."""
+    if not work.has(CHECKPOINTS):
+        return None
+    sealed = []
+    with work.below(CHECKPOINTS) as checkpoints:
+        for folder in checkpoints.directories():
+            with checkpoints.below(folder) as steps:
+                for name in steps.directories():
+                    found = re.fullmatch(r"checkpoint-(\d+)", name)
+                    with steps.below(name) as checkpoint:
+                        if found and checkpoint.has(SEAL):
+                            sealed.append((int(found[1]), folder))
+    return max(sealed, default=None)
+
+
+def _files_of(step: int, folder: str, work: OpenDirectory) -> dict[str, OpenFile] | None:
+    """Name in the image → file; None when the checkpoint is not whole."""
+    name = f"checkpoint-{step}"
+    with work.below(CHECKPOINTS, folder) as steps, steps.below(name) as checkpoint:
+        sealed = sealed_files(checkpoint)
+        decided = {LEVERS: steps.file(LEVERS)} if steps.has(LEVERS) else {}
+    return sealed and {f"{name}/{each}": file for each, file in sealed.items()} | decided
 
 
 def restore(spec: RunSpec, secrets: Secrets, work_dir: Path, reporter: Reporter) -> int | None:
@@ -163,8 +176,10 @@ def restore(spec: RunSpec, secrets: Secrets, work_dir: Path, reporter: Reporter)
     One that is there already is newer, or the same. A damaged one is as good as none. Raises what a registry says that
     is down or refuses: to begin anew for that would cost hours.
     """
-    if _newest_sealed(work_dir):
-        return None
+    work_dir.mkdir(parents=True, exist_ok=True)
+    with OpenDirectory.at(work_dir) as work:
+        if _newest_sealed(work):
+            return None
     reference = checkpoint_reference(spec)
     fetched = work_dir / ".restored"
     shutil.rmtree(fetched, ignore_errors=True)

@@ -22,9 +22,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
 
-from tuner.durable import copy_file, make_directories, remove, sync_tree
+from tuner.durable import make_directories, remove, replacing, sync_tree
 from tuner.errors import ConfigError, DeniedError, GateError, InputMissingError, NotPushedError, TunerError
 from tuner.gpus import visible_gpus
+from tuner.open_files import OpenDirectory, OpenFile
 from tuner.pipeline.adapter import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -94,7 +95,8 @@ def run(
     `registry_checkpoints`: the registry of the destination, which must be an image, keeps the newest one.
     """
     started = time.monotonic()
-    uploads = Uploads(spec, work_dir, lambda: secrets, reporter) if registry_checkpoints else None
+    open_work_dir = partial(OpenDirectory.at, work_dir)
+    uploads = Uploads(spec, open_work_dir, lambda: secrets, reporter) if registry_checkpoints else None
     with _alone_in(work_dir), by_itself(reporter):
         return _run(spec, secrets, work_dir, reporter, on_stage, options, uploads, started)
 
@@ -145,7 +147,8 @@ def _run(
         trained = train(spec, fetched, prepared, work_dir, reporter, startup)
     check_gates(spec, trained, work_dir, reporter)
     on_stage("push")
-    result = push(spec, secrets, trained, work_dir, reporter, started=started, options=options)
+    with OpenDirectory.at(work_dir) as work:
+        result = push(spec, secrets, trained, work, reporter, started=started, options=options)
     if uploads:
         uploads.forget()
     return result
@@ -216,10 +219,8 @@ def _run_stage(
                 "eval_loss": trained.eval_loss_after,
             }
         case "push":
-            trained = left_to_push(spec, work_dir)
-            check_gates(spec, trained, work_dir, reporter)
-            result = push(spec, secrets, trained, work_dir, reporter, started=time.monotonic(), options=options)
-            return {"image": result.image, "previous_digest": result.previous_digest}
+            with OpenDirectory.at(work_dir) as work:
+                return push_left(spec, secrets, work, reporter, options=options)
 
 
 def fetched_values(fetched: Fetched) -> dict[str, Scalar]:
@@ -244,13 +245,13 @@ def prepared_values(prepared: Prepared) -> dict[str, Scalar]:
     }
 
 
-def left_to_push(spec: RunSpec, work_dir: Path) -> Trained:
+def left_to_push(spec: RunSpec, work: OpenDirectory) -> Trained:
     """The adapter of this run and of what was fetched for it. Raises InputMissingError when it is of other data."""
-    trained = _left(Trained, work_dir / TRAINED, spec)
-    fetched = _left(Fetched, work_dir / FETCHED, spec)
+    trained = _of_run(spec, Trained.load_from(work, TRAINED), work.path / TRAINED)
+    fetched = _of_run(spec, Fetched.load_from(work, FETCHED), work.path / FETCHED)
     if trained.inputs_digest != inputs_digest(fetched):
         raise InputMissingError(
-            f"{work_dir / trained.adapter_dir}: trained on other data than what was fetched since", hint="train again"
+            f"{work.path / trained.adapter_dir}: trained on other data than what was fetched since", hint="train again"
         )
     return trained
 
@@ -260,7 +261,10 @@ LeftT = TypeVar("LeftT", Fetched, Prepared, Trained)
 
 def _left(kind: type[LeftT], path: Path, spec: RunSpec) -> LeftT:
     """What an earlier stage of this very run left."""
-    left = kind.load(path)
+    return _of_run(spec, kind.load(path), path)
+
+
+def _of_run(spec: RunSpec, left: LeftT, path: Path) -> LeftT:
     if left.run_digest != spec.digest:
         raise ConfigError(
             f"{path} is of run {left.run_digest[7:19]}, and this is run {spec.digest[7:19]}",
@@ -504,7 +508,7 @@ def train(
     (adapter_dir / "README.md").write_text(card, encoding="utf-8")
     for path in sorted((work_dir / prepared.tokenizer_dir).iterdir()):
         shutil.copyfile(path, adapter_dir / path.name)
-    check_weights(adapter_dir / ADAPTER_WEIGHTS)
+    check_weights(OpenFile.at(adapter_dir / ADAPTER_WEIGHTS))
     trained = Trained(
         run_digest=spec.digest,
         inputs_digest=inputs,
@@ -612,30 +616,40 @@ def _base_to_name(spec: RunSpec, fetched: Fetched) -> FetchedModel | None:
 # ── push ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def push_left(
+    spec: RunSpec, secrets: Secrets, work: OpenDirectory, reporter: Reporter, *, options: PushOptions | None = None
+) -> dict[str, Scalar]:
+    """Push what the stages before left in the work directory; what is worth saying of that."""
+    trained = left_to_push(spec, work)
+    check_gates(spec, trained, work.path, reporter)
+    result = push(spec, secrets, trained, work, reporter, started=time.monotonic(), options=options)
+    return {"image": result.image, "previous_digest": result.previous_digest}
+
+
 def push(
     spec: RunSpec,
     secrets: Secrets,
     trained: Trained,
-    work_dir: Path,
+    work: OpenDirectory,
     reporter: Reporter,
     *,
     started: float,
     options: PushOptions | None = None,
 ) -> RunResult:
     """Package and deliver. Raises NotPushedError, with the command that finishes, whatever the registry said."""
-    adapter_dir = work_dir / trained.adapter_dir
-    if file_digests(adapter_dir) != trained.files:
-        raise TunerError(f"{adapter_dir}: its files are not those that were trained")
+    adapter = work.below(trained.adapter_dir)
+    if adapter.digests() != trained.files:
+        raise TunerError(f"{adapter.path}: its files are not those that were trained")
     previous = tag = None
     match spec.destination:
         case DirectoryDestination(path=path):
             target = Path(path)
-            _copy_adapter(adapter_dir, trained, target)
+            _copy_adapter(adapter, trained, target)
             image = str(target)
         case LayoutDestination() | ImageDestination() as destination:
             wanted = _mounting(options or PushOptions(), spec, destination)
             pushed = deliver(
-                adapter_dir, destination, spec.network, secrets.push_docker_configs(), reporter, options=wanted
+                adapter, work, destination, spec.network, secrets.push_docker_configs(), reporter, options=wanted
             )
             image, previous, tag = pushed.reference, pushed.previous_digest, pushed.tag
             reporter.note(
@@ -662,7 +676,7 @@ def push(
     )
 
 
-def _copy_adapter(adapter_dir: Path, trained: Trained, target: Path) -> None:
+def _copy_adapter(adapter: OpenDirectory, trained: Trained, target: Path) -> None:
     """Each file whole or not at all. What readers look for goes first, should an earlier adapter be there, and comes
     last; the lock, by which a run that goes on knows its own directory, comes first. Only contents: a volume's root is
     not ours."""
@@ -670,15 +684,17 @@ def _copy_adapter(adapter_dir: Path, trained: Trained, target: Path) -> None:
         make_directories(target)
         remove(target / ADAPTER_CONFIG)
         for name in sorted(trained.files, key=lambda name: (name != LOCK, name == ADAPTER_CONFIG, name)):
-            copy_file(adapter_dir / name, target / name)
+            with replacing(target / name) as copy:
+                copy.writelines(adapter.file(name).chunks())
     except OSError as error:
         raise NotPushedError(
-            f"trained, but not written to {target}: {error.strerror}", hint=f"the adapter is kept in {adapter_dir}"
+            f"trained, but not written to {target}: {error.strerror}", hint=f"the adapter is kept in {adapter.path}"
         ) from error
 
 
 def deliver(
-    adapter_dir: Path,
+    adapter: OpenDirectory,
+    directory: OpenDirectory,
     destination: ImageDestination | LayoutDestination,
     network: Network,
     docker_configs: Sequence[str],
@@ -686,8 +702,11 @@ def deliver(
     *,
     options: PushOptions,
 ) -> Pushed:
-    """Push an adapter directory as an image; whatever a registry says becomes NotPushedError with what to do next."""
-    image = adapter_image(adapter_dir, options.compression)
+    """Push an adapter directory as an image; whatever a registry says becomes NotPushedError with what to do next.
+
+    `directory` gets push-state.json: what a later push finishes from.
+    """
+    image = adapter_image(adapter, options.compression)
     match destination:
         case LayoutDestination(reference=layout, overwrite=overwrite):
             return push_layout(image, layout, overwrite=overwrite, reporter=reporter)
@@ -695,8 +714,8 @@ def deliver(
             return push_resumably(
                 image,
                 reference,
-                adapter_dir=adapter_dir,
-                directory=adapter_dir.parent,
+                adapter=adapter,
+                directory=directory,
                 overwrite=overwrite,
                 network=network,
                 docker_configs=docker_configs,
@@ -705,16 +724,16 @@ def deliver(
             )
 
 
-def resume_push(directory: Path, docker_configs: Sequence[str], reporter: Reporter) -> Pushed:
+def resume_push(directory: OpenDirectory, docker_configs: Sequence[str], reporter: Reporter) -> Pushed:
     """Finish the push that push-state.json in `directory` is about: only what the registry lacks is sent."""
     state = load_push_state(directory)
-    adapter_dir = state.adapter_path(directory)
-    image = adapter_image(adapter_dir, state.options.compression)
-    state.check_image(image, directory)
+    adapter = state.open_adapter(directory)
+    image = adapter_image(adapter, state.options.compression)
+    state.check_image(image, adapter)
     return push_resumably(
         image,
         state.reference,
-        adapter_dir=adapter_dir,
+        adapter=adapter,
         directory=directory,
         overwrite=state.overwrite,
         network=state.network,

@@ -17,10 +17,12 @@ from typing import TypeVar
 
 from tuner import pod
 from tuner.errors import ConfigError, InputMissingError, NotPushedError
+from tuner.open_files import OpenDirectory
 from tuner.runspec import Contract, StageResult
 
 _POLL_S = 0.5
 MOST_STARTS = 5  # of a pusher that something kills while it pushes
+ContractT = TypeVar("ContractT", bound=Contract)
 
 
 class Finished(Contract):
@@ -34,22 +36,22 @@ class Turns:
     """First the trainer's, then the pusher's, then the trainer's again."""
 
     def __init__(self, directory: Path = pod.RUN_DIR) -> None:
-        self._directory = directory
-        self._lock = directory / pod.PUSHER_LOCK
-        self._starts = directory / pod.PUSH_STARTS
-        self._trained = directory / pod.TRAINED
-        self._pushed = directory / pod.PUSHED
+        self._path = directory
 
     @property
     def is_shared(self) -> bool:
         """Whether there is a volume to meet in: where the trainer pushes by itself there is none."""
-        return self._directory.is_dir()
+        return self._path.is_dir()
+
+    def _open(self) -> OpenDirectory:
+        return OpenDirectory.at(self._path)
 
     # the trainer's
 
     def finish(self, finished: Finished) -> None:
         """Say that the adapter is there."""
-        finished.save(self._trained)
+        with self._open() as directory:
+            finished.save_in(directory, pod.TRAINED)
 
     def wait_for_push(self, away_s: float = pod.PUSHER_AWAY_S) -> StageResult:
         """How the push ended. Raises NotPushedError when for `away_s` in a row nobody is there who pushes.
@@ -57,7 +59,7 @@ class Turns:
         One that dies again and again before it has begun is nobody; one that does after that gives up by itself.
         """
         seen = time.monotonic()
-        while (result := _load(StageResult, self._pushed)) is None:
+        while (result := self.pushed()) is None:
             if self.has_begun and self._has_pusher():
                 seen = time.monotonic()
             elif time.monotonic() - seen > away_s:
@@ -69,7 +71,7 @@ class Turns:
 
     def _has_pusher(self) -> bool:
         """Whether one lives: it holds the lock, which the kernel frees however it dies."""
-        with self._lock.open("a") as lock:
+        with self._open() as directory, os.fdopen(directory.open_shared(pod.PUSHER_LOCK), "rb") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -80,11 +82,12 @@ class Turns:
 
     def be_the_pusher(self) -> None:
         """Let the trainer know, for as long as this process lives, that there is a pusher."""
-        fcntl.flock(os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o660), fcntl.LOCK_EX)  # and never closed
+        with self._open() as directory:
+            fcntl.flock(directory.open_shared(pod.PUSHER_LOCK), fcntl.LOCK_EX)  # and never closed
 
     def wait_for_adapter(self, meanwhile: Callable[[], None] = lambda: None) -> Finished:
         """What the trainer has finished, once it has. A signal's handler that raises ends the waiting."""
-        while (finished := _load(Finished, self._trained)) is None:
+        while (finished := self._load(Finished, pod.TRAINED)) is None:
             meanwhile()
             time.sleep(_POLL_S)
         return finished
@@ -92,38 +95,37 @@ class Turns:
     @property
     def has_begun(self) -> bool:
         """Whether a push was begun in this pod."""
-        return self._starts.exists()
+        with self._open() as directory:
+            return directory.has(pod.PUSH_STARTS)
 
     def seconds_since_adapter(self) -> float:
         """For how long the adapter has waited, over all starts of the pusher."""
-        return max(0.0, time.time() - self._trained.stat().st_mtime)
+        with self._open() as directory:
+            return max(0.0, time.time() - directory.file(pod.TRAINED).modified_at_s)
 
     def begin_push(self) -> None:
         """Raises NotPushedError when so many pushes have been begun that something must be wrong with them."""
-        with self._starts.open("a+") as starts:
-            starts.seek(0)
-            if len(starts.read()) >= MOST_STARTS:
+        with self._open() as directory, os.fdopen(directory.open_shared(pod.PUSH_STARTS), "ab") as starts:
+            if os.fstat(starts.fileno()).st_size >= MOST_STARTS:
                 raise NotPushedError(
                     f"trained, but not pushed: {MOST_STARTS} pushes were begun, and each was killed",
                     hint="out of memory? --patch gives the container pusher more",
                 )
-            starts.write(".")
+            starts.write(b".")
 
     def pushed(self) -> StageResult | None:
         """How the push ended of which an earlier start of this container has told; None when it is still to be done."""
-        return _load(StageResult, self._pushed)
+        return self._load(StageResult, pod.PUSHED)
 
     def tell(self, result: StageResult) -> None:
         """Say how the push ended: the trainer takes it from here."""
-        result.save(self._pushed)
+        with self._open() as directory:
+            result.save_in(directory, pod.PUSHED)
 
-
-ContractT = TypeVar("ContractT", bound=Contract)
-
-
-def _load(kind: type[ContractT], path: Path) -> ContractT | None:
-    """None while it is not there, or not whole."""
-    try:
-        return kind.load(path)
-    except (InputMissingError, ConfigError):
-        return None
+    def _load(self, kind: type[ContractT], name: str) -> ContractT | None:
+        """None while it is not there, or not whole. Raises DataError for what is no plain file."""
+        try:
+            with self._open() as directory:
+                return kind.load_from(directory, name)
+        except (InputMissingError, ConfigError):
+            return None

@@ -25,6 +25,7 @@ import httpx2
 
 from tuner.content import WEB_PAGE_HINT
 from tuner.errors import ConfigError, DataError, DeniedError, InputMissingError, ServiceError
+from tuner.redaction import redact
 from tuner.retry import Backoff, parse_http_date, retry_after_s
 from tuner.runspec import Contract, Network, Reporter
 from tuner.source_headers import SourceHeaders, headers_for
@@ -191,7 +192,7 @@ class WebFile:
         return Answer(at, False, int(total), version, True, True, self._web.chunks(response))
 
     def _version(self, headers: httpx2.Headers) -> Version:
-        etag, last_modified = headers.get("etag"), headers.get("last-modified")
+        etag, last_modified = _kept(headers, "etag"), _kept(headers, "last-modified")
         encoding = _encoding(headers)
         if encoding not in (None, "gzip"):
             raise DataError(
@@ -224,6 +225,12 @@ class WebFile:
         if self._web.sends_headers_to(self._url):
             return "the headers sent with it are not accepted: is the token still valid, and may it read this?"
         return "the file is private: use a signed URL, or give its token with --source-headers FILE"
+
+
+def _kept(headers: httpx2.Headers, name: str) -> str | None:
+    """A header that goes to the disk: not one that a server has made of the secret that it was sent."""
+    value = headers.get(name)
+    return value if value and redact(value) == value else None
 
 
 def _encoding(headers: httpx2.Headers) -> str | None:

@@ -6,10 +6,10 @@ Both name the image as their `subject`, so a registry lists them as its referrer
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from tuner.errors import ConfigError, InputMissingError
+from tuner.open_files import OpenDirectory
 from tuner.registry.image import (
     LAYER_TYPE,
     MANIFEST_TYPE,
@@ -110,12 +110,12 @@ def provenance_artifact(
     return _artifact(IN_TOTO_TYPE, empty, [layer], {}, image, (empty, statement))
 
 
-def read_lock(adapter_dir: Path) -> dict[str, Any]:
-    """run.lock.json of an adapter that tuner trained. Raises InputMissingError or ConfigError."""
-    path = adapter_dir / LOCK_FILE
-    if not path.is_file():
+def read_lock(adapter: OpenDirectory) -> dict[str, Any]:
+    """run.lock.json of an adapter that tuner trained. Raises InputMissingError, ConfigError, DataError for a link."""
+    path = adapter.path / LOCK_FILE
+    if not adapter.has(LOCK_FILE):
         raise InputMissingError(f"{path}: not there, so nothing is known about how the adapter was made")
-    return parse_lock(path.read_bytes(), str(path))
+    return parse_lock(adapter.file(LOCK_FILE).content(), str(path))
 
 
 def parse_lock(content: bytes, place: str) -> dict[str, Any]:

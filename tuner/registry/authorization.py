@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from urllib.parse import urlencode, urlsplit, urlunsplit
 
 from tuner.errors import DeniedError, ServiceError
-from tuner.registry.credentials import Credential
+from tuner.redaction import hide
+from tuner.registry.credentials import REFRESH_TOKEN_USER, Credential
 from tuner.urls import Allowed, url_problem
 
 CLIENT_ID = "tuner"
 TOKEN_REPLY_BYTES = 64 << 10
 _DEFAULT_LIFETIME_S = 60.0  # what the token specification says when `expires_in` is missing
-_REFRESH_TOKEN_USER = "00000000-0000-0000-0000-000000000000"  # ACR's user for "the password is a refresh token"
 
 _PARAMETER = re.compile(r'([\w!#$%&\'*+.^`|~-]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]+))')
 _SCHEME = re.compile(r"[\w!#$%&'*+.^`|~-]+(?=[\s,]|$)")
@@ -46,6 +46,9 @@ class TokenRequest:
 class Token:
     value: str = field(repr=False)
     lifetime_s: float
+
+    def __post_init__(self) -> None:
+        hide(self.value)
 
 
 def parse_challenges(header: str) -> list[Challenge]:
@@ -107,7 +110,7 @@ def token_requests(challenge: Challenge, credential: Credential, scopes: Sequenc
             "scope": " ".join(scopes),
             "refresh_token": credential.identity_token,
         }
-        user = credential.username or _REFRESH_TOKEN_USER
+        user = credential.username or REFRESH_TOKEN_USER
         return [
             TokenRequest(realm, {}, form),
             TokenRequest(get_url, {"Authorization": basic_header(user, credential.identity_token)}),

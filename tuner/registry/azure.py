@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from tuner.errors import ConfigError, InputMissingError, ServiceError
+from tuner.redaction import hide
 
 _SCOPE = "https://containerregistry.azure.net/.default"
 _ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
@@ -44,6 +45,7 @@ class WorkloadIdentity:
                 f"{self.token_file}: the federated token of the workload identity can not be read",
                 hint="is the pod's label azure.workload.identity/use set, and its service account annotated?",
             ) from error
+        hide(assertion)
         return {
             "grant_type": "client_credentials",
             "client_id": self.client_id,
@@ -87,6 +89,7 @@ def parse_reply(body: bytes, name: str, host: str) -> str:
         token = None
     if not isinstance(token, str) or not token.isascii() or not token.isprintable():
         raise ServiceError(f"{host}: its reply has no {name} in it")
+    hide(token)
     return token
 
 

@@ -21,12 +21,14 @@ from fnmatch import fnmatchcase
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tuner.errors import ConfigError, Problem
+from tuner.redaction import hide, hide_login, redact
 from tuner.reference import ImageReference
 from tuner.registry.azure import WorkloadIdentity
 
 _DOCKER_HUB_HOSTS = ("docker.io", "index.docker.io", "registry-1.docker.io")
 _ENTRY_FIELDS = ("auth", "username", "password", "identitytoken", "registrytoken")
 _TOKEN_USER = "<token>"  # whose secret is an identity token
+REFRESH_TOKEN_USER = "00000000-0000-0000-0000-000000000000"  # ACR's user for "the password is a refresh token"
 _HELPER_S = 60.0  # it may ask the person to unlock a keychain
 _REMAKE = "make the secret again with kubectl create secret docker-registry, or run docker login"
 
@@ -43,6 +45,12 @@ class Credential:
     registry_token: str = field(default="", repr=False)
     workload_identity: WorkloadIdentity | None = None
 
+    def __post_init__(self) -> None:
+        hide_login(self.username, self.password)
+        for token in (self.identity_token, self.registry_token):
+            hide(token)
+            hide_login(self.username or REFRESH_TOKEN_USER, token)
+
     @property
     def is_anonymous(self) -> bool:
         return self == Credential(self.key)
@@ -54,7 +62,7 @@ class Credential:
         if self.is_anonymous:
             return "no credential"
         who = f"user {self.username!r}" if self.username else "a token"
-        return f"{who} (key {self.key!r} of the secret)"
+        return redact(f"{who} (key {self.key!r} of the secret)")
 
 
 ANONYMOUS = Credential(key="")
@@ -212,6 +220,7 @@ def _parse_entry(key: str, value: object, name: str, problems: list[Problem]) ->
         return ANONYMOUS
     username, password = entry.username or "", entry.password or ""
     if entry.auth:
+        hide(entry.auth)
         pair = _decode_auth(entry.auth)
         if pair is None:
             problems.append(

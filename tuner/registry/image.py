@@ -8,7 +8,8 @@
       annotations
 
 Layers are tars that exist only as a plan: headers in memory, contents read from the files (and compressed, if that is
-wanted) when somebody reads the layer. Nothing is written, and an upload may begin again anywhere.
+wanted) when somebody reads the layer. Nothing is written, and an upload may begin again anywhere. The files stay open
+with the image: whatever their names lead to meanwhile, what is sent is what was measured.
 Equal input gives equal bytes, so pushing twice uploads nothing.
 https://github.com/opencontainers/image-spec/blob/main/layer.md
 """
@@ -23,11 +24,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import accumulate
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from types import MappingProxyType
-from typing import BinaryIO
 
 from tuner.errors import DataError
+from tuner.open_files import OpenFile
 from tuner.registry.compression import CompressedStream, Compression
 
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
@@ -59,26 +60,12 @@ _TOKENIZER_NAMES = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class FilePart:
-    """The whole of one file, as it was when it was measured."""
-
-    path: Path
-    size_bytes: int
-    fingerprint: tuple[int, ...]
-
-    def check(self, stream: BinaryIO) -> None:
-        """Raises DataError when the open file is not the one that was measured."""
-        if _fingerprint(os.fstat(stream.fileno())) != self.fingerprint:
-            raise DataError(f"{self.path}: changed while it was being packaged", hint="let it be and push again")
-
-
-Part = bytes | FilePart
+Part = bytes | OpenFile
 
 
 @dataclass(frozen=True)
 class Blob:
-    """Bytes with a digest, some of which may still lie in files."""
+    """Bytes with a digest, some of which may still lie in open files."""
 
     media_type: str
     digest: str
@@ -136,14 +123,14 @@ class Image:
 
 
 def build_image(
-    files: Mapping[str, Path],
+    files: Mapping[str, OpenFile],
     *,
     annotations: Mapping[str, str] | None = None,
     labels: Mapping[str, str] | None = None,
     created: datetime = _EPOCH,
     compression: Compression = "none",
 ) -> Image:
-    """The image with `files` (name in the image, without `data/` → path) and the annotations on its manifest.
+    """The image with `files` (name in the image, without `data/` → file) and the annotations on its manifest.
 
     `labels` are the config's and default to the annotations, because `docker inspect` shows labels only.
     `created` is every time stamp in it: the epoch, or what SOURCE_DATE_EPOCH says. Reads every file once, and twice
@@ -204,7 +191,7 @@ def measure(stream: io.RawIOBase) -> tuple[str, int]:
 
 
 class BlobStream(io.RawIOBase):
-    """The parts of a blob, one after another, as one seekable stream. One file is open at a time."""
+    """The parts of a blob, one after another, as one seekable stream."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
         super().__init__()
@@ -212,8 +199,6 @@ class BlobStream(io.RawIOBase):
         sizes = (len(part) if isinstance(part, bytes) else part.size_bytes for part in parts)
         self._starts = list(accumulate(sizes, initial=0))
         self._position = 0
-        self._open_index: int | None = None
-        self._file: BinaryIO | None = None
 
     def readable(self) -> bool:
         return True
@@ -242,56 +227,24 @@ class BlobStream(io.RawIOBase):
         if isinstance(part, bytes):
             view[:] = part[offset : offset + wanted]
         else:
-            self._read_file(index, part, offset, view)
+            part.read_into(view, offset)
         self._position += wanted
         return wanted
 
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-        super().close()
 
-    def _read_file(self, index: int, part: FilePart, offset: int, view: memoryview) -> None:
-        file = self._open_file(index, part)
-        file.seek(offset)
-        done = 0
-        while done < len(view):
-            count = file.readinto(view[done:])  # type: ignore[attr-defined]
-            if not count:
-                part.check(file)
-                raise DataError(f"{part.path}: shorter than it was")
-            done += count
-        if offset + done == part.size_bytes:
-            part.check(file)
-
-    def _open_file(self, index: int, part: FilePart) -> BinaryIO:
-        if self._file is not None and self._open_index == index:
-            return self._file
-        if self._file is not None:
-            self._file.close()
-        try:
-            self._file = part.path.open("rb", buffering=0)
-        except OSError as error:  # as an OSError it would look like a broken network to an upload
-            raise DataError(f"{part.path}: can not be read any more: {error.strerror}") from error
-        self._open_index = index
-        part.check(self._file)
-        return self._file
-
-
-def _build_layer(layer: str, files: Mapping[str, Path], created: datetime, compression: Compression) -> Layer:
+def _build_layer(layer: str, files: Mapping[str, OpenFile], created: datetime, compression: Compression) -> Layer:
     """The tar of some files: `data/` and every directory below it, then each file, in the order of the names."""
     mtime_s = int(created.timestamp())
-    paths = {f"{TOP_DIRECTORY}/{name}": path for name, path in files.items()}
-    directories = {str(parent) for name in paths for parent in PurePosixPath(name).parents} - {"."}
+    placed = {f"{TOP_DIRECTORY}/{name}": file for name, file in files.items()}
+    directories = {str(parent) for name in placed for parent in PurePosixPath(name).parents} - {"."}
     parts: list[Part] = []
-    for name in sorted({*paths, *directories}):
+    for name in sorted({*placed, *directories}):
         if name in directories:
             parts.append(_header(name, tarfile.DIRTYPE, 0, mtime_s))
             continue
-        part = _measure(paths[name])
-        padding = bytes(-part.size_bytes % tarfile.BLOCKSIZE)
-        parts += [_header(name, tarfile.REGTYPE, part.size_bytes, mtime_s), part, padding]
+        file = placed[name]
+        padding = bytes(-file.size_bytes % tarfile.BLOCKSIZE)
+        parts += [_header(name, tarfile.REGTYPE, file.size_bytes, mtime_s), file, padding]
     parts.append(_END_OF_TAR)
     with BlobStream(parts) as stream:
         diff_id, size_bytes = measure(stream)
@@ -309,18 +262,6 @@ def _header(name: str, kind: bytes, size_bytes: int, mtime_s: int) -> bytes:
     info.type, info.size, info.mtime = kind, size_bytes, mtime_s
     info.mode = 0o755 if kind == tarfile.DIRTYPE else 0o644
     return info.tobuf(tarfile.PAX_FORMAT)
-
-
-def _measure(path: Path) -> FilePart:
-    try:
-        status = path.stat()
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: not there, so it can not be packaged") from error
-    return FilePart(path, status.st_size, _fingerprint(status))
-
-
-def _fingerprint(status: os.stat_result) -> tuple[int, ...]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _layer_of(name: str) -> str:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from tuner.durable import make_directories
 from tuner.errors import ConfigError, DataError, InputMissingError, InterruptedRunError, NotPushedError, TunerError
+from tuner.open_files import OpenDirectory
 from tuner.reference import ImageReference
 from tuner.registry import client_for
 from tuner.registry.artifacts import modelpack_artifact, provenance_artifact, read_lock
@@ -62,37 +62,37 @@ class PushState(Contract):
     began: bool = Field(default=False, description="whether the registry has said what the tag had")
     pushed: bool = False
 
-    def adapter_path(self, directory: Path) -> Path:
-        """Where the files are, given the directory of this file."""
-        return Path(os.path.normpath(directory / self.adapter_dir))
+    def open_adapter(self, directory: OpenDirectory) -> OpenDirectory:
+        """Where the files are, given the directory of this file: below it, as whoever can write there could name any
+        other. Raises DataError and InputMissingError."""
+        return directory.below(*Path(self.adapter_dir).parts)
 
-    def check_image(self, image: Image, directory: Path) -> None:
+    def check_image(self, image: Image, adapter: OpenDirectory) -> None:
         """Raises DataError when the files no longer give what was being pushed."""
         if image.digest != self.digest:
-            path = self.adapter_path(directory)
             raise DataError(
-                f"{path}: its files have changed since the push began: they give {image.digest}, not {self.digest}",
-                hint=f"if that is meant: {shlex.join(['tuner', 'push', str(path), str(self.reference)])}",
+                f"{adapter.path}: its files have changed since the push began: they give {image.digest}, not "
+                f"{self.digest}",
+                hint=f"if that is meant: {shlex.join(['tuner', 'push', str(adapter.path), str(self.reference)])}",
             )
 
 
-def load_push_state(directory: Path) -> PushState:
+def load_push_state(directory: OpenDirectory) -> PushState:
     """What `tuner push --resume DIRECTORY` finishes. Raises InputMissingError when nothing was begun there."""
-    path = directory / PUSH_STATE
-    if not path.is_file():
+    if not directory.has(PUSH_STATE):
         raise InputMissingError(
-            f"{path}: not there, so no push was begun from {directory}",
+            f"{directory.path / PUSH_STATE}: not there, so no push was begun from {directory.path}",
             hint="name the work directory of the run, or push an adapter directory: tuner push DIR IMAGE",
         )
-    return PushState.load(path)
+    return PushState.load_from(directory, PUSH_STATE)
 
 
 def push_resumably(
     image: Image,
     reference: ImageReference,
     *,
-    adapter_dir: Path,
-    directory: Path,
+    adapter: OpenDirectory,
+    directory: OpenDirectory,
     overwrite: bool = True,
     network: Network,
     docker_configs: Sequence[str],
@@ -102,11 +102,11 @@ def push_resumably(
 ) -> Pushed:
     """Pushes; whatever happens meanwhile leaves `directory` so that `tuner push --resume` finishes.
 
-    `image` is that of `adapter_dir`. Raises NotPushedError with that command, and InterruptedRunError for SIGTERM and
+    `image` is that of `adapter`. Raises NotPushedError with that command, and InterruptedRunError for SIGTERM and
     SIGINT, after the registry was asked to forget what is half sent.
     """
     state = PushState(
-        adapter_dir=os.path.relpath(adapter_dir.absolute(), directory.absolute()),
+        adapter_dir=os.path.relpath(adapter.path.absolute(), directory.path.absolute()),
         reference=reference,
         digest=image.digest,
         overwrite=overwrite,
@@ -155,7 +155,7 @@ def push_resumably(
                 statement = provenance_artifact(
                     image,
                     reference.name,
-                    read_lock(adapter_dir),
+                    read_lock(adapter),
                     runner_image=options.runner_image,
                     git_commit=options.git_commit,
                 )
@@ -163,11 +163,11 @@ def push_resumably(
     except InterruptedRunError:
         raise
     except TunerError as error:
-        command = shlex.join(["tuner", "push", "--resume", str(directory)])
+        command = shlex.join(["tuner", "push", "--resume", str(directory.path)])
         advice = f"; {error.hint}" if error.hint else ""
         raise NotPushedError(
             f"trained, but not pushed: {error.message}",
-            hint=f"the adapter is kept in {adapter_dir}; finish with: {command}{advice}",
+            hint=f"the adapter is kept in {adapter.path}; finish with: {command}{advice}",
         ) from error
     _save(state.model_copy(update={"pushed": True}), directory, reporter)
     return pushed
@@ -188,21 +188,22 @@ def interrupted_by_signals() -> Iterator[None]:
         yield
 
 
-def _take_up(state: PushState, directory: Path) -> PushState:
+def _take_up(state: PushState, directory: OpenDirectory) -> PushState:
     """The same, with what an unfinished push of the same image to the same place already knew."""
     try:
-        before = PushState.load(directory / PUSH_STATE)
-    except (InputMissingError, ConfigError):
+        before = PushState.load_from(directory, PUSH_STATE)
+    except (InputMissingError, ConfigError, DataError):  # what is no plain file is replaced by one
         return state
     if before.pushed or (before.reference, before.digest) != (state.reference, state.digest):
         return state
     return state.model_copy(update={"previous_digest": before.previous_digest, "began": before.began})
 
 
-def _save(state: PushState, directory: Path, reporter: Reporter) -> None:
+def _save(state: PushState, directory: OpenDirectory, reporter: Reporter) -> None:
     """A full disk must not keep an adapter from leaving it."""
     try:
-        make_directories(directory)
-        state.save(directory / PUSH_STATE)
+        state.save_in(directory, PUSH_STATE)
     except OSError as error:
-        reporter.warn(f"{directory / PUSH_STATE}: can not be written: {error.strerror}; the push goes on without it")
+        reporter.warn(
+            f"{directory.path / PUSH_STATE}: can not be written: {error.strerror}; the push goes on without it"
+        )

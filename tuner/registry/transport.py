@@ -7,6 +7,7 @@ of the host my.team.
 API: https://github.com/opencontainers/distribution-spec/blob/main/spec.md
 """
 
+import html
 import json
 import os
 import re
@@ -23,7 +24,8 @@ import requests
 
 from tuner import __version__
 from tuner.errors import ConfigError, DataError, DeniedError, InputMissingError, ServiceError, TunerError
-from tuner.reference import ImageReference
+from tuner.redaction import redact
+from tuner.reference import DIGEST, ImageReference
 from tuner.registry.authorization import (
     TOKEN_REPLY_BYTES,
     Challenge,
@@ -57,6 +59,8 @@ _MOST_REDIRECTS = 5
 _CANCEL_S = 5.0
 _BACKOFF = Backoff(0.5, 30.0, jitter=0.2)
 _UPLOAD_ATTEMPTS = 6  # without getting further
+_STORAGE_ATTEMPTS = 3
+_STORAGE_REFUSALS = frozenset({400, 401, 403})  # how S3, Azure and Google say that a signed address has expired
 _SLOWEST_COMMIT_BYTES_PER_S = 20 << 20  # some registries read a blob again before they answer the last PUT
 _ERROR_CHARACTERS = 300
 _HTTPS_ONLY = re.compile(rb"HTTP request (?:was sent )?to (?:an )?HTTPS", re.IGNORECASE)
@@ -171,8 +175,8 @@ class RegistryClient:
         response = self._call("HEAD", self._url("manifests", name), ok=(200, 404), headers=_ACCEPT_MANIFESTS)
         if response.status_code == 404:
             return None
-        digest = response.headers.get("Docker-Content-Digest")
-        return str(digest) if digest else sha256_digest(self.get_manifest(name)[0])
+        digest = str(response.headers.get("Docker-Content-Digest", ""))
+        return digest if DIGEST.fullmatch(digest) else sha256_digest(self.get_manifest(name)[0])
 
     def get_manifest(self, name: str) -> tuple[bytes, str]:
         """The bytes of a manifest or index as the registry keeps them, and their media type. Not verified."""
@@ -305,18 +309,23 @@ class RegistryClient:
     def _patiently(self, method: str, url: str, headers: dict[str, str], **rest: Any) -> requests.Response:
         """The answer to one request, authorised and, where it failed by chance, repeated.
 
-        All but the sending of blobs goes through here.
+        All but the sending of blobs goes through here. A refusal by another place that the registry has sent us to is
+        no word of the registry's: it is asked where to go anew, as signed addresses expire.
         """
         waiting = Retries(self._patience.backoff)
+        refused = Retries(self._patience.backoff, attempts=_STORAGE_ATTEMPTS)
         while True:
             try:
                 response = self._authorised(method, url, headers, **rest)
             except requests.RequestException as error:
                 self._wait(waiting, self._explain(error))
                 continue
-            if response.status_code not in _RETRIED:
+            if response.status_code in _STORAGE_REFUSALS and not self._is_ours(response):
+                self._wait(refused, self._storage_fault(response))
+            elif response.status_code in _RETRIED:
+                self._wait(waiting, self._fault_of(response))
+            else:
                 return response
-            self._wait(waiting, self._fault_of(response))
 
     def _call(
         self,
@@ -335,13 +344,12 @@ class RegistryClient:
         return response
 
     def _authorised(self, method: str, url: str, headers: dict[str, str], **rest: Any) -> requests.Response:
-        """One answer that is not a refusal. Raises DeniedError when no credential is let in."""
-        at_registry = same_origin(url, self._root)
+        """One answer that is no refusal by the registry. Raises DeniedError when no credential is let in."""
         while True:
             refusal = None
             try:
                 response = self._answer_challenge(method, url, headers, **rest)
-                if not at_registry or response.status_code not in (401, 403):
+                if response.status_code not in (401, 403) or not self._is_ours(response):
                     # reading proves nothing when the job is to write
                     if response.ok and (self._actions == "pull" or method == "POST"):
                         self._settled = True
@@ -361,7 +369,7 @@ class RegistryClient:
         header = self._header
         response = self._exchange(method, url, headers, **rest)
         challenges = parse_challenges(response.headers.get("WWW-Authenticate", ""))
-        if response.status_code not in (401, 403) or not challenges or not same_origin(url, self._root):
+        if response.status_code not in (401, 403) or not challenges or not self._is_ours(response):
             return response
         by_scheme = {challenge.scheme: challenge for challenge in reversed(challenges)}
         credential = self.credential
@@ -421,7 +429,7 @@ class RegistryClient:
             elif response.status_code in _RETRIED:
                 self._wait(waiting, _Fault(f"{realm_host}: {_status(response)}", retry_after_s(response.headers)))
             elif response.status_code in (400, 401, 403):
-                text = self._clean(_error_text(body))
+                text = _shown(_error_text(body))
                 raise _RefusedError(f"its token server {realm_host} says {text or _status(response)}")
             else:
                 raise ServiceError(f"{realm_host}: the token server answers {_status(response)}")
@@ -452,7 +460,7 @@ class RegistryClient:
             if response.status_code == 200:
                 return body
             if response.status_code not in _RETRIED:
-                raise _RefusedError(f"{host} says {self._clean(refusal(body)) or _status(response)}")
+                raise _RefusedError(f"{host} says {_shown(refusal(body)) or _status(response)}")
             self._wait(waiting, _Fault(f"{host}: {_status(response)}", retry_after_s(response.headers)))
 
     def _forget(self) -> None:
@@ -461,18 +469,33 @@ class RegistryClient:
     def _exchange(
         self, method: str, url: str, headers: Mapping[str, str], *, body_bytes: int = 0, **rest: Any
     ) -> requests.Response:
-        """One answer from wherever reads are redirected to; our credential stays with the registry."""
+        """One answer from wherever reads are redirected to; our credential stays with the registry.
+
+        Once a redirect has left the registry nothing on that way gets it, also where it leads back. `history` of the
+        answer has the redirects.
+        """
         read_timeout_s = self._patience.read_timeout_s + body_bytes / _SLOWEST_COMMIT_BYTES_PER_S
         rest.setdefault("timeout", (self._patience.connect_timeout_s, read_timeout_s))
-        for _ in range(_MOST_REDIRECTS):
-            mine = {"Authorization": self._header} if self._header and same_origin(url, self._root) else {}
+        hops: list[requests.Response] = []
+        while len(hops) < _MOST_REDIRECTS:
+            is_ours = all(same_origin(each, self._root) for each in (url, *(hop.url for hop in hops)))
+            mine = {"Authorization": self._header} if self._header and is_ours else {}
             response = self._send(method, url, {**headers, **mine}, **rest)
             self._reached = True
+            response.history = [*hops]
             if method not in ("GET", "HEAD") or response.status_code not in _REDIRECTS:
                 return response
             url = self._location(response, url)
             response.close()
+            hops.append(response)
         raise ServiceError(f"{self.host}: more than {_MOST_REDIRECTS} redirects, one after another")
+
+    def _is_ours(self, response: requests.Response) -> bool:
+        """Whether the registry itself has answered: not the storage that it redirects to, be it on the same host, nor
+        anybody whom that one names. Only then is a challenge answered, and a refusal one of our credential."""
+        if not all(same_origin(each.url, self._root) for each in (response, *response.history)):
+            return False
+        return not response.history or urlsplit(response.url).path.startswith("/v2/")
 
     def _send(self, method: str, url: str, headers: Mapping[str, str], **rest: Any) -> requests.Response:
         connect_timeout_s, read_timeout_s = rest.pop(
@@ -570,7 +593,10 @@ class RegistryClient:
         return response
 
     def _upload_fault(self, response: requests.Response) -> "_Fault":
-        """404, 409 and 416 say that this upload is lost, not that the blob is unwelcome."""
+        """404, 409 and 416 say that this upload is lost, not that the blob is unwelcome. So does a storage's refusal:
+        the registry has another address."""
+        if response.status_code in _STORAGE_REFUSALS and not self._is_ours(response):
+            return self._storage_fault(response)
         if response.status_code in _RETRIED or response.status_code in (404, 409, 416):
             return self._fault_of(response)
         raise self._unexpected(response)
@@ -633,6 +659,15 @@ class RegistryClient:
         text = self._registry_text(response)
         return _Fault(
             f"{self.host}: {text}", retry_after_s(response.headers), "the registry is not well; try again later"
+        )
+
+    def _storage_fault(self, response: requests.Response) -> "_Fault":
+        where = urlsplit(response.url).netloc
+        return _Fault(
+            f"{where}: the storage that {self.host} sends us to refuses the address that it gave: "
+            f"{self._registry_text(response)}",
+            retry_after_s(response.headers),
+            f"your credential is not what is refused; ask who runs {self.host} why its addresses do not work there",
         )
 
     def _explain(self, error: requests.RequestException, host: str | None = None) -> "_Fault":
@@ -699,17 +734,8 @@ class RegistryClient:
 
     def _words(self, response: requests.Response, body: bytes) -> str:
         """`403 Forbidden: DENIED: requested access to the resource is denied`"""
-        text = self._clean(_error_text(body))
+        text = _shown(_error_text(body))
         return f"{_status(response)}: {text}" if text else _status(response)
-
-    def _clean(self, text: str) -> str:
-        """No secret of ours that a server echoes, no signed query, nothing that moves a terminal's cursor."""
-        for credential in self._credentials:
-            for secret in (credential.password, credential.identity_token, credential.registry_token):
-                if secret:
-                    text = text.replace(secret, "…")
-        text = re.sub(r"\?[^\s\"']+", "?…", text)
-        return "".join(character for character in text if character.isprintable())[:_ERROR_CHARACTERS]
 
 
 def connect(
@@ -833,11 +859,21 @@ def _read_at_most(response: requests.Response, limit_bytes: int) -> bytes:
 
 
 def _status(response: requests.Response) -> str:
-    return f"{response.status_code} {response.reason or ''}".strip()
+    return f"{response.status_code} {_shown(response.reason or '')}".strip()
+
+
+def _shown(text: str) -> str:
+    """What a server says: no secret that it echoes, whole or cut off by us, and nothing that moves a cursor."""
+    return redact("".join(character for character in text if character.isprintable()))[:_ERROR_CHARACTERS]
+
+
+_XML_ERROR = re.compile(rb"<(Code|Message)>([^<]{1,300})")
 
 
 def _error_text(body: bytes) -> str:
-    """The codes and messages of `{"errors": […]}`, or nothing."""
+    """The codes and messages of `{"errors": […]}`, or of a storage's `<Error>`, else nothing."""
+    if body.lstrip(b"\xef\xbb\xbf \r\n")[:1] == b"<":
+        return ": ".join(html.unescape(text.decode(errors="replace")) for _, text in _XML_ERROR.findall(body)[:2])
     try:
         errors = json.loads(body)["errors"]
         return "; ".join(
