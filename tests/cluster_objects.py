@@ -37,6 +37,20 @@ def make_job(
     }
 
 
+def make_pod_spec(workspace: Object, gpus: int = 1) -> Object:
+    """Of the pod that a Workspace's Job makes: what decides where it goes."""
+    resource = workspace["resource"]
+    labels = dict(resource["labelSelector"]["matchLabels"])
+    if instance_type := resource.get("instanceType"):
+        labels["node.kubernetes.io/instance-type"] = instance_type
+    expressions = [{"key": key, "operator": "In", "values": [value]} for key, value in labels.items()]
+    terms = {"nodeSelectorTerms": [{"matchExpressions": expressions}]}
+    return {
+        "containers": [{"name": "phi-3", "resources": {"limits": {"nvidia.com/gpu": str(gpus)}}}],
+        "affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": terms}},
+    }
+
+
 def running() -> Object:
     return {"running": {"startedAt": CREATED}}
 

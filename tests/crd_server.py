@@ -5,7 +5,9 @@ Kubernetes' library (checker/cost.go, library/cost.go). Expressions are evaluate
 that Kubernetes adds are below.
 """
 
+import ast
 import copy
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,12 +25,23 @@ Schema = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Refusal:
-    """One line of `The Workspace "x" is invalid`. `by` is "schema", "rule" or "decoding" (an unknown field)."""
+    """One line of `The Workspace "x" is invalid`. `by` is "schema", "rule" or "decoding" (an unknown field).
+
+    `message` is the sentence, `said` what the server says, which is with the value where that is a text or a number.
+    """
 
     path: str
     message: str
     by: str = "schema"
-    kind: str = "object"  # of the value; the server shows this and not the value
+    reason: str = "FieldValueInvalid"
+    value: Any = None
+
+    @property
+    def said(self) -> str:
+        if self.by != "rule":
+            return self.message
+        shown = f"{json.dumps(self.value, ensure_ascii=False)}: " if isinstance(self.value, str | int | float) else ""
+        return f"Invalid value: {shown}{self.message}"
 
 
 # ── CEL ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -65,9 +78,13 @@ _FUNCTIONS = {
 
 
 @cache
+def _tree(expression: str) -> Any:
+    return celpy.Environment().compile(expression)
+
+
+@cache
 def _program(expression: str) -> celpy.Runner:
-    environment = celpy.Environment()
-    return environment.program(environment.compile(expression), functions=_FUNCTIONS)
+    return celpy.Environment().program(_tree(expression), functions=_FUNCTIONS)
 
 
 _program("true")  # cel-python raises the recursion limit with its first program: not in the middle of somebody's test
@@ -96,7 +113,7 @@ class CustomResourceServer:
         if unknown := list(_unknown(schema, new, "")):
             return unknown
         new = defaulted(schema, new)
-        if refused := list(_structural(schema, new, "")):
+        if refused := refusals_by_schema(schema, new):
             return refused
         return refusals_by_rules(schema, new, old)
 
@@ -159,34 +176,70 @@ _TYPES: dict[str, Callable[[Any], bool]] = {
 
 
 def _structural(schema: Schema, value: Any, path: str) -> Iterator[Refusal]:
-    kind = schema["type"]
-    if not _TYPES[kind](value):
-        yield Refusal(path, f"must be of type {kind}")
+    kind = schema.get("type")
+    if kind in _TYPES and not _TYPES[kind](value):
+        found = _json_type(value)
+        said = f'Invalid value: "{found}": {_in_body(path)} must be of type {kind}: "{found}"'
+        yield Refusal(path, said, reason="FieldValueTypeInvalid")
         return
     if kind == "object":
         for key in schema.get("required", ()):
             if key not in value:
-                yield Refusal(f"{path}.{key}".lstrip("."), "Required value")
+                yield Refusal(f"{path}.{key}".lstrip("."), "Required value", reason="FieldValueRequired")
         if len(value) > schema.get("maxProperties", len(value)):
-            yield Refusal(path, "must have at most properties")
+            yield Refusal(path, "must have at most properties", reason="FieldValueTooMany")
         for key, each in value.items():
             below = schema.get("properties", {}).get(key, schema.get("additionalProperties"))
-            if below is not None:
+            if isinstance(below, Mapping) and key != "metadata":
                 yield from _structural(below, each, f"{path}.{key}".lstrip("."))
     elif kind == "array":
         if len(value) > schema.get("maxItems", len(value)):
-            yield Refusal(path, f"Too many: must have at most {schema['maxItems']} items")
+            said = f"Too many: {len(value)}: must have at most {schema['maxItems']} items"
+            yield Refusal(path, said, reason="FieldValueTooMany")
         for index, each in enumerate(value):
-            yield from _structural(schema["items"], each, f"{path}[{index}]")
+            yield from _structural(schema.get("items", {}), each, f"{path}[{index}]")
     elif kind == "string":
-        if len(value) > schema.get("maxLength", len(value)):
-            yield Refusal(path, f"Too long: may not be more than {schema['maxLength']} bytes")
-        if "enum" in schema and value not in schema["enum"]:
-            yield Refusal(path, f"Unsupported value: supported values: {', '.join(schema['enum'])}")
-        if "pattern" in schema and not re2.search(schema["pattern"], value):
-            yield Refusal(path, f"should match {schema['pattern']}")
-    elif not schema.get("minimum", value) <= value <= schema.get("maximum", value):
-        yield Refusal(path, "should be greater than or equal to")
+        yield from _of_text(schema, value, path)
+    elif kind in ("integer", "number"):
+        if value < schema.get("minimum", value):
+            said = f"should be greater than or equal to {schema['minimum']}"
+            yield Refusal(path, f"Invalid value: {value}: {_in_body(path)} {said}")
+        if value > schema.get("maximum", value):
+            said = f"should be less than or equal to {schema['maximum']}"
+            yield Refusal(path, f"Invalid value: {value}: {_in_body(path)} {said}")
+
+
+def _of_text(schema: Schema, value: str, path: str) -> Iterator[Refusal]:
+    if len(value) > schema.get("maxLength", len(value)):
+        said = f"Too long: may not be more than {schema['maxLength']} bytes"
+        yield Refusal(path, said, reason="FieldValueTooLong")
+    if "enum" in schema and value not in schema["enum"]:
+        choices = ", ".join(f'"{each}"' for each in schema["enum"])
+        said = f'Unsupported value: "{value}": supported values: {choices}'
+        yield Refusal(path, said, reason="FieldValueNotSupported")
+    if "pattern" in schema and not re2.search(schema["pattern"], value):
+        yield Refusal(path, f"Invalid value: \"{value}\": {_in_body(path)} should match '{schema['pattern']}'")
+
+
+def _in_body(path: str) -> str:
+    """The status is validated apart, and its fields are named from there."""
+    return f"{path.removeprefix('status.')} in body"
+
+
+def _json_type(value: Any) -> str:
+    names = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
+    return names.get(type(value), "null")
+
+
+def refusals_by_schema(schema: Schema, value: Any) -> list[Refusal]:
+    """What types, lengths, choices and required fields say of a whole object."""
+    return list(_structural(schema, value, ""))
+
+
+def has_rules(schema: Any) -> bool:
+    if isinstance(schema, Mapping):
+        return "x-kubernetes-validations" in schema or any(map(has_rules, schema.values()))
+    return isinstance(schema, list) and any(map(has_rules, schema))
 
 
 def refusals_by_rules(schema: Schema, new: Any, old: Any) -> list[Refusal]:
@@ -205,7 +258,8 @@ def _rules(schema: Schema, value: Any, old: Any, path: str) -> Iterator[Refusal]
         if not evaluate(rule["rule"], **variables):
             said = str(evaluate(rule["messageExpression"], **variables)) if "messageExpression" in rule else ""
             where = f"{path}{rule.get('fieldPath', '')}".lstrip(".")
-            yield Refusal(where, rule["message"] if not said or "\n" in said else said.strip(), "rule", schema["type"])
+            sentence = rule["message"] if not said or "\n" in said else said.strip()
+            yield Refusal(where, sentence, "rule", value=None if "fieldPath" in rule else value)
     if isinstance(value, Mapping):
         for key, each in value.items():
             below = schema.get("properties", {}).get(key, schema.get("additionalProperties"))
@@ -263,22 +317,34 @@ def _age(age: timedelta) -> str:
 
 EXPRESSION_LIMIT, CRD_LIMIT, RUNTIME_LIMIT = 10_000_000, 100_000_000, 10_000_000
 _REQUEST_BYTES = 3 * 1024 * 1024
-_UNKNOWN = float("inf")
+_UNKNOWN = float("inf")  # of whose size nothing is known is taken to be 2^64 long
 _TRAVERSAL, _REGEX = 0.1, 0.25
 
 
 @dataclass(frozen=True)
 class _Estimate:
-    """Of an expression: what it costs, how long its value is, and the schema where it has one."""
+    """Of an expression: what it costs, how long its value is, and the schema where it has one.
+
+    `item` is the length of an item of a list that a function made: of those a field has, the schema tells.
+    """
 
     cost: float
     size: float = 1
     schema: Schema | None = None
+    item: float | None = None
 
 
 @dataclass(frozen=True)
 class _Estimator:
-    variables: Mapping[str, Schema] = field(default_factory=dict)
+    """cel-go's checker/cost.go with k8s.io/apiserver/pkg/cel/library/cost.go, and apiextensions' sizeEstimator."""
+
+    root: Schema
+    variables: Mapping[str, _Estimate] = field(default_factory=dict)
+
+    @classmethod
+    def on(cls, schema: Schema) -> "_Estimator":
+        whole = _Estimate(1, _size(schema), schema)
+        return cls(schema, {"self": whole, "oldSelf": whole})
 
     def of(self, tree: Any) -> _Estimate:
         kind, parts = str(tree.data), tree.children
@@ -287,15 +353,16 @@ class _Estimator:
         return getattr(self, f"_{kind}")(parts)  # type: ignore[no-any-return]
 
     def _literal(self, parts: list[Any]) -> _Estimate:
-        return _Estimate(0, len(str(parts[0]).lstrip("r")) - 2 if parts[0].type == "STRING_LIT" else 1)
+        return _Estimate(0, len(_text(str(parts[0]))) if parts[0].type == "STRING_LIT" else 1)
 
     def _ident(self, parts: list[Any]) -> _Estimate:
-        schema = self.variables[str(parts[0])]
-        return _Estimate(1, _size(schema), schema)
+        return self.variables[str(parts[0])]
 
     def _list_lit(self, parts: list[Any]) -> _Estimate:
-        items = parts[0].children if parts and parts[0] is not None else []
-        return _Estimate(10 + sum(self.of(each).cost for each in items), len(items), {"type": "boolean"})
+        items = [self.of(each) for each in parts[0].children] if parts and parts[0] is not None else []
+        return _Estimate(
+            10 + sum(each.cost for each in items), len(items), item=max((e.size for e in items), default=0)
+        )
 
     def _expr(self, parts: list[Any]) -> _Estimate:
         condition, yes, no = map(self.of, parts)
@@ -314,18 +381,24 @@ class _Estimator:
         cost = left.cost + right.cost
         if parts[0].data == "relation_in":
             return _Estimate(cost + right.size)
-        return _Estimate(cost + ceil(min(left.size, right.size) * _TRAVERSAL))
+        return _Estimate(cost + _times(min(left.size, right.size), _TRAVERSAL))
 
     def _addition(self, parts: list[Any]) -> _Estimate:
         left, right = self.of(parts[0].children[0]), self.of(parts[1])
         size = left.size + right.size
-        return _Estimate(left.cost + right.cost + ceil(size * _TRAVERSAL), size)
+        return _Estimate(left.cost + right.cost + _times(size, _TRAVERSAL), size)
 
     def _member_dot(self, parts: list[Any]) -> _Estimate:
         of = self.of(parts[0])
         assert of.schema is not None
         schema = of.schema["properties"][str(parts[1])]
         return _Estimate(of.cost + 1, _size(schema), schema)
+
+    def _member_index(self, parts: list[Any]) -> _Estimate:
+        of, index = self.of(parts[0]), self.of(parts[1])
+        # The way to an item of what a function made ends at the root: it is taken to be as long as `self`.
+        schema = of.schema["items"] if of.schema else self.root
+        return _Estimate(of.cost + index.cost + 1, _size(schema), of.schema and schema)
 
     def _ident_arg(self, parts: list[Any]) -> _Estimate:
         assert parts[0] == "has", parts[0]
@@ -335,34 +408,46 @@ class _Estimator:
         of, name = self.of(parts[0]), str(parts[1])
         arguments = parts[2].children if len(parts) > 2 and parts[2] is not None else []
         if name in ("all", "exists", "filter", "map"):
-            assert of.schema is not None
             variable = str(next(iter(arguments[0].scan_values(lambda _: True))))
-            item = of.schema.get("items", of.schema)
-            body = _Estimator({**self.variables, variable: item}).of(arguments[1])
+            item = of.schema["items"] if of.schema else self.root
+            known = _Estimate(1, _size(item) if of.item is None else of.item, item)
+            body = _Estimator(self.root, {**self.variables, variable: known}).of(arguments[1])
             return _Estimate(of.cost + of.size * (body.cost + 3), of.size)
         given = [self.of(each) for each in arguments]
         cost = of.cost + sum(each.cost for each in given)
         if name in ("matches", "find", "findAll"):
-            return _Estimate(cost + ceil((of.size + 1) * _TRAVERSAL) * ceil(given[0].size * _REGEX), of.size)
+            cost += _times(of.size + 1, _TRAVERSAL) * _times(given[0].size, _REGEX)
+            return _Estimate(cost, of.size if name != "matches" else 1)
         if name == "contains":
-            return _Estimate(cost + ceil(of.size * _TRAVERSAL) * ceil(given[0].size * _TRAVERSAL))
+            return _Estimate(cost + _times(of.size, _TRAVERSAL) * _times(given[0].size, _TRAVERSAL))
         if name in ("lowerAscii", "substring"):
-            return _Estimate(cost + ceil(of.size * _TRAVERSAL), of.size)
+            return _Estimate(cost + _times(of.size, _TRAVERSAL), of.size)
         if name == "join":
-            size = of.size * given[0].size
-            return _Estimate(cost + ceil(size * _TRAVERSAL), size)
+            item_size = _size(of.schema["items"]) if of.schema else _UNKNOWN
+            size = of.size * item_size + given[0].size * max(of.size - 1, 0)
+            return _Estimate(cost + _times(size, _TRAVERSAL), size)
         assert name == "size", name
         return _Estimate(cost + 1)
+
+
+def _text(literal: str) -> str:
+    return literal[2:-1] if literal.startswith("r") else str(ast.literal_eval(literal))
+
+
+def _times(size: float, factor: float) -> float:
+    return _UNKNOWN if size == _UNKNOWN else ceil(size * factor)
 
 
 def _size(schema: Schema) -> float:
     match schema["type"]:
         case "string":
-            return schema["maxLength"] * 4 if "maxLength" in schema else _REQUEST_BYTES  # type: ignore[no-any-return]
+            return schema["maxLength"] * 4 if "maxLength" in schema else _REQUEST_BYTES - 2  # type: ignore[no-any-return]
         case "array":
             return schema.get("maxItems", _REQUEST_BYTES)  # type: ignore[no-any-return]
+        case "object" if "additionalProperties" in schema:
+            return schema.get("maxProperties", _REQUEST_BYTES)  # type: ignore[no-any-return]
         case "object":
-            return _REQUEST_BYTES  # equality of objects; the server counts less
+            return 0
     return 1
 
 
@@ -378,10 +463,9 @@ class Price:
 
 def prices(schema: Schema, path: str = "", places: float = 1) -> Iterator[Price]:
     for rule in schema.get("x-kubernetes-validations", ()):
-        estimator = _Estimator({"self": schema, "oldSelf": schema})
+        estimator = _Estimator.on(schema)
         holds, message = (
-            estimator.of(celpy.Environment().compile(text)).cost if text else 0
-            for text in (rule["rule"], rule.get("messageExpression"))
+            estimator.of(_tree(text)).cost if text else 0 for text in (rule["rule"], rule.get("messageExpression"))
         )
         yield Price(path, rule["rule"], holds * places, message)
     for key, below in schema.get("properties", {}).items():
@@ -390,3 +474,46 @@ def prices(schema: Schema, path: str = "", places: float = 1) -> Iterator[Price]
         yield from prices(schema["items"], f"{path}[]", places * schema.get("maxItems", _REQUEST_BYTES))
     if "additionalProperties" in schema:
         yield from prices(schema["additionalProperties"], f"{path}[]", places * schema.get("maxProperties", 1e6))
+
+
+def too_dear(schema: Schema) -> list[tuple[str, str]]:
+    """Where in a schema a server finds a rule too dear, and what it says."""
+    found: list[tuple[str, str]] = []
+    spent: list[tuple[float, str]] = []
+    for where, cost, what in _expressions(schema, "", 1):
+        spent.append((cost, where))
+        if cost > EXPRESSION_LIMIT:
+            found.append((where, _exceeds(what, cost, EXPRESSION_LIMIT)))
+    total = sum(cost for cost, _ in spent)
+    if total > CRD_LIMIT:
+        dear = sorted((each for each in spent if each[0] >= CRD_LIMIT / 100), key=lambda each: -each[0])[:4]
+        said = "Forbidden: contributed to estimated rule cost total exceeding cost limit for entire OpenAPIv3 schema"
+        found += [(where, said) for _, where in dear]
+        what = "x-kubernetes-validations estimated rule cost total for entire OpenAPIv3 schema"
+        found.append(("", _exceeds(what, total, CRD_LIMIT)))
+    return found
+
+
+def _expressions(schema: Schema, path: str, places: float) -> Iterator[tuple[str, float, str]]:
+    for index, rule in enumerate(schema.get("x-kubernetes-validations", ())):
+        (price, *_) = prices({**schema, "x-kubernetes-validations": [rule]})
+        where = f"{path}.x-kubernetes-validations[{index}]"
+        yield f"{where}.rule", price.holds * places, "estimated rule cost"
+        if "messageExpression" in rule:
+            yield f"{where}.messageExpression", price.message, "estimated messageExpression cost"
+    for key, below in schema.get("properties", {}).items():
+        yield from _expressions(below, f"{path}.properties[{key}]", places)
+    if "items" in schema:
+        yield from _expressions(schema["items"], f"{path}.items", places * schema.get("maxItems", _REQUEST_BYTES))
+    if "additionalProperties" in schema:
+        most = schema.get("maxProperties", 1e6)
+        yield from _expressions(schema["additionalProperties"], f"{path}.additionalProperties", places * most)
+
+
+def _exceeds(what: str, cost: float, limit: float) -> str:
+    factor = cost / limit
+    shown = "more than 100" if factor > 100 else f"{factor:f}" if factor < 1.5 else f"{factor:.1f}"
+    return (
+        f"Forbidden: {what} exceeds budget by factor of {shown}x (try simplifying the rule, or adding maxItems, "
+        "maxProperties, and maxLength where arrays, maps, and strings are declared)"
+    )

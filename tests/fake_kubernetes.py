@@ -38,6 +38,7 @@ from types import TracebackType
 from typing import Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from tests import kubernetes_defaults as defaults
 from tests import kubernetes_patches as patches
 from tests import kubernetes_rules as rules
 
@@ -68,8 +69,8 @@ class Refusal(Exception):
             "metadata": {},
             "status": "Failure",
             "message": message,
-            "reason": reason,
-            "details": dict(details or {}),
+            **({"reason": reason} if reason else {}),
+            **({"details": dict(details)} if details is not None else {}),
             "code": code,
         }
 
@@ -106,8 +107,11 @@ class Change:
 
 @dataclass
 class Stored:
+    """`data_text`: a ControllerRevision's data, which the server keeps as they were sent."""
+
     object: Object
     owners: patches.Owners = field(default_factory=dict)
+    data_text: str = ""
 
 
 @dataclass
@@ -126,6 +130,10 @@ class Kind:
     history: list[Change] = field(default_factory=list)
     oldest: int = 0  # a watch from before this version gets 410
     changed: threading.Condition = field(default_factory=threading.Condition)
+
+    @property
+    def counts_generations(self) -> bool:
+        return self.custom or (self.has_status and (self.group != "" or self.kind == "Pod"))
 
     @property
     def full_name(self) -> str:
@@ -183,6 +191,9 @@ class Request:
     query: Mapping[str, str]
     body: Any = None
     content_type: str = ""
+    text: str = ""  # the body as it was sent
+    warnings: list[str] = field(default_factory=list)  # to be sent with the answer
+    flags: set[str] = field(default_factory=set)
 
     @property
     def group(self) -> str:
@@ -625,12 +636,16 @@ class FakeKubernetes:
                 return
         where = f' in the namespace "{request.namespace}"' if request.namespace else " at the cluster scope"
         named = f' "{request.name}"' if request.name else ""
+        details = request.kind.details
+        if request.group == "events.k8s.io":
+            details = {"group": request.group, "kind": "events"}
+        resource = f"{details['kind']}.{details['group']}" if "group" in details else details["kind"]
         raise Refusal(
             403,
             "Forbidden",
-            f'{request.kind.full_name}{named} is forbidden: User "{USER}" cannot {request.verb} resource "{plural}" '
+            f'{resource}{named} is forbidden: User "{USER}" cannot {request.verb} resource "{plural}" '
             f'in API group "{request.group}"{where}',
-            {**request.kind.details, **({"name": request.name} if request.name else {})},
+            {**details, **({"name": request.name} if request.name else {})},
         )
 
     def may(self, verb: str, group: str, plural: str, namespace: str, name: str = "") -> bool:
@@ -675,7 +690,8 @@ class FakeKubernetes:
             if group == "events.k8s.io" and rest[0] == "events" and version == "v1":
                 kind = self._kinds[("", "events")]
             elif kind is None or version not in kind.versions:
-                raise _page_not_found()
+                known = any(one.group == group and version in one.versions for one in self._kinds.values())
+                raise _not_served() if known else _page_not_found()
             name = rest[1] if len(rest) > 1 else ""
             subresource = rest[2] if len(rest) > 2 else ""
             if subresource and not (
@@ -758,7 +774,7 @@ class FakeKubernetes:
             start = bisect.bisect_right([key for key, _ in found], tuple(json.loads(after)))
         limit = int(request.query.get("limit") or 0)
         page = found[start : start + limit] if limit else found[start:]
-        metadata: Object = {"resourceVersion": version}
+        metadata: Object = {"resourceVersion": version, **({"continue": ""} if request.kind.custom else {})}
         if limit and start + limit < len(found):
             metadata["continue"] = base64.b64encode(f"{version} {json.dumps(page[-1][0])}".encode()).decode()
             metadata["remainingItemCount"] = len(found) - start - limit
@@ -920,10 +936,20 @@ class FakeKubernetes:
                     "Forbidden",
                     f'{kind.full_name} "{metadata.get("name")}" is forbidden: unable to create new content in '
                     f"namespace {request.namespace} because it is being terminated",
-                    {**kind.details, "causes": [{"reason": "NamespaceTerminating"}]},
+                    {
+                        "name": str(metadata.get("name")),
+                        **kind.details,
+                        "causes": [
+                            {
+                                "reason": "NamespaceTerminating",
+                                "message": f"namespace {request.namespace} is being terminated",
+                                "field": "metadata.namespace",
+                            }
+                        ],
+                    },
                 )
         if metadata.get("resourceVersion"):
-            raise _bad_request("resourceVersion should not be set on objects to be created")
+            raise Refusal(500, "", "resourceVersion should not be set on objects to be created")
         if not metadata.get("name") and metadata.get("generateName"):
             metadata["name"] = f"{metadata['generateName']}{next(self._uids):05x}"
         if kind.has_status:
@@ -934,19 +960,21 @@ class FakeKubernetes:
         there = kind.objects.get(key)
         if there:
             being = "object is being deleted: " if there.object["metadata"].get("deletionTimestamp") else ""
+            named, details = kind.full_name, kind.details
+            if request.group == "events.k8s.io":
+                named, details = "events.events.k8s.io", {"group": request.group, "kind": "events"}
             raise Refusal(
-                409,
-                "AlreadyExists",
-                f'{being}{kind.full_name} "{key[1]}" already exists',
-                {"name": key[1], **kind.details},
+                409, "AlreadyExists", f'{being}{named} "{key[1]}" already exists', {"name": key[1], **details}
             )
         owners: patches.Owners = {}
         patches.written({}, new, request.query.get("fieldManager") or "unknown", owners)
         if request.is_dry_run:
-            return self._shown(
-                request, {**new, "metadata": {**metadata, "uid": self._uid(), "creationTimestamp": _now()}}
-            )
+            made = {**metadata, "uid": self._uid(), "creationTimestamp": _now()}
+            counted = {"generation": 1} if kind.counts_generations else {}
+            return self._shown(request, {**new, "metadata": {**made, **counted}})
         shown = self._shown(request, self._insert(kind, key, new, owners))
+        if kind.kind == "ControllerRevision":
+            kind.objects[key].data_text = _text_of(request.text, "data")
         self._settle()
         return shown
 
@@ -954,13 +982,18 @@ class FakeKubernetes:
         """A fresh copy of what was sent; unknown fields are refused or dropped."""
         kind, version = request.kind, request.version
         if not isinstance(body, dict):
-            raise _bad_request("the object provided is unrecognized: couldn't get version/kind; json parse error")
+            raise _bad_request(
+                f"the object provided is unrecognized (must be of type {kind.kind}): couldn't get version/kind; json "
+                f"parse error: unexpected end of JSON input ({request.text})"
+            )
         new: Object = patches.copied(body)
         events_v1 = "/apis/events.k8s.io/" in request.path
         wanted = "events.k8s.io/v1" if events_v1 else kind.api_version(version)
         if new.setdefault("kind", kind.kind) != kind.kind or new.setdefault("apiVersion", wanted) != wanted:
             raise _bad_request(
-                f"the API version in the data ({new['apiVersion']}) does not match the expected API version ({wanted})"
+                f'{kind.kind} in version "{new["apiVersion"]}" cannot be handled as a {kind.kind}: no kind '
+                f'"{new["kind"]}" is registered for version "{new["apiVersion"]}" in scheme '
+                '"k8s.io/kubernetes/pkg/api/legacyscheme/scheme.go:30"'
                 if new["apiVersion"] != wanted
                 else f'{new["kind"]} in version "{version}" cannot be handled as a {kind.kind}'
             )
@@ -968,48 +1001,85 @@ class FakeKubernetes:
             raise _bad_request("metadata must be an object")
         unknown: Iterable[str] = ()
         cannot = f'{kind.kind} in version "{version}" cannot be handled as a {kind.kind}: '
+        group = "events.k8s.io" if events_v1 else kind.group
+        checks = request.query.get("fieldValidation") or "Warn"
         if kind.custom:
             if schema := kind.schemas.get(version):
                 new, unknown = rules.pruned(new, schema)
-        elif request.query.get("fieldValidation") == "Strict":
-            unknown, wrong = rules.undecodable(new, "events.k8s.io" if events_v1 else kind.group, version, kind.kind)
+        else:
+            unknown, wrong = rules.undecodable(new, group, version, kind.kind)
             if wrong:
                 raise _bad_request(f"{cannot}json: cannot unmarshal {wrong[0]}")
-        if unknown and request.query.get("fieldValidation") == "Strict":
-            raise _bad_request(
-                cannot + "strict decoding error: " + ", ".join(f'unknown field "{one}"' for one in unknown)
-            )
+        named = [f'unknown field "{one}"' for one in unknown]
+        if named and checks == "Strict" and request.verb == "patch":
+            raise self._unpatchable(request, body, f"strict decoding error: {', '.join(named)}")
+        if named and checks == "Strict":
+            raise _bad_request(f"{cannot}strict decoding error: {', '.join(named)}")
+        if named and checks == "Warn":
+            request.warnings.extend(named)
+        if not kind.custom:
+            new = rules.without_unknown(defaults.as_stored(new, group, version, kind.kind), unknown)
         if kind.kind == "Event" and events_v1:
             new = _from_events_v1(new)
-        if kind.kind == "Secret" and "stringData" in new:
-            for name, text in new.pop("stringData").items():
+        if kind.kind == "Secret":
+            new.setdefault("type", "Opaque")
+            if said := rules.undecodable_data(new.get("data") or {}):
+                raise _bad_request(cannot + said)
+            for name, text in (new.pop("stringData", None) or {}).items():
                 new.setdefault("data", {})[name] = base64.b64encode(text.encode()).decode()
         return new
 
+    @staticmethod
+    def _unpatchable(request: Request, patched: Object, said: str) -> Refusal:
+        """The server quotes the whole object."""
+        message = f"Invalid value: {json.dumps(json.dumps(patched))}: {said}"
+        cause = {"reason": "FieldValueInvalid", "message": message, "field": "patch"}
+        return Refusal(422, "Invalid", f' "" is invalid: patch: {message}', {"causes": [cause]})
+
     def _check(self, request: Request, new: Object, old: Object | None) -> None:
         """Validation and admission; raises 422 with each cause, or 403."""
-        kind = request.kind
+        kind, name = request.kind, str(new["metadata"].get("name") or "")
+        if kind.kind == "Pod" and old is None and (violated := self._pod_security(request.namespace, new["spec"])):
+            raise Refusal(403, "Forbidden", f'pods "{name}" is forbidden: {violated}', {"name": name, **kind.details})
         faults = rules.faults_of(kind.kind, new)
+        if kind.kind == "CustomResourceDefinition" and self.evaluates_rules:
+            faults += rules.faults_of_crd(new)
         if schema := kind.schemas.get(request.version):
-            faults += rules.faults_by_schema(new, schema)
-            if self.evaluates_rules and not faults and not request.subresource:
-                faults += rules.faults_by_rules(new, old, schema)
+            found, warned = rules.faults_of_custom(new, old, schema, evaluates_rules=self.evaluates_rules)
+            faults += found
+            request.warnings.extend(warned)
         if old is not None:
             faults += rules.immutable_faults(kind.kind, old, new)
         if faults:
-            causes = [{"reason": reason, "message": message, "field": path} for path, reason, message in faults]
-            name = str(new["metadata"].get("name", ""))
-            title = f"{kind.kind}.{kind.group}" if kind.group else kind.kind
-            said = "; ".join(f"{path}: {message}" for path, _, message in faults)
-            raise Refusal(
-                422,
-                "Invalid",
-                f'{title} "{name}" is invalid: {said}',
-                {"name": name, "group": kind.group, "kind": kind.kind, "causes": causes},
-            )
+            raise self._invalid(kind, name, faults)
+        if kind.kind == "Job" and (violated := self._pod_security(request.namespace, new["spec"]["template"]["spec"])):
+            request.warnings.append(f"would {violated.replace('violates', 'violate', 1)}")
         for admit in self.admission:
             if why := admit(new, old):
                 raise Refusal(403, "Forbidden", why)
+
+    @staticmethod
+    def _invalid(kind: Kind, name: str, faults: Iterable[rules.Fault]) -> Refusal:
+        causes = [{"reason": reason, "message": message, "field": path} for path, reason, message in faults]
+        title = f"{kind.kind}.{kind.group}" if kind.group else kind.kind
+        said = list(dict.fromkeys(f"{each['field']}: {each['message']}" for each in causes))
+        whole = said[0] if len(said) == 1 else f"[{', '.join(said)}]"
+        details: Object = {"name": name, "group": kind.group, "kind": kind.kind}
+        return Refusal(
+            422,
+            "Invalid",
+            f'{title} "{name}" is invalid: {whole}',
+            {**{key: value for key, value in details.items() if value}, "causes": causes},
+        )
+
+    def _pod_security(self, namespace: str, spec: Object) -> str | None:
+        """`violates PodSecurity "restricted:latest": …`, in a namespace that enforces it."""
+        space = self._kinds[("", "namespaces")].objects.get(("", namespace))
+        labels = (space.object["metadata"].get("labels") or {}) if space else {}
+        if labels.get("pod-security.kubernetes.io/enforce") != "restricted":
+            return None
+        violations = rules.restricted_violations(spec)
+        return f'violates PodSecurity "restricted:latest": {", ".join(violations)}' if violations else None
 
     def _changed(self, request: Request) -> Object:
         kind, key = request.kind, (request.namespace, request.name)
@@ -1017,9 +1087,7 @@ class FakeKubernetes:
         is_apply = request.content_type.startswith("application/apply-patch")
         if stored is None and is_apply and not request.subresource:
             if not request.query.get("fieldManager"):
-                raise _bad_request(
-                    "PatchOptions.meta.k8s.io is invalid: fieldManager: Required value: is required for apply patch"
-                )
+                raise _no_field_manager()
             return self._applied_new(request)
         if stored is None:
             raise self._not_found(kind, request.name)
@@ -1032,6 +1100,9 @@ class FakeKubernetes:
             new = self._patched(request, old, manager, owners)
         new["apiVersion"], new["kind"] = old["apiVersion"], old["kind"]
         metadata = new["metadata"]
+        if (uid := metadata.get("uid") or old["metadata"]["uid"]) != old["metadata"]["uid"]:
+            said = f'Invalid value: "{uid}": field is immutable'
+            raise self._invalid(kind, request.name, [("metadata.uid", "FieldValueInvalid", said)] * 2)
         for name in ("uid", "creationTimestamp", "generation", "deletionTimestamp", "resourceVersion"):
             if name in old["metadata"]:
                 metadata[name] = old["metadata"][name]
@@ -1049,6 +1120,12 @@ class FakeKubernetes:
         if kind.custom and (schema := kind.schemas.get(request.version)):
             new, _ = rules.pruned(new, schema)
         self._check(request, new, old)
+        if kind.kind == "ControllerRevision":
+            # A patch decodes and encodes what it patches, as Go does.
+            text = _text_of(request.text, "data") if request.verb == "update" else _as_go(new.get("data"))
+            if text != stored.data_text:
+                said = f"Invalid value: {_as_go(new['data'])}: field is immutable"
+                raise self._invalid(kind, request.name, [("data", "FieldValueInvalid", said)])
         if not is_apply:
             patches.written(old, new, manager, owners)
         if request.is_dry_run:
@@ -1065,39 +1142,42 @@ class FakeKubernetes:
         status = schema.get("properties", {}).get("status", {}).get("properties", {})
         return "conditions" in status and status["conditions"].get("x-kubernetes-list-type") != "map"
 
+    def _check_typed(self, request: Request) -> None:
+        """What is applied must be of the schema, whatever fieldValidation says."""
+        kind, version = request.kind, request.version
+        if kind.custom:
+            unknown = rules.pruned(request.body, kind.schemas[version])[1] if version in kind.schemas else []
+        else:
+            unknown = rules.undecodable(request.body, kind.group, version, kind.kind)[0]
+        if unknown:
+            where = f"/{request.name}; {kind.api_version(version) if kind.group else f'/{version}'}, Kind={kind.kind}"
+            raise Refusal(
+                500, "", f"failed to create typed patch object ({where}): .{unknown[0]}: field not declared in schema"
+            )
+
     def _applied_new(self, request: Request) -> Object:
         body = {**request.body, "metadata": {**request.body.get("metadata", {}), "name": request.name}}
         made = self._created(replace(request, verb="create", body=body, content_type="application/json"))
         stored = request.kind.objects.get((request.namespace, request.name))
+        request.flags.add("made")
         if stored:
-            stored.owners = {request.query["fieldManager"]: {path for path, _ in patches.leaves(body)}}
+            applied = {path for path, _ in patches.leaves(body)}
+            stored.owners = {f"{request.query['fieldManager']}/apply": applied}
         return made
 
     def _check_version(self, request: Request, new: Object, old: Object) -> None:
         if new["metadata"].get("name") != request.name:
             raise _bad_request(
-                f"the name of the object ({new['metadata'].get('name')}) does not match the name on the URL"
+                f"the name of the object ({new['metadata'].get('name')}) does not match the name on the URL "
+                f"({request.name})"
             )
         asked = new["metadata"].get("resourceVersion")
         if asked is None and (request.kind.custom or request.kind.kind == "Lease"):
-            field_ = {"field": "metadata.resourceVersion", "reason": "FieldValueInvalid"}
-            message = "Invalid value: 0x0: must be specified for an update"
-            title = f"{request.kind.kind}.{request.kind.group}"
-            raise Refusal(
-                422,
-                "Invalid",
-                f'{title} "{request.name}" is invalid: metadata.resourceVersion: {message}',
-                {"name": request.name, "causes": [{**field_, "message": message}]},
-            )
+            said = "Invalid value: 0: must be specified for an update"
+            by_plural = replace(request.kind, kind=request.kind.plural)
+            raise self._invalid(by_plural, request.name, [("metadata.resourceVersion", "FieldValueInvalid", said)])
         if asked is not None and asked != old["metadata"]["resourceVersion"]:
             raise self._conflict(request.kind, request.name)
-        uid = new["metadata"].get("uid")
-        if uid and uid != old["metadata"]["uid"]:
-            raise Refusal(
-                409,
-                "Conflict",
-                f"Precondition failed: UID in precondition: {uid}, UID in object meta: {old['metadata']['uid']}",
-            )
 
     @staticmethod
     def _conflict(kind: Kind, name: str) -> Refusal:
@@ -1120,39 +1200,29 @@ class FakeKubernetes:
                 try:
                     new = patches.json_patched(old, request.body)
                 except ValueError as error:
-                    raise Refusal(
-                        422, "Invalid", f"the server rejected our request due to an error: {error}"
-                    ) from error
+                    said = "the server rejected our request due to an error in our request"
+                    raise Refusal(422, "Invalid", said, {}) from error
             case "application/apply-patch+yaml":
                 if not request.query.get("fieldManager"):
-                    raise _bad_request(
-                        "PatchOptions.meta.k8s.io is invalid: fieldManager: Required value: is required for apply patch"
-                    )
+                    raise _no_field_manager()
                 return self._applied(request, old, manager, owners)
             case _:
-                raise Refusal(
-                    415,
-                    "UnsupportedMediaType",
-                    "the body of the request was in an unknown format - accepted media types include: "
-                    "application/json-patch+json, application/merge-patch+json, application/apply-patch+yaml",
-                )
+                raise Refusal(415, "UnsupportedMediaType", "415: Unsupported Media Type", {})
         asked = (request.body.get("metadata") or {}).get("resourceVersion") if isinstance(request.body, dict) else None
         if asked is not None and asked != old["metadata"]["resourceVersion"]:
             raise self._conflict(request.kind, request.name)
         return self._decoded(request, new) if request.subresource != "status" else patches.copied(new)
 
     def _applied(self, request: Request, old: Object, manager: str, owners: patches.Owners) -> Object:
+        self._check_typed(request)
         wanted = self._decoded(request, request.body)
-        name = wanted["metadata"].get("name", request.name)
-        if name != request.name:
-            raise _bad_request(f"the name of the object ({name}) does not match the name on the URL ({request.name})")
         if request.subresource == "status":
             wanted = {
                 name: value for name, value in wanted.items() if name in ("apiVersion", "kind", "metadata", "status")
             }
         elif request.kind.has_status:
             wanted.pop("status", None)
-        whose = f"{manager}/{request.subresource}" if request.subresource else manager
+        whose = f"{manager}/apply/{request.subresource}" if request.subresource else f"{manager}/apply"
         force = request.query.get("force") == "true"
         new, conflicts = patches.applied(old, wanted, whose, owners, force=force)
         if self._has_atomic_conditions(request) and "conditions" in wanted.get("status", {}):
@@ -1160,12 +1230,21 @@ class FakeKubernetes:
         if conflicts:
             shown = "\n".join(f"- .{'.'.join(map(str, path))}" for _, path in conflicts)
             count = "1 conflict" if len(conflicts) == 1 else f"{len(conflicts)} conflicts"
+            causes = [
+                {
+                    "reason": "FieldManagerConflict",
+                    "message": f'conflict with "{other.partition("/")[0]}"',
+                    "field": f".{'.'.join(str(part) for part in path)}",
+                }
+                for other, path in conflicts
+            ]
+            said = f'conflict with "{conflicts[0][0].partition("/")[0]}":'
+            only = f"{said} {causes[0]['field']}"
             raise Refusal(
                 409,
                 "Conflict",
-                f'Apply failed with {count}: conflict with "{conflicts[0][0].partition("/")[0]}" using '
-                f"{request.kind.api_version(request.version)}:\n{shown}",
-                {"causes": [{"reason": "FieldManagerConflict"}]},
+                f"Apply failed with {count}: {only if len(conflicts) == 1 else f'{said}{chr(10)}{shown}'}",
+                {"causes": causes},
             )
         return new
 
@@ -1175,29 +1254,34 @@ class FakeKubernetes:
         options = request.body if isinstance(request.body, dict) else {}
         metadata = stored.object["metadata"]
         conditions = options.get("preconditions") or {}
-        for name, said in (("uid", "UID"), ("resourceVersion", "ResourceVersion")):
+        for name, said, why in (
+            ("uid", "UID", "The object might have been deleted and then recreated"),
+            ("resourceVersion", "ResourceVersion", "The object might have been modified"),
+        ):
             if name in conditions and conditions[name] != metadata[name]:
                 raise Refusal(
                     409,
                     "Conflict",
-                    f'Operation cannot be fulfilled on {kind.full_name} "{request.name}": Precondition failed: {said} '
-                    f"in precondition: {conditions[name]}, {said} in object meta: {metadata[name]}",
-                    {"name": request.name, **kind.details},
+                    f'Operation cannot be fulfilled on {kind.kind} "{request.name}": the {said} in the precondition '
+                    f"({conditions[name]}) does not match the {said} in record ({metadata[name]}). {why}",
+                    {"name": request.name, **kind.details, "kind": kind.kind},
                 )
         propagation = options.get("propagationPolicy") or request.query.get("propagationPolicy") or "Background"
         if propagation not in ("Foreground", "Background", "Orphan"):
-            raise Refusal(
-                422, "Invalid", f'DeleteOptions is invalid: propagationPolicy: Unsupported value: "{propagation}"'
-            )
+            said = f'Unsupported value: "{propagation}": supported values: "Foreground", "Background", "Orphan", "nil"'
+            options_kind = Kind("meta.k8s.io", ("v1",), "", "DeleteOptions")
+            raise self._invalid(options_kind, "", [("propagationPolicy", "FieldValueNotSupported", said)])
+        success = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success"}
+        success["details"] = {"name": key[1], **kind.details, "uid": metadata["uid"]}
         if request.is_dry_run or options.get("dryRun"):
-            return stored.object
+            return success
         grace = options.get("gracePeriodSeconds", request.query.get("gracePeriodSeconds"))
         self._delete(kind, key, propagation, None if grace is None else int(grace))
         self._settle()
         there = kind.objects.get(key)
-        if there:
-            return self._shown(request, there.object)
-        return {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "details": {"name": key[1]}}
+        if there or kind.kind == "CustomResourceDefinition":
+            return self._shown(request, there.object if there else stored.object)
+        return success
 
     # ── the store ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -1227,14 +1311,7 @@ class FakeKubernetes:
         match kind.kind:
             case "Job":
                 spec = new.setdefault("spec", {})
-                spec = new["spec"] = {
-                    "backoffLimit": 6,
-                    "completions": 1,
-                    "parallelism": 1,
-                    "completionMode": "NonIndexed",
-                    "suspend": False,
-                    **spec,
-                }
+                defaults.fill_in_job(spec)
                 if self.kueue and "kueue.x-k8s.io/queue-name" in metadata.get("labels", {}):
                     spec["suspend"] = True
                 template = spec.setdefault("template", {})
@@ -1254,19 +1331,24 @@ class FakeKubernetes:
                 new.setdefault("status", {})
             case "Pod":
                 spec = new.setdefault("spec", {})
-                spec.setdefault("restartPolicy", "Always")
-                spec.setdefault("terminationGracePeriodSeconds", 30)
+                defaults.fill_in_pod(spec)
                 new.setdefault("status", {}).setdefault("phase", "Pending")
                 for part, place in (("initContainerStatuses", "initContainers"), ("containerStatuses", "containers")):
                     new["status"].setdefault(part, [_waiting(one) for one in spec.get(place) or ()])
+            case "Event":
+                for name in ("firstTimestamp", "lastTimestamp"):
+                    new.setdefault(name, None)
+                new.setdefault("source", {})
             case "Namespace":
+                metadata.setdefault("labels", {})["kubernetes.io/metadata.name"] = metadata["name"]
+                new.setdefault("spec", {})["finalizers"] = ["kubernetes"]
                 new.setdefault("status", {}).setdefault("phase", "Active")
 
     def _insert(self, kind: Kind, key: Key, new: Object, owners: patches.Owners) -> Object:
         metadata = new["metadata"]
         metadata.setdefault("uid", self._uid())
         metadata.setdefault("creationTimestamp", _now())
-        if kind.has_status or kind.custom:
+        if kind.counts_generations:
             metadata["generation"] = 1
         self._living[metadata["uid"]] = (kind, key)
         self._record(kind, key, "ADDED", new, None, owners)
@@ -1297,12 +1379,16 @@ class FakeKubernetes:
         metadata = dict(new["metadata"])
         metadata["resourceVersion"] = str(self._now_version)
         if owners is not None:
-            metadata["managedFields"] = [{"manager": name, "operation": "Update"} for name in sorted(owners)]
+            metadata["managedFields"] = [
+                {"manager": name.partition("/")[0], "operation": "Apply" if "/apply" in name else "Update"}
+                for name in sorted(owners)
+            ]
         new["metadata"] = metadata
         if type_ == "DELETED":
             kind.objects.pop(key, None)
         else:
-            kind.objects[key] = Stored(new, owners or {})
+            before = kind.objects.get(key)
+            kind.objects[key] = Stored(new, owners or {}, before.data_text if before else "")
             for owner in metadata.get("ownerReferences") or ():
                 self._owned.setdefault(owner["uid"], set()).add((kind.group, kind.plural, *key))
                 if owner["uid"] not in self._living:
@@ -1335,6 +1421,11 @@ class FakeKubernetes:
             uid = metadata["uid"]
             self._later(self.termination_s, lambda: self._stop_pod(key, uid))
             return
+        if kind.kind == "Namespace" and not metadata.get("deletionTimestamp"):
+            new = {**old, "metadata": {**metadata, "deletionTimestamp": _now()}, "status": {"phase": "Terminating"}}
+            self._record(kind, key, "MODIFIED", new, old, stored.owners)
+            self._empty(key[1])
+            return
         dependents = [place for place in self._owned.get(metadata["uid"], ()) if self._object_at(place)]
         finalizers = list(metadata.get("finalizers") or ())
         if propagation == "Foreground" and "foregroundDeletion" not in finalizers:
@@ -1350,6 +1441,22 @@ class FakeKubernetes:
                 self._delete(self._kinds[(group, plural)], (place[0], place[1]), "Background", None)
             uid = metadata["uid"]
             self._later(self.foreground_s, lambda: self._finish_foreground(uid))
+
+    def _empty(self, namespace: str) -> None:
+        """Delete what is in a namespace that goes, and then it."""
+        inside = [
+            (kind, key)
+            for kind in self._kinds.values()
+            for key in list(kind.objects)
+            if kind.namespaced and key[0] == namespace
+        ]
+        for kind, key in inside:
+            self._delete(kind, key, "Background", None)
+        self._settle()
+        if any(key[0] == namespace for kind in self._kinds.values() if kind.namespaced for key in kind.objects):
+            self._later(0.02, lambda: self._empty(namespace))
+        elif ("", namespace) in self._kind("namespaces").objects:
+            self._drop(self._kind("namespaces"), ("", namespace), "Background")
 
     def _finish_foreground(self, uid: str) -> None:
         if uid not in self._living:
@@ -1524,13 +1631,7 @@ class FakeKubernetes:
     def _make_pod(self, job: Object) -> Object | None:
         metadata, template = job["metadata"], job["spec"]["template"]
         namespace = metadata["namespace"]
-        why = self.refuse_pods.get(namespace)
-        space = self._kinds[("", "namespaces")].objects.get(("", namespace))
-        level = (
-            (space.object["metadata"].get("labels") or {}).get("pod-security.kubernetes.io/enforce") if space else None
-        )
-        if not why and level == "restricted" and (violations := rules.restricted_violations(template["spec"])):
-            why = f'violates PodSecurity "restricted:latest": {", ".join(violations)}'
+        why = self.refuse_pods.get(namespace) or self._pod_security(namespace, template["spec"])
         if why:
             text = f'Error creating: pods "{metadata["name"]}-" is forbidden: {why}'
             events = self._kinds[("", "events")].objects.values()
@@ -1664,7 +1765,8 @@ def _handler(cluster: FakeKubernetes) -> type[BaseHTTPRequestHandler]:
                 if fault and fault.after:
                     self._fail(fault)
                     return
-                self._send(201 if request.verb == "create" else 200, answer)
+                made = request.verb == "create" or "made" in request.flags
+                self._send(201 if made else 200, answer, warnings=request.warnings)
             except Refusal as refusal:
                 self._send(refusal.code, refusal.status, refusal.headers)
 
@@ -1684,15 +1786,22 @@ def _handler(cluster: FakeKubernetes) -> type[BaseHTTPRequestHandler]:
             refusal = Refusal(fault.status, fault.reason, fault.message)
             self._send(fault.status, refusal.status, headers)
 
-        def _send(self, status: int, answer: Object, headers: Mapping[str, str] | None = None) -> None:
+        def _send(
+            self,
+            status: int,
+            answer: Object,
+            headers: Mapping[str, str] | None = None,
+            warnings: Iterable[str] = (),
+        ) -> None:
             content = json.dumps(answer, separators=(",", ":")).encode()
             if status == 404 and not answer.get("reason"):
                 content = b"404 page not found\n"
             self.send_response_only(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(content)))
-            for text in cluster.warnings if self.command != "GET" else ():
-                self.send_header("Warning", f'299 - "{text}"')
+            for text in (*cluster.warnings, *warnings) if self.command != "GET" else ():
+                escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+                self.send_header("Warning", f'299 - "{escaped}"')
             for name, value in (headers or {}).items():
                 self.send_header(name, value)
             self.end_headers()
@@ -1724,13 +1833,50 @@ def _handler(cluster: FakeKubernetes) -> type[BaseHTTPRequestHandler]:
 def _with(request: Request, body: bytes, content_type: str) -> Request:
     try:
         parsed = json.loads(body)
-    except ValueError as error:
-        raise _bad_request(f"the object provided is unrecognized: {error}") from error
-    return replace(request, body=parsed, content_type=content_type)
+    except ValueError:
+        parsed = None  # what it says of that is for each kind to say
+    return replace(request, body=parsed, content_type=content_type, text=body.decode(errors="replace"))
+
+
+def _text_of(text: str, key: str) -> str:
+    """The value of a top-level key in a JSON text, as it is written there."""
+    at = text.index("{") + 1
+    decoder = json.JSONDecoder()
+    while True:
+        at = re.compile(r"[\s,]*").match(text, at).end()  # type: ignore[union-attr]
+        if text[at] == "}":
+            return ""
+        name, at = decoder.raw_decode(text, at)
+        at = re.compile(r"\s*:\s*").match(text, at).end()  # type: ignore[union-attr]
+        _, end = decoder.raw_decode(text, at)
+        if name == key:
+            return text[at:end]
+        at = end
+
+
+def _as_go(value: Any) -> str:
+    """JSON as encoding/json writes it: sorted, without spaces, with what HTML minds escaped."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _not_served() -> Refusal:
+    return Refusal(404, "NotFound", "the server could not find the requested resource", {})
 
 
 def _page_not_found() -> Refusal:
     return Refusal(404, "", "404 page not found")
+
+
+def _no_field_manager() -> Refusal:
+    said = "Required value: is required for apply patch"
+    cause = {"reason": "FieldValueRequired", "message": said, "field": "fieldManager"}
+    return Refusal(
+        422,
+        "Invalid",
+        f'PatchOptions.meta.k8s.io "" is invalid: fieldManager: {said}',
+        {"group": "meta.k8s.io", "kind": "PatchOptions", "causes": [cause]},
+    )
 
 
 def _bad_request(message: str) -> Refusal:
@@ -1765,7 +1911,11 @@ def _selector(request: Request) -> Callable[[Object], bool]:
     for part in fields:
         name, sign, value = re.fullmatch(r"([\w./]+)(!=|==?)(.*)", part).groups()  # type: ignore[union-attr]
         if name not in _FIELDS.get(request.kind.kind, ()) and name not in ("metadata.name", "metadata.namespace"):
-            raise _bad_request(f"field label not supported: {name}")
+            raise _bad_request(
+                f'"{name}" is not a known field selector: only "metadata.name", "metadata.namespace"'
+                if request.kind.kind not in _FIELDS
+                else f"field label not supported: {name}"
+            )
         wanted.append((_FIELD_PATHS.get(name, name), sign == "!=", value))
 
     def matches(candidate: Object) -> bool:
@@ -1813,7 +1963,8 @@ def _label_requirements(text: str) -> list[Callable[[Mapping[str, str]], bool]]:
             name, negated = part.lstrip("!"), part.startswith("!")
             found.append(lambda own, n=name, no=negated: (n in own) != no)
         else:
-            raise _bad_request(f"unable to parse requirement: {part}")
+            after = part.partition(" ")[2]
+            raise _bad_request(f"unable to parse requirement: found '{after}', expected: in, notin, =, ==, !=, gt, lt")
     return found
 
 

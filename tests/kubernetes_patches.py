@@ -152,7 +152,8 @@ def applied(
         _remove(result, path)
     for path, value in new.items():
         _set(result, path, copied(value))
-    owners[manager] = set(new)
+    # An empty list of things with keys has nothing in it that could be owned.
+    owners[manager] = {path for path, value in new.items() if value != [] or path[-1] not in _KEYS}
     return result, []
 
 

@@ -8,12 +8,21 @@ collector do to the objects of one Workspace, one step at a time and in whatever
 import copy
 import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from tests.cluster_objects import Object, ended, make_config_map, make_node, make_pod, make_workspace, running
+from tests.cluster_objects import (
+    Object,
+    ended,
+    make_config_map,
+    make_node,
+    make_pod,
+    make_pod_spec,
+    make_workspace,
+    running,
+)
 from tuner.cluster.reconcile import (
     Annotate,
     ApplyStatus,
@@ -23,9 +32,9 @@ from tuner.cluster.reconcile import (
     Emit,
     Observed,
     Plan,
-    Record,
     Rendered,
     Settings,
+    is_end,
     owner_reference,
     plan,
 )
@@ -37,7 +46,9 @@ WORKSPACE: Key = ("Workspace", "phi-3")
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
 
-def render(workspace: Object, config_map: Object | None, revision: int, *, labels_preferred: bool = False) -> Rendered:
+def render(
+    workspace: Object, config_map: Object | None, revision: int, nodes: Sequence[Object] = (), *, gpus: int = 1
+) -> Rendered:
     """As small as a revision's objects can be; the real ones are the templates' matter."""
     name = workspace["metadata"]["name"]
     if workspace["tuning"]["preset"]["name"] == "no-such-preset":
@@ -58,7 +69,7 @@ def render(workspace: Object, config_map: Object | None, revision: int, *, label
             "apiVersion": "batch/v1",
             "kind": "Job",
             "metadata": {**copy.deepcopy(metadata), "name": job_name},
-            "spec": {"backoffLimit": 3},
+            "spec": {"backoffLimit": 3, "template": {"spec": make_pod_spec(workspace, gpus)}},
         }
 
     config = {
@@ -131,12 +142,6 @@ class Cluster:
                         self.change((kind, name), lambda job: job["metadata"].update(deletionTimestamp="now"))
                     else:
                         self.remove((kind, name))
-            case Record(name, uid, annotations):
-                revision = self.store.get(("ControllerRevision", name))
-                if revision and revision["metadata"]["uid"] == uid:
-                    self.change(
-                        ("ControllerRevision", name), lambda it: it["metadata"]["annotations"].update(annotations)
-                    )
             case Emit(event):
                 if event["metadata"]["name"] not in {each["metadata"]["name"] for each in self.events}:
                     self.events.append(dict(event))
@@ -217,13 +222,14 @@ class Cluster:
 
     def lose_recorded_jobs(self) -> None:
         """Those whose end a ControllerRevision remembers."""
-        records = [
-            it["metadata"]["annotations"] for (kind, _), it in self.store.items() if kind == "ControllerRevision"
-        ]
-        ended = [it["workspace.kaito.io/revision"] for it in records if "tuner/state" in it]
+        ended = [it["metadata"]["annotations"]["workspace.kaito.io/revision"] for it in self.ends()]
         for key, job in list(self.store.items()):
             if key[0] == "Job" and job["metadata"]["annotations"]["workspace.kaito.io/revision"] in ended:
                 self.remove(key)
+
+    def ends(self) -> list[Object]:
+        """The records of how revisions ended."""
+        return [it for (kind, _), it in self.store.items() if kind == "ControllerRevision" and is_end(it)]
 
     def edit_workspace(self, change: Callable[[Object], None]) -> None:
         def edit(workspace: Object) -> None:
@@ -272,7 +278,7 @@ class Controller:
             check_job=self.picture.get(("Job", "phi-3--check")),
             push_job=self.picture.get(("Job", "phi-3--push")),
             pods=[thing for (kind, _), thing in self.picture.items() if kind == "Pod"],
-            revisions=[thing for (kind, _), thing in self.picture.items() if kind == "ControllerRevision"],
+            records=[thing for (kind, _), thing in self.picture.items() if kind == "ControllerRevision"],
             nodes=[thing for (kind, _), thing in self.picture.items() if kind == "Node"],
         )
 

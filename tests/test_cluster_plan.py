@@ -1,6 +1,7 @@
 import copy
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -28,7 +29,6 @@ from tuner.cluster.reconcile import (
     Rendered,
     Settings,
     event_manifest,
-    fitting_nodes,
     plan,
 )
 from tuner.runspec import StageResult
@@ -610,11 +610,6 @@ def test_a_second_push_that_gets_through_makes_a_failed_workspace_succeed():
     assert status_of(cluster)["tuning"]["artifact"]["digest"] == "sha256:2"
 
 
-def revision_of(cluster):
-    (revision,) = [it for (kind, _), it in cluster.store.items() if kind == "ControllerRevision"]
-    return revision["metadata"]["annotations"]
-
-
 @pytest.mark.parametrize("outcome", ["succeeds", "gives-up"])
 def test_an_end_is_remembered_with_its_revision_and_a_lost_status_trains_nothing_again(outcome):
     """`kubectl replace --subresource=status`, a backup that was restored, a CRD that was made anew."""
@@ -623,12 +618,13 @@ def test_an_end_is_remembered_with_its_revision_and_a_lost_status_trains_nothing
     cluster.step_job("phi-3", outcome)
     controller.settle()
     before = copy.deepcopy(status_of(cluster))
-    said = revision_of(cluster)
+    (said,) = cluster.ends()
+    assert said["metadata"]["ownerReferences"][0]["uid"] == cluster.store[WORKSPACE]["metadata"]["uid"]
     if outcome == "succeeds":
-        assert (said["tuner/state"], said["tuner/image"]) == ("Succeeded", "example.com/a@sha256:1")
+        assert (said["data"]["state"], said["data"]["image"]) == ("Succeeded", "example.com/a@sha256:1")
     else:
-        assert said["tuner/state"] == "Failed"
-        assert "exit 65" in said["tuner/message"]
+        assert said["data"]["state"] == "Failed"
+        assert "exit 65" in said["data"]["message"]
     cluster.remove(("Job", "phi-3"))
     cluster.change(WORKSPACE, lambda it: it.pop("status"))
     controller.settle()
@@ -637,6 +633,96 @@ def test_an_end_is_remembered_with_its_revision_and_a_lost_status_trains_nothing
     assert now["state"] == before["state"]
     assert now["tuning"].get("artifact") == before["tuning"].get("artifact")
     assert now["tuning"]["runDigest"] == before["tuning"]["runDigest"]
+    for kind in ("JobStarted", "WorkspaceSucceeded"):
+        assert condition(now, kind) == condition(before, kind)
+
+
+def test_a_record_is_never_changed_after_it_was_made():
+    """An API server takes no patch of a ControllerRevision: its data are immutable by bytes, and re-encoded by one."""
+    cluster, controller = begun()
+    made = {}
+    for number in (2, 3):
+        cluster.step_job("phi-3", "starts")
+        cluster.step_job("phi-3", "gives-up")
+        controller.settle()
+        cluster.edit_workspace(lambda it, number=number: it["tuning"]["output"].update(image=f"example.com/a:{number}"))
+        controller.settle()
+        cluster.step_job("phi-3", "is-gone")
+        controller.settle()
+        records = {key: it for key, it in cluster.store.items() if key[0] == "ControllerRevision"}
+        assert {key: records[key] for key in made} == made
+        made = copy.deepcopy(records)
+    assert len(made) == 5  # three revisions, and the ends of two
+
+
+def test_an_end_is_of_its_own_content_and_no_other_run_is_taken_for_finished():
+    cluster, controller = begun()
+    cluster.step_job("phi-3", "starts")
+    cluster.step_job("phi-3", "succeeds")
+    controller.settle()
+    cluster.remove(("Job", "phi-3"))
+
+    def replace_it(workspace):  # kubectl replace of another file: annotations, and with a new CRD the status, are gone
+        workspace["metadata"]["annotations"] = {}
+        workspace.pop("status")
+        workspace["tuning"]["output"]["image"] = "example.com/a:2"
+
+    cluster.edit_workspace(replace_it)
+    for key in [
+        key for key, it in cluster.store.items() if key[0] == "ControllerRevision" and it not in cluster.ends()
+    ]:
+        cluster.remove(key)
+    controller.settle()
+    assert cluster.store["Job", "phi-3"]["metadata"]["annotations"]["workspace.kaito.io/revision"] == "2"
+
+
+def test_an_end_goes_with_its_revision_when_that_is_too_old():
+    cluster, controller = begun()
+    for number in range(2, 14):
+        cluster.step_job("phi-3", "starts")
+        cluster.step_job("phi-3", "gives-up")
+        controller.settle()
+        cluster.edit_workspace(lambda it, number=number: it["tuning"]["output"].update(image=f"example.com/a:{number}"))
+        controller.settle()
+        cluster.step_job("phi-3", "is-gone")
+        controller.settle()
+    assert sorted(it["revision"] for it in cluster.ends()) == list(range(4, 13))
+
+
+def test_what_could_not_be_done_beside_an_end_is_not_said_of_it_for_good():
+    cluster, _ = begun()
+    cluster.step_job("phi-3", "starts")
+    cluster.step_job("phi-3", "succeeds")
+    planned = planned_for(cluster, error="exceeded quota: count/events")
+    (status,) = [each.status for each in planned.actions if isinstance(each, ApplyStatus)]
+    assert condition(status, "WorkspaceSucceeded")[2] == "workspace succeeds; pushed example.com/a@sha256:1"
+    (event,) = [each.event for each in planned.actions if isinstance(each, Emit)]
+    assert (event["type"], event["reason"]) == ("Normal", "Succeeded")
+
+
+def test_a_restored_status_is_believed_and_its_end_recorded_anew():
+    """A backup that is restored into another cluster with its status: another uid, and nothing that was owned."""
+    cluster, controller = begun()
+    cluster.step_job("phi-3", "starts")
+    cluster.step_job("phi-3", "succeeds")
+    controller.settle()
+    restored = copy.deepcopy(cluster.store[WORKSPACE])
+    restored["metadata"]["uid"] = "uid-elsewhere"
+    elsewhere = Cluster()
+    elsewhere.put(restored)
+    Controller(elsewhere).settle()
+    assert kinds(elsewhere) == []
+    (end,) = elsewhere.ends()
+    assert end["data"]["image"] == "example.com/a@sha256:1"
+
+
+def test_the_query_of_a_url_is_in_no_record():
+    cluster = make_cluster()
+    url = "https://example.com/a.parquet?sv=2024&sig=GEHEIM#sha256=" + "a" * 64
+    cluster.edit_workspace(lambda it: it["tuning"]["input"].update(urls=[url]))
+    Controller(cluster).settle()
+    records = [it["data"] for (kind, _), it in cluster.store.items() if kind == "ControllerRevision"]
+    assert [each["tuning"]["input"]["urls"] for each in records] == [["https://example.com/a.parquet?…"]]
 
 
 def test_a_job_is_deleted_when_its_end_is_recorded_and_its_time_is_over():
@@ -787,59 +873,37 @@ def test_a_picture_that_is_older_than_the_job_does_nothing():
 # ── nodes ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(
-    ("node", "fits"),
-    [
-        (make_node(), True),
-        (make_node(ready=False), False),
-        (make_node(gpus=0), False),
-        (make_node(unschedulable=True), False),
-        (make_node(labels={}), False),
-        (make_node(labels={"apps": "another"}), False),
-    ],
-)
-def test_a_node_fits_when_it_is_ready_has_gpus_and_the_labels(node, fits):
-    assert bool(fitting_nodes(make_workspace(), [node])) is fits
-
-
-@pytest.mark.parametrize(
-    ("operator", "values", "fits"),
-    [
-        ("In", ["phi-3", "x"], True),
-        ("In", ["x"], False),
-        ("NotIn", ["x"], True),
-        ("NotIn", ["phi-3"], False),
-        ("Exists", [], True),
-        ("DoesNotExist", [], False),
-    ],
-)
-def test_match_expressions_are_read_as_kubernetes_does(operator, values, fits):
-    workspace = make_workspace()
-    expression = {"key": "apps", "operator": operator, "values": values}
-    workspace["resource"]["labelSelector"] = {"matchExpressions": [expression]}
-    assert bool(fitting_nodes(workspace, [make_node()])) is fits
-
-
 def test_an_own_node_without_an_instance_type_makes_the_resource_ready_before_there_is_a_pod():
     cluster, _ = begun(node=True)
     assert condition(status_of(cluster), "NodesReady") == NODE
     assert condition(status_of(cluster), "ResourceReady") == RESOURCE
 
 
-@pytest.mark.parametrize(
-    ("instance_type", "labels", "preferred"),
-    [("gpu-box", {}, True), ("gpu-box", {"apps": "phi-3"}, False), (None, {}, False)],
-)
-def test_labels_that_no_node_has_yet_are_only_preferred(instance_type, labels, preferred):
-    asked: list[bool] = []
+def test_a_node_with_a_taint_that_the_pod_does_not_tolerate_is_not_ready_for_it_and_the_check_comes_first():
+    cluster = make_cluster(instance_type="gpu-box", node=True)
+    taint = {"key": "team", "value": "other", "effect": "NoSchedule"}
+    cluster.change(("Node", "gpu-1"), lambda it: it["spec"].update(taints=[taint]))
+    Controller(cluster).settle()
+    assert kinds(cluster) == ["ConfigMap/phi-3-config-1", "Job/phi-3--check"]
+    assert condition(status_of(cluster), "NodesReady") == NO_NODE
 
-    def recording(*args: Any, labels_preferred: bool) -> Rendered:
-        asked.append(labels_preferred)
-        return render(*args)
 
-    workspace = make_workspace(instance_type=instance_type)
-    plan(Observed(workspace, nodes=[make_node(labels=labels)]), Settings(recording), START)
-    assert asked == [preferred]
+def test_a_node_with_too_few_gpus_is_not_ready_for_the_pod():
+    cluster = make_cluster(node=True)
+    controller = Controller(cluster, Settings(partial(render, gpus=2)))
+    controller.settle()
+    assert condition(status_of(cluster), "NodesReady") == NO_NODE
+    cluster.put({"kind": "Node", **make_node(gpus=2)})
+    controller.settle()
+    assert condition(status_of(cluster), "NodesReady") == NODE
+
+
+def test_while_the_checks_run_a_node_that_has_come_is_said():
+    cluster, controller = begun(instance_type="gpu-box", node=False)
+    assert condition(status_of(cluster), "NodesReady") == NO_NODE
+    cluster.put({"kind": "Node", **make_node(labels={"apps": "phi-3", "node.kubernetes.io/instance-type": "gpu-box"})})
+    controller.settle()
+    assert condition(status_of(cluster), "NodesReady") == NODE
 
 
 # ── progress ─────────────────────────────────────────────────────────────────────────────────────────────────────────

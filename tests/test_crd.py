@@ -148,6 +148,7 @@ URLS = [
     *("http://example.com:99999/t", "http://example.com:65536", "http://example.com:8o/t", "http://[::1/t"),
     *("http://example.com/a b", "http://example.com\\@127.0.0.1/", "http://exa\tmple.com/", "https://x.io/\u007f"),
     *("http://%31%32%37.0.0.1/", "http://a..b/", "http://../", "http://1.2.3.4.5/", "http://08.0.0.1/"),
+    *("https://1://127.0.0.1", "https://a.1?//1.2.3.4",),
     *("http://256.1.1.1/", "http://134744072/", "http://8.8.2056/", "http://0x08.8.8.8/t", "http://a.1/"),
     *("https://me:hunter2@example.com/t", "http://10.1.2.3/", "http://172.31.255.255:80", "HTTP://192.168.0.1?a"),
     *("http://100.127.0.1#x", "http://127.255.0.9/", "http://[fc00::1]/", "http://[fdab::2]:9000/t", "http://[::1]"),
@@ -207,6 +208,10 @@ def test_the_guard_holds_at_the_server_in_every_form_of_an_address(host: str) ->
     assert by_cli
     assert by_server[:1] == by_cli
     assert "open-sesame" not in " ".join(by_server)
+
+
+def test_a_port_is_one_behind_the_host_and_nowhere_else() -> None:
+    assert url_sentences("https://files.contoso.com/a//b:99999/c") == ([], [])
 
 
 def test_hosts_in_other_letters_are_left_to_the_controller() -> None:
@@ -337,7 +342,7 @@ def test_kaitos_examples_are_taken(name: str, version: str) -> None:
     refused = server_says(written)
     if name == "quick_start.yaml":
         assert [each.message for each in refused] == [each.message for each in cli_says(written)]
-        assert refused[0].message.startswith("ACR_REPO_HERE and IMAGE_NAME_HERE are placeholders")
+        assert refused[0].message.startswith("ACR_REPO_HERE.azurecr.io/IMAGE_NAME_HERE has placeholders")
     else:
         assert refused == []
 
@@ -370,7 +375,7 @@ def test_what_the_parser_takes_the_server_takes(path: str, value: Any) -> None:
 
 def test_so_many_urls_are_too_many_for_an_object() -> None:
     (refused,) = server_says(changed("tuning.input.urls", [URL] * (rules.MAX_URLS + 1)))
-    assert refused.message == "Too many: must have at most 32 items"
+    assert refused.message == "Too many: 33: must have at most 32 items"
 
 
 def test_an_installation_that_opens_addresses_leaves_them_to_the_controller() -> None:

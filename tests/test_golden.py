@@ -100,7 +100,7 @@ spec:
 NOT_FOR_A_CLUSTER = {
     "inference.yaml": "this command runs tuning",
     "outdated_falcon.yaml": "Standard_NC12s_v3: V100-16 has compute capability 7.0",
-    "quick_start.yaml": "are placeholders of an example, not a value",
+    "quick_start.yaml": "has placeholders of an example",
 }
 
 

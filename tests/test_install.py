@@ -118,7 +118,6 @@ def test_it_may_change_and_delete_what_it_does_and_nothing_else() -> None:
         ("batch", "jobs", "create"),
         ("batch", "jobs", "delete"),
         ("apps", "controllerrevisions", "create"),
-        ("apps", "controllerrevisions", "patch"),
         ("apps", "controllerrevisions", "delete"),
         ("", "configmaps", "create"),
         ("", "secrets", "create"),

@@ -1,9 +1,10 @@
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from tests.cluster_objects import make_config_map, make_workspace
+from tests.cluster_objects import make_config_map, make_node, make_workspace
 from tuner.cluster.job_options import JobOptions
 from tuner.cluster.reconcile import Rendered
 from tuner.cluster.revision import RevisionRenderer
@@ -15,11 +16,11 @@ R_8 = "training_config:\n  LoraConfig: {r: 8}\n  QuantizationConfig: {load_in_4b
 
 
 def rendered(
-    workspace: Any, config_map: Any = None, *, labels_preferred: bool = False, network: Network | None = None
+    workspace: Any, config_map: Any = None, *, nodes: Sequence[Any] = (), network: Network | None = None
 ) -> Rendered:
     request = Request(place="pod", network=network or Network())
     renderer = RevisionRenderer(request, JobOptions(image="example.com/tuner:1"))
-    return renderer(workspace, config_map, 7, labels_preferred=labels_preferred)
+    return renderer(workspace, config_map, 7, nodes)
 
 
 def rank(made: Rendered) -> Any:
@@ -71,7 +72,8 @@ def test_the_queue_of_a_workspaces_label_is_the_jobs_and_not_the_checks():
 @pytest.mark.parametrize("preferred", [True, False])
 def test_labels_that_no_node_has_are_preferred_and_not_required(preferred):
     workspace = make_workspace(instance_type="Standard_NC24ads_A100_v4")
-    affinity = rendered(workspace, labels_preferred=preferred).job["spec"]["template"]["spec"]["affinity"]
+    nodes = [make_node(labels={} if preferred else {"apps": "phi-3"})]
+    affinity = rendered(workspace, nodes=nodes).job["spec"]["template"]["spec"]["affinity"]
     text = json.dumps(affinity["nodeAffinity"].get("preferredDuringSchedulingIgnoredDuringExecution", []))
     assert ('"apps"' in text) is preferred
 

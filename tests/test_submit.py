@@ -15,7 +15,7 @@ import yaml
 from tests.fake_kubernetes import FakeKubernetes
 from tuner.cli import main
 from tuner.cluster import follow
-from tuner.cluster.submit import Nodes, fitting_node
+from tuner.cluster.api import Api
 
 WORKSPACES = Path(__file__).parent / "workspaces"
 QUICK_START = str(WORKSPACES / "quick_start_filled.yaml")
@@ -164,6 +164,91 @@ def test_another_run_of_the_name_is_refused_with_what_changed(
     assert f"tuner delete {NAME} first" in err
 
 
+SETTINGS_IN_THEIR_OWN_WAY = """
+spec:
+  template:
+    spec:
+      tolerations: [{key: team, operator: Equal, value: nlp, effect: NoSchedule}, {key: "", operator: Exists}]
+      nodeSelector: {}
+      imagePullSecrets: []
+      hostNetwork: false
+      containers:
+      - name: trainer
+        resources: {requests: {cpu: 2.5, memory: 65536Mi}, limits: {memory: 131072Mi}}
+        env: [{name: EMPTY, value: ""}]
+      volumes:
+      - {name: data-volume, emptyDir: {sizeLimit: 1024Gi}}
+"""
+
+
+def test_what_a_server_drops_and_writes_in_its_own_way_makes_no_other_run(
+    cluster: FakeKubernetes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "patch.yaml").write_text(SETTINGS_IN_THEIR_OWN_WAY)
+    patched = ("--patch", str(tmp_path / "patch.yaml"))
+    assert submitted(*patched) == 0
+    before = len(writes(cluster))
+    assert submitted(*patched) == 0
+    assert len(writes(cluster)) == before
+    capsys.readouterr()
+    assert submitted() == 78
+    err = capsys.readouterr().err
+    assert f'containers[{NAME}].env[EMPTY]: {{"name": "EMPTY"}} → nothing' in err
+    assert "resources.requests.cpu: 2500m → " in err
+
+
+def test_what_kubectl_applied_is_the_same_run(cluster: FakeKubernetes, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["render", QUICK_START, "-n", "default"]) == 0
+    api = Api.from_config(namespace="default")
+    for manifest in yaml.safe_load_all(capsys.readouterr().out):
+        applied = {"kubectl.kubernetes.io/last-applied-configuration": json.dumps(manifest)}
+        manifest["metadata"].setdefault("annotations", {}).update(applied)
+        api.create(manifest)
+    before = len(writes(cluster))
+    assert submitted() == 0
+    assert len(writes(cluster)) == before
+    assert "of the same run is there already" in capsys.readouterr().err
+    assert submitted("--retries", "1") == 78
+    assert "spec.backoffLimit: 3 → 1" in capsys.readouterr().err
+
+
+def test_what_a_webhook_makes_of_every_job_makes_no_other_run(
+    cluster: FakeKubernetes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def mirror(new: dict[str, Any], old: dict[str, Any] | None) -> None:
+        if new["kind"] == "Job" and old is None:
+            for container in new["spec"]["template"]["spec"]["containers"]:
+                container["image"] = container["image"].replace("reg.example", "mirror.example")
+
+    cluster.admission.append(mirror)
+    assert submitted() == 0
+    job = cluster.object("jobs", NAME)
+    assert job
+    assert job["spec"]["template"]["spec"]["containers"][0]["image"] == "mirror.example/tuner:1"
+    assert submitted() == 0
+    assert submitted("--set-image", "reg.example/tuner:2") == 78
+    assert "image: mirror.example/tuner:1 → mirror.example/tuner:2" in capsys.readouterr().err
+
+
+def test_what_a_queue_adds_makes_no_other_run(cluster: FakeKubernetes) -> None:
+    cluster.kueue = True
+    assert submitted("--queue", "gpus") == 0
+    added = {"tolerations": [{"key": "flavour", "operator": "Exists"}], "nodeSelector": {"flavour": "a100"}}
+    cluster.patch("jobs", NAME, {"spec": {"suspend": False, "template": {"spec": added}}})
+    assert submitted("--queue", "gpus") == 0
+
+
+def test_of_long_values_the_part_that_differs_is_shown(
+    cluster: FakeKubernetes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = "reg.example/" + "a/" * 60 + "tuner"
+    assert submitted("--set-image", f"{image}:1") == 0
+    assert submitted("--set-image", f"{image}:2") == 78
+    err = capsys.readouterr().err
+    assert "a/tuner:1 → …" in err
+    assert "a/tuner:2" in err
+
+
 def test_a_finished_job_of_the_same_run_says_how_it_ended(
     cluster: FakeKubernetes, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -290,48 +375,6 @@ def test_what_the_check_job_finds_costs_no_gpu(cluster: FakeKubernetes, capsys: 
     with meanwhile(pending, lambda: cluster.run_job(f"{NAME}--check")):
         assert submitted("--check-job") == 0
     assert names(cluster, "jobs") == [NAME]
-
-
-GPU_POD = {
-    "spec": {
-        "template": {
-            "spec": {
-                "containers": [{"name": "a", "resources": {"limits": {"nvidia.com/gpu": "2"}}}],
-                "tolerations": [{"key": "sku", "operator": "Equal", "value": "gpu", "effect": "NoSchedule"}],
-                "affinity": {
-                    "nodeAffinity": {
-                        "requiredDuringSchedulingIgnoredDuringExecution": {
-                            "nodeSelectorTerms": [
-                                {"matchExpressions": [{"key": "type", "operator": "In", "values": ["a", "b"]}]}
-                            ]
-                        }
-                    }
-                },
-            }
-        }
-    }
-}
-
-
-@pytest.mark.parametrize(
-    ("fits", "labels", "settings"),
-    [
-        (True, {"type": "a"}, {"gpus": 2}),
-        (True, {"type": "b"}, {"gpus": 8, "taints": [{"key": "sku", "value": "gpu", "effect": "NoSchedule"}]}),
-        (True, {"type": "a"}, {"gpus": 2, "taints": [{"key": "x", "effect": "PreferNoSchedule"}]}),
-        (False, {"type": "c"}, {"gpus": 2}),
-        (False, {}, {"gpus": 2}),
-        (False, {"type": "a"}, {"gpus": 1}),
-        (False, {"type": "a"}, {"gpus": 2, "ready": False}),
-        (False, {"type": "a"}, {"gpus": 2, "unschedulable": True}),
-        (False, {"type": "a"}, {"gpus": 2, "taints": [{"key": "spot", "value": "yes", "effect": "NoSchedule"}]}),
-        (False, {"type": "a"}, {"gpus": 2, "taints": [{"key": "sku", "value": "gpu", "effect": "NoExecute"}]}),
-    ],
-)
-def test_which_nodes_fit(fits: bool, labels: dict[str, str], settings: dict[str, Any]) -> None:
-    with FakeKubernetes() as cluster:
-        cluster.add_node("n", labels, **settings)
-        assert fitting_node(GPU_POD, Nodes(cluster.objects("nodes"))) == ("n" if fits else None)
 
 
 def test_the_documented_role_is_enough(cluster: FakeKubernetes, capsys: pytest.CaptureFixture[str]) -> None:

@@ -109,7 +109,7 @@ def test_the_quick_starts_placeholders_are_called_placeholders() -> None:
     image, secret = caught.value.problems
     assert image.line == 19
     assert image.path == "tuning.output.image"
-    assert image.message.startswith("ACR_REPO_HERE and IMAGE_NAME_HERE are placeholders")
+    assert image.message.startswith("ACR_REPO_HERE.azurecr.io/IMAGE_NAME_HERE has placeholders")
     assert (secret.line, secret.path) == (20, "tuning.output.imagePushSecret")
     assert secret.message.startswith("ACR_REGISTRY_SECRET_HERE is a placeholder")
 

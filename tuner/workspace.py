@@ -711,9 +711,10 @@ class _Fault:
 
 TEMPLATE_EXPRESSION = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|\$\{[^}]*\}|\$[A-Z_][A-Z0-9_]*", re.DOTALL)
 PLACEHOLDER = re.compile(r"\b[A-Z][A-Z0-9_]*_HERE\b|<[A-Za-z][A-Za-z0-9 _-]*>|\bYOUR[_-][A-Z0-9_-]+\b")
+SEVERAL_PLACEHOLDERS = re.compile(f"(?:{PLACEHOLDER.pattern}).*(?:{PLACEHOLDER.pattern})", re.DOTALL)
 UNFILLED_EXPRESSION = "an unfilled template expression: {}"
 A_PLACEHOLDER = "{} is a placeholder of an example, not a value"
-PLACEHOLDERS = "{} are placeholders of an example, not a value"
+PLACEHOLDERS = "{} has placeholders of an example in place of values"
 NOT_BOTH = "either inference or tuning must be specified, but not both"
 NOT_NEITHER = "either inference or tuning must be specified, not neither"
 ONE_NODE = "tuning does not support multi-node configurations: count must be 1"
@@ -747,14 +748,15 @@ def _unfilled_at(location: Location, value: object) -> Iterator[_Fault]:
                 "render the file first (helm template, envsubst, …)",
                 covers=True,
             )
-        elif words := list(dict.fromkeys(PLACEHOLDER.findall(shown_part))):
-            sentence = A_PLACEHOLDER if len(words) == 1 else PLACEHOLDERS
+        elif placeholder := PLACEHOLDER.search(shown_part):
+            several = SEVERAL_PLACEHOLDERS.search(shown_part)
+            sentence = PLACEHOLDERS.format(several[0]) if several else A_PLACEHOLDER.format(placeholder[0])
             hint = "write the real value"
             if location[-1] == "image":
                 hint = "write your registry, repository and tag: myregistry.azurecr.io/adapters/my-adapter:0.0.1"
             elif location[-1] == "imagePushSecret":
                 hint = "write the name of the Secret with the registry's credentials"
-            yield _Fault(location, sentence.format(" and ".join(words)), hint, covers=True)
+            yield _Fault(location, sentence, hint, covers=True)
 
 
 def _without_unfilled_output(document: "_Document", faults: list[_Fault]) -> tuple["_Document", list[_Fault]]:

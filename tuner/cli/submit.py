@@ -42,6 +42,7 @@ def submit(
     from tuner.cluster.follow import POLL_S
     from tuner.cluster.job import render_job
     from tuner.cluster.job_options import written_instance_type
+    from tuner.cluster.nodes import prefers_labels
 
     if wait and dry_run:
         raise UsageError("--wait and --dry-run are both given", hint="choose one")
@@ -56,7 +57,7 @@ def submit(
             file = submission.with_config_map(api, file)
         nodes = submission.read_nodes(api) if not flags.smoke else nodes
         if nodes.unread is None:
-            options = replace(options, labels_preferred=submission.prefers_labels(file, options, nodes))
+            options = replace(options, labels_preferred=prefers_labels(file.workspace, options, nodes.items))
         return file, replace(options, namespace=api.namespace)
 
     file, run, options = read_cluster_run(workspace, flags, decide=ask_cluster)

@@ -34,6 +34,7 @@ from tuner.cluster.api_errors import (
     error_of_response,
     error_of_transport,
 )
+from tuner.cluster.server_text import secrets_of, shown
 from tuner.errors import ConfigError
 from tuner.redaction import hide_header
 from tuner.retry import Backoff, Retries
@@ -549,7 +550,9 @@ class Api:
     ) -> Any:
         import urllib3
 
-        headers = {"Accept": "application/json", "User-Agent": "tuner", **self._authorization()}
+        authorization = self._authorization()
+        secrets = {*authorization.values(), *secrets_of(body)}
+        headers = {"Accept": "application/json", "User-Agent": "tuner", **authorization}
         if body is not None:
             headers["Content-Type"] = content_type
         url = self.server + path + (f"?{urlencode(query)}" if query else "")
@@ -567,9 +570,10 @@ class Api:
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise error_of_transport(self.server, error) from error
         for text in re.findall(r'299 \S+ "((?:[^"\\]|\\.)*)"', response.headers.get("Warning", "")):
-            if text not in self._warned:
-                self._warned.add(text)
-                self._warn(text.replace('\\"', '"'))
+            warning = shown(text.replace('\\"', '"'), secrets)
+            if warning not in self._warned:
+                self._warned.add(warning)
+                self._warn(warning)
         if response.status < 300:
             return response
         content = self._body(response, asked)
@@ -577,7 +581,8 @@ class Api:
             status = json.loads(content)
         except ValueError:
             status = {"message": content.decode(errors="replace").strip()}
-        raise error_of_response(asked, response.status, status if isinstance(status, dict) else {}, response.headers)
+        status = status if isinstance(status, dict) else {}
+        raise error_of_response(asked, response.status, status, response.headers, secrets)
 
     def _authorization(self) -> dict[str, str]:
         """Renewed when it is due: `auth_settings` runs the client's hook for that."""

@@ -18,10 +18,11 @@ The wording that is looked for is that of kube-apiserver 1.29 to 1.37 (staging/s
 
 import re
 import ssl
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tuner.cluster.server_text import shown
 from tuner.errors import ConfigError, TunerError
 from tuner.retry import retry_after_s
 
@@ -55,7 +56,7 @@ class Asked:
 
 
 class ApiError(TunerError):
-    """`status` is the HTTP status, 0 without an answer; `server_message` what the server said, word for word.
+    """`status` is the HTTP status, 0 without an answer; `server_message` what the server said, as far as it is shown.
 
     `not_sent`: the connection was never made, so nothing has happened. `is_final`: another try would end the same.
     """
@@ -118,12 +119,27 @@ class UnavailableError(ApiError):
     exit_code = 69
 
 
-def error_of_response(asked: Asked, status: int, body: Mapping[str, Any], headers: Mapping[str, str]) -> ApiError:
-    """The error for an answer of 300 or more, from its Status object."""
-    said = str(body.get("message") or "")
+def error_of_response(
+    asked: Asked,
+    status: int,
+    body: Mapping[str, Any],
+    headers: Mapping[str, str],
+    secrets: Collection[str] = (),
+) -> ApiError:
+    """The error for an answer of 300 or more, from its Status object.
+
+    What the server quotes is not passed on (see server_text); `secrets` are what we know to be one of what was sent.
+    """
+    said = shown(str(body.get("message") or ""), secrets)
+    body = {**body, "details": _shown_details(body.get("details") or {}, secrets)}
     reason = str(body.get("reason") or "")
     kind, message, hint = _sentence(asked, status, reason, said, body)
     return kind(message, hint=hint, status=status, server_message=said, retry_after_s=_asked_s(headers, body))
+
+
+def _shown_details(details: Mapping[str, Any], secrets: Collection[str]) -> Mapping[str, Any]:
+    causes = [{key: shown(str(text), secrets) for key, text in cause.items()} for cause in details.get("causes") or ()]
+    return {**details, "causes": causes}
 
 
 _Sentence = tuple[type[ApiError], str, str | None]
@@ -264,8 +280,8 @@ def _asked_s(headers: Mapping[str, str], body: Mapping[str, Any]) -> float | Non
 
 
 def _one_line(text: str, most: int = 600) -> str:
-    shown = " ".join(text.split())
-    return shown if len(shown) <= most else shown[: most - 1] + "…"
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 1] + "…"
 
 
 # ── without an answer ────────────────────────────────────────────────────────────────────────────────────────────────

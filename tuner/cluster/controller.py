@@ -14,7 +14,6 @@ import time
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal, TypeVar
@@ -48,6 +47,7 @@ from tuner.cluster.job_options import WORKSPACE_LABEL
 from tuner.cluster.kaito import refuse_beside_kaito
 from tuner.cluster.lease import Leadership
 from tuner.cluster.metrics import Gauges, Metrics, metrics_text, serve_pages
+from tuner.cluster.nodes import fitting_nodes, gpus_of
 from tuner.cluster.observe import Object, ProgressLine, parse_progress
 from tuner.cluster.reconcile import (
     DEFAULT_CONFIG_MAPS,
@@ -61,10 +61,8 @@ from tuner.cluster.reconcile import (
     Emit,
     Observed,
     Plan,
-    Record,
     Settings,
     about_foreign,
-    fitting_nodes,
     plan,
     say,
 )
@@ -197,11 +195,11 @@ class Controller:
         self._pods = self._watch(
             POD, self._heard_owned, watched.trim_pod, owner_of=_workspace_of, labels=WORKSPACE_LABEL
         )
-        self._revisions = self._watch(
+        self._records = self._watch(
             CONTROLLER_REVISION,
             self._heard_owned,
-            watched.trim_revision,
-            owner_of=_workspace_of_revision,
+            watched.trim_record,
+            owner_of=_workspace_of_record,
             labels=NAME_LABEL,
         )
         self._config_maps = self._watch(
@@ -308,7 +306,7 @@ class Controller:
     def _heard_owned(self, before: Object | None, after: Object | None) -> None:
         changed = after or before
         assert changed is not None
-        owner = _workspace_of(changed) or _workspace_of_revision(changed)
+        owner = _workspace_of(changed) or _workspace_of_record(changed)
         if owner:  # a Job and its pod change in one breath: a moment later one look does for both
             self._queue.add(_key(changed["metadata"]["namespace"], owner), _IN_ONE_BREATH_S)
 
@@ -324,14 +322,16 @@ class Controller:
                 self._heard_workspace(None, workspace)
 
     def _heard_node(self, before: Object | None, after: Object | None) -> None:
-        """Those for which the node makes a difference and that are not finished."""
+        """Those for which the node may make a difference and that are not finished."""
+        there = [node for node in (before, after) if node]
+        if not any(map(gpus_of, there)):
+            return
         for workspace in self._workspaces.all():
-            state = (workspace.get("status") or {}).get("state")
-            if state in ("Succeeded", "Failed"):
+            if (workspace.get("status") or {}).get("state") in ("Succeeded", "Failed"):
                 continue
-            if fitting_nodes(workspace, [before] if before else []) != fitting_nodes(
-                workspace, [after] if after else []
-            ):
+            job = self._jobs.get(workspace["metadata"]["namespace"], workspace["metadata"]["name"])
+            # Where there is no Job yet, the look finds out what its pod would ask for.
+            if job is None or fitting_nodes(job["spec"]["template"]["spec"], there):
                 self._heard_workspace(None, workspace)
 
     # ── one look ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -416,7 +416,7 @@ class Controller:
             check_job=self._jobs.get(namespace, helper_name(name, CHECK_JOB)),
             push_job=self._jobs.get(namespace, helper_name(name, PUSH_JOB)),
             pods=self._pods.of(namespace, name),
-            revisions=self._revisions.of(namespace, name),
+            records=self._records.of(namespace, name),
             nodes=self._nodes.all() if self._nodes else None,
             events=asked.events if asked else (),
             progress=asked.progress if asked else None,
@@ -520,10 +520,6 @@ class Controller:
                     pass  # gone, or another by now
                 else:
                     self.log("info", "deleted", workspace=key, kind=kind, name=about)
-            case Record(about, uid, annotations):
-                record = {"metadata": {"annotations": dict(annotations), "uid": uid}}
-                with suppress(NotFoundError, ConflictError):
-                    self.api.patch(CONTROLLER_REVISION, about, record, namespace)
             case Emit(event):
                 self._emit(key, event, namespace)
             case ApplyStatus(status):
@@ -656,7 +652,7 @@ def _workspace_of(thing: Object) -> str | None:
     return (thing["metadata"].get("labels") or {}).get(WORKSPACE_LABEL)
 
 
-def _workspace_of_revision(thing: Object) -> str | None:
+def _workspace_of_record(thing: Object) -> str | None:
     return (thing["metadata"].get("labels") or {}).get(NAME_LABEL)
 
 

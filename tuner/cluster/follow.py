@@ -16,6 +16,7 @@ from tuner.cluster.api import EVENT, JOB, NAMESPACE, OUR_JOBS, POD, WORKSPACE, A
 from tuner.cluster.api_errors import ApiError, BadRequestError, ForbiddenError, NotFoundError, UnavailableError
 from tuner.cluster.beside import helper_name
 from tuner.cluster.job_options import GPU, INSTANCE_TYPE_LABEL, WORKSPACE_LABEL
+from tuner.cluster.nodes import required_labels
 from tuner.cluster.observe import (
     QUEUE_LABEL,
     Ending,
@@ -27,8 +28,8 @@ from tuner.cluster.observe import (
     stage_of,
     view_job,
 )
+from tuner.cluster.server_text import shown
 from tuner.errors import InputMissingError, TunerError, did_you_mean
-from tuner.redaction import redact
 from tuner.runspec import Progress, Reporter, StageName
 
 _PROGRESS_LINES = 20
@@ -284,20 +285,8 @@ def pending_hint(job: Mapping[str, Any], waiting_for: str | None) -> str | None:
     return None
 
 
-def required_labels(job: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """What the Job's node affinity requires with `In`: label → values."""
-    affinity = (job["spec"]["template"]["spec"].get("affinity") or {}).get("nodeAffinity") or {}
-    terms = (affinity.get("requiredDuringSchedulingIgnoredDuringExecution") or {}).get("nodeSelectorTerms") or ()
-    found: dict[str, tuple[str, ...]] = {}
-    for term in terms:
-        for expression in term.get("matchExpressions") or ():
-            if expression.get("operator") == "In":
-                found[expression["key"]] = tuple(expression.get("values") or ())
-    return found
-
-
 def _label_hint(job: Mapping[str, Any]) -> str | None:
-    labels = required_labels(job)
+    labels = required_labels(job["spec"]["template"]["spec"])
     types = labels.pop(INSTANCE_TYPE_LABEL, ())
     if labels:
         pairs = " ".join(f"{key}={values[0] if values else ''}" for key, values in labels.items())
@@ -580,6 +569,6 @@ def _event_line(event: Mapping[str, Any], about: str) -> EventLine:
         type=str(event.get("type", "")),
         reason=str(event.get("reason", "")),
         about=about,
-        message=redact(" ".join(str(event.get("message") or event.get("note") or "").split())),
+        message=" ".join(shown(str(event.get("message") or event.get("note") or "")).split()),
         count=int(series.get("count") or event.get("count") or 1),
     )

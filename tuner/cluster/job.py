@@ -18,7 +18,6 @@ from tuner.cluster.checks import job_problems, restricted_problems
 from tuner.cluster.job_options import (
     DIGEST_ANNOTATION,
     GPU,
-    INSTANCE_TYPE_LABEL,
     QUEUE_PREFIX,
     REVISION_ANNOTATION,
     Ask,
@@ -28,6 +27,7 @@ from tuner.cluster.job_options import (
     with_annotations,
     written_instance_type,
 )
+from tuner.cluster.nodes import label_expressions, node_affinity
 from tuner.cluster.patch import apply_patches, parse_patches
 from tuner.cluster.sizes import UNKNOWN_WEIGHTS_GIB, Sizes, read_sizes
 from tuner.cluster.templates import EXAMPLE_NAME, Manifest
@@ -39,9 +39,7 @@ from tuner.runspec import HubModel, ImageSource
 from tuner.workspace import (
     TRAINING_CONFIG_KEY,
     Secret,
-    Workspace,
     WorkspaceFile,
-    is_reserved_label,
     require_tuning,
 )
 
@@ -263,44 +261,6 @@ def _set_place(job: Manifest, ask: Ask) -> None:
         del spec["affinity"]
 
 
-def node_affinity(workspace: Workspace, options: JobOptions) -> Manifest:
-    """From labelSelector, instanceType and preferredNodes; empty where none of them says anything."""
-    required: list[Manifest] = []
-    preferred: list[list[Manifest]] = []
-    if instance_type := written_instance_type(workspace, options):
-        required.append({"key": INSTANCE_TYPE_LABEL, "operator": "In", "values": [instance_type]})
-    labels = list(_label_expressions(workspace))
-    if labels and options.labels_preferred:
-        preferred.append(labels)
-    else:
-        required += labels
-    if nodes := workspace.resource.preferred_nodes:
-        preferred.append([{"key": "kubernetes.io/hostname", "operator": "In", "values": list(nodes)}])
-    affinity: Manifest = {}
-    if required:
-        terms = {"nodeSelectorTerms": [{"matchExpressions": required}]}
-        affinity["requiredDuringSchedulingIgnoredDuringExecution"] = terms
-    if preferred:
-        affinity["preferredDuringSchedulingIgnoredDuringExecution"] = [
-            {"weight": 100, "preference": {"matchExpressions": expressions}} for expressions in preferred
-        ]
-    return affinity
-
-
-def _label_expressions(workspace: Workspace) -> Iterator[Manifest]:
-    """`labelSelector`, but for the keys that KAITO keeps for itself."""
-    selector = workspace.resource.label_selector
-    if selector is None:
-        return
-    for key, value in selector.match_labels.items():
-        if not is_reserved_label(key):
-            yield {"key": key, "operator": "In", "values": [value]}
-    for each in selector.match_expressions:
-        if not is_reserved_label(each.key):
-            values = {"values": list(each.values)} if each.values else {}
-            yield {"key": each.key, "operator": each.operator, **values}
-
-
 def _set_identity(job: Manifest, ask: Ask) -> None:
     """A service account where asked for; its token is mounted nowhere, and a cloud's identity not in the trainer."""
     spec, options = templates.pod_spec(job), ask.options
@@ -436,7 +396,7 @@ def _notes(ask: Ask, config_map: Mapping[str, Any], job: Mapping[str, Any]) -> I
         yield f"{what}: one GPU is asked for; --gpus N says otherwise"
     if machine and options.gpus is not None and options.gpus != machine.gpus:
         yield f"{machine.name} has {machine.gpus} GPUs, {options.gpus} are asked for"
-    if options.labels_preferred and any(True for _ in _label_expressions(ask.workspace)) and not spec.smoke:
+    if options.labels_preferred and any(True for _ in label_expressions(ask.workspace)) and not spec.smoke:
         yield (
             "labelSelector is a preference only: KAITO would put the labels on nodes it makes, an autoscaler does not"
         )

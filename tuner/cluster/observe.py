@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 
 from pydantic import ValidationError
 
+from tuner.cluster.server_text import shown
 from tuner.pod import CHECK, DATA_DOWNLOADER, PREFLIGHT, PULLER, PUSHER
 from tuner.redaction import redact
 from tuner.runspec import Scalar, StageName, StageResult
@@ -253,7 +254,7 @@ def _ending(pod: Object) -> Ending | None:
     if disrupted or status.get("reason") in ("Evicted", "Preempting", "NodeLost", "Shutdown"):
         source = disrupted or status
         reason = _words(str(source.get("reason") or "Evicted"))
-        return Ending(f"{reason}: {_one_line(source['message'])}" if source.get("message") else reason)
+        return Ending(f"{reason}: {_said(source['message'])}" if source.get("message") else reason)
     bad = [
         (str(ended.get("finishedAt", "")), each["name"], ended)
         for each in container_statuses(pod)
@@ -265,7 +266,7 @@ def _ending(pod: Object) -> Ending | None:
         return _container_ending(container, ended)
     if _phase(pod) != "Failed":
         return None
-    return Ending(_one_line(status.get("message") or status.get("reason") or "its pod has failed"))
+    return Ending(_said(status.get("message") or status.get("reason") or "its pod has failed"))
 
 
 def _container_ending(container: str, ended: Object) -> Ending:
@@ -279,7 +280,7 @@ def _container_ending(container: str, ended: Object) -> Ending:
         return Ending(f"{stage}: out of memory, its container reached its limit (exit {code})", code, container)
     words = _SIGNALS.get(code, "ended without a word")
     text = (ended.get("message") or "").strip()  # FallbackToLogsOnError: the end of the log
-    detail = f": {_one_line(text.splitlines()[-1])}" if text else ""
+    detail = f": {redact(_one_line(text.splitlines()[-1]))}" if text else ""
     return Ending(f"{stage}: {words} (exit {code}){detail}", code, container)
 
 
@@ -297,7 +298,7 @@ def _why_failed(condition: Object, last: Ending | None) -> Ending:
         return Ending(
             f"{last.sentence}; {because}" if because else last.sentence, last.exit_code, last.container, last.result
         )
-    message = _one_line(condition.get("message") or reason or "the Job has failed")
+    message = _said(condition.get("message") or reason or "the Job has failed")
     found = re.search(r"Container (\S+) .* exit code (\d+)", message)
     return Ending(because or message, int(found[2]) if found else None, found[1] if found else "")
 
@@ -325,7 +326,7 @@ def _why_pod_waits(pod: Object) -> str | None:
     """What keeps a pod from running, as the scheduler or the kubelet says it; None when nothing does."""
     for condition in pod.get("status", {}).get("conditions") or ():
         if condition["type"] == "PodScheduled" and condition["status"] == "False":
-            reason, message = condition.get("reason", ""), _one_line(condition.get("message", ""))
+            reason, message = condition.get("reason", ""), _said(condition.get("message", ""))
             if reason == "SchedulingGated":
                 return f"its pod is held back by a scheduling gate: {message}"
             return f"no node takes its pod: {message}" if message else "no node takes its pod yet"
@@ -333,7 +334,7 @@ def _why_pod_waits(pod: Object) -> str | None:
         return NO_NODE_YET
     for container in container_statuses(pod):
         waiting = _state(container, "waiting") or {}
-        reason, message = waiting.get("reason"), _one_line(waiting.get("message", ""))
+        reason, message = waiting.get("reason"), _said(waiting.get("message", ""))
         if reason in _PULL_ERRORS:
             return f"the image {container.get('image', '')} cannot be pulled: {message or reason}"
         if reason in _MAKE_ERRORS:
@@ -356,8 +357,13 @@ def _event_note(events: Iterable[Object], kind: str, name: str, reasons: Sequenc
                 or event["metadata"].get("creationTimestamp")
                 or ""
             )
-            found.append((str(when), _one_line(event.get("note") or event.get("message") or event["reason"])))
+            found.append((str(when), _said(event.get("note") or event.get("message") or event["reason"])))
     return max(found)[1] if found else None
+
+
+def _said(text: str) -> str:
+    """What a scheduler, a kubelet or the Job's controller says, in one line."""
+    return shown(_one_line(text))
 
 
 def _one_line(text: str) -> str:

@@ -19,20 +19,23 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal, Protocol
 
+from tuner.cluster.nodes import fitting_nodes
 from tuner.cluster.observe import ROUTINE, Ending, JobView, Object, ProgressLine, view_job
 from tuner.cluster.workspace_status import (
+    End,
     Standing,
     build_status,
     recorded_revision,
     settled,
     status_differs,
     with_others_conditions,
+    written_end,
 )
 from tuner.errors import ConfigError, TunerError
 from tuner.redaction import redact
 from tuner.request import RETRY_ANNOTATION
 from tuner.runspec import Scalar, StageName, StageResult
-from tuner.workspace import TRAINING_CONFIG_KEY
+from tuner.workspace import SERVER_DEFAULTS, TRAINING_CONFIG_KEY
 
 REVISION_ANNOTATION = "workspace.kaito.io/revision"
 HASH_ANNOTATION = "workspace.kaito.io/hash"
@@ -66,9 +69,9 @@ class Render(Protocol):
     """How a revision's objects are made; raises TunerError with what is wrong with the Workspace."""
 
     def __call__(
-        self, workspace: Object, config_map: Object | None, revision: int, *, labels_preferred: bool
+        self, workspace: Object, config_map: Object | None, revision: int, nodes: Sequence[Object]
     ) -> Rendered:
-        """`labels_preferred`: no node has the labels yet, so none would be made for a pod that requires them."""
+        """`nodes` are those there are: labels that none of them carries must not be required."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,9 @@ class Settings:
 class Observed:
     """All there is about one Workspace. `config_map` is the one that it names, else the default for its method.
 
-    `nodes` is None where they may not be listed. `pods_are_fresh`: they were just asked for, and are all there are.
-    `error` is what the last reconcile could not do.
+    `records` are its ControllerRevisions: what each revision is, and how those ended that have. `nodes` is None where
+    they may not be listed. `pods_are_fresh`: the pods were just asked for, and are all there are. `error` is what the
+    last reconcile could not do.
     """
 
     workspace: Object
@@ -102,11 +106,19 @@ class Observed:
     push_job: Object | None = None
     pods: Sequence[Object] = ()
     pods_are_fresh: bool = False
-    revisions: Sequence[Object] = ()
+    records: Sequence[Object] = ()
     nodes: Sequence[Object] | None = None
     events: Sequence[Object] = ()
     progress: ProgressLine | None = None
     error: str | None = None
+
+    @property
+    def revisions(self) -> list[Object]:
+        return [record for record in self.records if not is_end(record)]
+
+    @property
+    def ends(self) -> list[Object]:
+        return [record for record in self.records if is_end(record)]
 
 
 # ── out ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -145,15 +157,6 @@ class Delete:
 
 
 @dataclass(frozen=True)
-class Record:
-    """Write annotations to the ControllerRevision with this uid; one that is gone is as good."""
-
-    name: str
-    uid: str
-    annotations: Mapping[str, str]
-
-
-@dataclass(frozen=True)
 class Emit:
     """A Kubernetes Event; its name follows from what it says, so saying it twice makes one."""
 
@@ -165,7 +168,7 @@ class ApplyStatus:
     status: Mapping[str, Any]
 
 
-Action = Annotate | Confirm | Create | Delete | Record | Emit | ApplyStatus
+Action = Annotate | Confirm | Create | Delete | Emit | ApplyStatus
 
 
 @dataclass(frozen=True)
@@ -241,10 +244,10 @@ def _plan_revision(
 ) -> Plan:
     """Bring this revision about. `actions` come first; `notice` is what else has to be said."""
 
-    def with_status(standing: Standing, *further: Action, again_in_s: float | None = None) -> Plan:
-        standing = replace(standing, revision=number, notice=notice)
-        planned = _plan_status(observed, settings, standing, now, (*actions, *further, *_record(observed, standing)))
-        return replace(planned, again_in_s=again_in_s or planned.again_in_s)
+    def with_status(standing: Standing, *further: Action, rendered: Rendered | None = rendered) -> Plan:
+        fitting = _fitting(observed, settings, number, rendered)
+        standing = replace(standing, revision=number, notice=notice, fitting=fitting)
+        return _plan_status(observed, settings, standing, now, (*actions, *further))
 
     jobs = [job for job in (observed.job, observed.check_job, observed.push_job) if job]
     foreign = next((job for job in jobs if not _is_ours(job, observed.workspace)), None)
@@ -268,7 +271,10 @@ def _plan_revision(
         return with_status(Standing("job", view=pushed, run_digest=_run_digest(observed.push_job)))
     if settled(observed.workspace, number):
         expired, again_in_s = _expired(jobs, settings.ttl_s, now)
-        return Plan((*actions, *expired), Standing("settled", revision=number), again_in_s)
+        # What a status says may be lost with it, and a Job is not needed any more once its end is recorded.
+        return Plan(
+            (*actions, *_missing_end(observed, number), *expired), Standing("settled", revision=number), again_in_s
+        )
     if remembered := _remembered(observed, number):  # whoever has lost the status, it is not trained again
         return with_status(remembered)
     if observed.job:
@@ -309,24 +315,19 @@ def _start(
     # What a person should know before it runs, such as that nothing of it outlives its pod.
     notes = "; ".join(rendered.notes)
     said = (Emit(event_manifest(observed.workspace, number, "Normal", "Note", notes, now)),) if notes else ()
-    if not checked and _wants_check(observed, settings):
+    if not checked and _wants_check(observed, settings, rendered.job):
         creates = (*map(Create, rendered.objects), Create(rendered.check_job))
-        return with_status(_about("check", rendered.check_job), *confirm, *creates, *said)
+        return with_status(_about("check", rendered.check_job), *confirm, *creates, *said, rendered=rendered)
     # After a check its objects are there; a default or the controller's own flags may have changed meanwhile.
     there = _mounted(observed.check_job)
     objects = (each for each in rendered.objects if (each["kind"], each["metadata"]["name"]) not in there)
     creates = (*map(Create, objects), Create(rendered.job))
     said = () if checked else said
-    return with_status(_about("job", rendered.job), *confirm, *creates, *said)
+    return with_status(_about("job", rendered.job), *confirm, *creates, *said, rendered=rendered)
 
 
 def _render(observed: Observed, settings: Settings, number: int) -> Rendered:
-    # Karpenter and the autoscaler make no node for a pod that requires labels which they do not know.
-    resource = observed.workspace.get("resource") or {}
-    selector = resource.get("labelSelector") or {}
-    labelled = any(_has_labels(node, selector) for node in observed.nodes or ())
-    preferred = bool(resource.get("instanceType")) and not labelled
-    return settings.render(observed.workspace, observed.config_map, number, labels_preferred=preferred)
+    return settings.render(observed.workspace, observed.config_map, number, observed.nodes or ())
 
 
 def _about(kind: Literal["check", "job"], job: Object) -> Standing:
@@ -368,7 +369,7 @@ def _wanted(observed: Observed) -> str | _Missing:
 
 
 # What an API server fills in by itself: a CRD that gets or loses a default must not train everything again.
-_DEFAULTS: Mapping[str, Any] = {"count": 1, "accessMode": "public"}
+_DEFAULTS: Mapping[str, Any] = {str(location[-1]): value for location, value in SERVER_DEFAULTS.items()}
 
 
 def _without_unset(value: Any) -> Any:
@@ -387,9 +388,9 @@ def _known_revisions(observed: Observed) -> dict[int, str]:
     """
     known: dict[int, str] = {}
     uid = observed.workspace["metadata"]["uid"]
-    for revision in observed.revisions:
-        if _owner_uid(revision) == uid:
-            known[_revision_of(revision)] = _annotations(revision).get(HASH_ANNOTATION, "")
+    for record in observed.records:
+        if _owner_uid(record) == uid:
+            known[_revision_of(record)] = _annotations(record).get(HASH_ANNOTATION, "")
     number = _revision_of(observed.workspace)
     if number:
         known[number] = _annotations(observed.workspace).get(HASH_ANNOTATION, "")
@@ -406,9 +407,16 @@ def _begin(observed: Observed, number: int, wanted: str) -> tuple[Action, ...]:
     same_name = [each for each in observed.revisions if each["metadata"]["name"] == revision["metadata"]["name"]]
     oldest_first = sorted(observed.revisions, key=_revision_of)
     surplus = oldest_first[: max(0, len(oldest_first) + 1 - REVISIONS_KEPT)]
-    for each in {_name(each): each for each in (*same_name, *surplus)}.values():
-        actions.append(Delete("ControllerRevision", _name(each), each["metadata"]["uid"]))
-    return (*actions, Create(revision))
+    gone = {_name(each): each for each in (*same_name, *surplus)}.values()
+    return (*actions, *_forget(gone, observed), Create(revision))
+
+
+def _forget(revisions: Iterable[Object], observed: Observed) -> Iterator[Delete]:
+    """Revisions, and how they ended."""
+    for revision in revisions:
+        of = (_owner_uid(revision), _revision_of(revision))
+        for each in (revision, *(end for end in observed.ends if (_owner_uid(end), _revision_of(end)) == of)):
+            yield Delete("ControllerRevision", _name(each), each["metadata"]["uid"])
 
 
 def _missing_records(observed: Observed, number: int, wanted: str) -> tuple[Action, ...]:
@@ -418,11 +426,7 @@ def _missing_records(observed: Observed, number: int, wanted: str) -> tuple[Acti
         actions.append(_annotate(number, wanted))
     if number not in {_revision_of(revision) for revision in observed.revisions}:
         revision = _revision_manifest(observed, number, wanted)
-        actions += [
-            Delete("ControllerRevision", _name(each), each["metadata"]["uid"])
-            for each in observed.revisions
-            if _name(each) == _name(revision)
-        ]
+        actions += _forget([each for each in observed.revisions if _name(each) == _name(revision)], observed)
         actions.append(Create(revision))
     return tuple(actions)
 
@@ -438,71 +442,86 @@ def _revision_manifest(observed: Observed, number: int, wanted: str) -> dict[str
     newest = max(observed.revisions, key=_revision_of, default=None)
     taken = {_name(newest)} if newest else set()
     named = next(f"{name}-{wanted[:length]}" for length in (5, 10, 64) if f"{name}-{wanted[:length]}" not in taken)
-    data = {key: workspace[key] for key in ("resource", "inference", "tuning") if key in workspace}
-    if isinstance(urls := ((data.get("tuning") or {}).get("input") or {}).get("urls"), list):
-        # A record is kept when the Workspace has another URL by now: it repeats no signature.
-        shown = [redact(url) if isinstance(url, str) else url for url in urls]
-        data["tuning"] = {**data["tuning"], "input": {**data["tuning"]["input"], "urls": shown}}
+    # For people to read, and many may: what signs a URL stands in a Secret.
+    data = {key: _unsigned(workspace[key]) for key in ("resource", "inference", "tuning") if key in workspace}
+    return _record(workspace, number, wanted, named, data)
+
+
+def _unsigned(value: Any) -> Any:
+    """With `?…` for the query of each URL."""
+    if isinstance(value, Mapping):
+        return {key: _unsigned(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_unsigned(each) for each in value]
+    return redact(value) if isinstance(value, str) else value
+
+
+def _record(workspace: Object, number: int, wanted: str, name: str, data: Mapping[str, Any]) -> dict[str, Any]:
+    """A ControllerRevision: an API server lets nobody change its data, nor patch it at all.
+
+    Whoever may edit Workspaces may not make one (the role `edit` has none), so what it says was said by a controller.
+    """
+    of = _name(workspace)
     return {
         "apiVersion": "apps/v1",
         "kind": "ControllerRevision",
         "metadata": {
-            "name": named,
+            "name": name,
             "namespace": workspace["metadata"].get("namespace", "default"),
-            "labels": {NAME_LABEL: name, WORKSPACE_LABEL: name},
+            "labels": {NAME_LABEL: of, WORKSPACE_LABEL: of},
             "annotations": {HASH_ANNOTATION: wanted, REVISION_ANNOTATION: str(number)},
             "ownerReferences": [owner_reference(workspace)],
         },
         "revision": number,
-        "data": data,
+        "data": dict(data),
     }
 
 
-# How a revision ended, on its ControllerRevision: what a status that is lost was about.
-STATE_ANNOTATION, IMAGE_ANNOTATION, MESSAGE_ANNOTATION = "tuner/state", "tuner/image", "tuner/message"
+# ── how revisions ended ──────────────────────────────────────────────────────────────────────────────────────────────
+
+_END_LABELS = {"app.kubernetes.io/component": "end"}
 
 
-def _record(observed: Observed, standing: Standing) -> tuple[Action, ...]:
-    """The end of a revision, kept with it: the pushed image by digest, or why it has failed."""
-    view = standing.view
-    if (
-        view is None
-        or view.phase not in ("succeeded", "failed")
-        or (view.phase, standing.kind) == ("succeeded", "check")
-    ):
+def is_end(record: Object) -> bool:
+    """Whether a ControllerRevision says how a revision ended, and not what it is."""
+    return _END_LABELS.items() <= (record["metadata"].get("labels") or {}).items()
+
+
+def _missing_end(observed: Observed, number: int) -> tuple[Action, ...]:
+    """What the status says of a finished revision, kept beside it: a record of its own, made once and never changed.
+
+    A revision may have two: one that failed has succeeded when a second push got through.
+    """
+    workspace = observed.workspace
+    end = written_end(workspace)
+    if end is None or any(known.state == end.state for known in _known_ends(observed, number)):
         return ()
-    said = {STATE_ANNOTATION: "Succeeded" if view.phase == "succeeded" else "Failed"}
-    if image := view.values.get("image"):
-        said[IMAGE_ANNOTATION] = str(image)
-    if view.failure:
-        said[MESSAGE_ANNOTATION] = _within(view.failure.sentence, _NOTE_BYTES)
-    if standing.run_digest:
-        said[RUN_DIGEST_ANNOTATION] = standing.run_digest
-    revision = _own_revision(observed, standing.revision)
-    if revision is None or said.items() <= _annotations(revision).items():
-        return ()
-    return (Record(_name(revision), revision["metadata"]["uid"], said),)
+    job = observed.push_job if end.state == "Succeeded" and observed.push_job else observed.job
+    end = replace(end, run_digest=end.run_digest or _run_digest(job))
+    said = hashlib.sha256(f"{workspace['metadata']['uid']} {number} {end.state}".encode()).hexdigest()
+    name = f"{_name(workspace)}-end-{said[:10]}"
+    record = _record(workspace, number, _known_revisions(observed)[number], name, end.as_data())
+    record["metadata"]["labels"] |= _END_LABELS
+    return (Create(record),)
+
+
+def _known_ends(observed: Observed, number: int) -> list[End]:
+    uid = observed.workspace["metadata"]["uid"]
+    own = (each for each in observed.ends if _owner_uid(each) == uid and _revision_of(each) == number)
+    return [end for each in own if (end := End.of_data(each.get("data"))) is not None]
 
 
 def _remembered(observed: Observed, number: int) -> Standing | None:
-    """The end that is recorded with a revision."""
-    revision = _own_revision(observed, number)
-    said = _annotations(revision) if revision else {}
-    digest = said.get(RUN_DIGEST_ANNOTATION)
-    match said.get(STATE_ANNOTATION):
-        case "Succeeded":
-            values: dict[str, Scalar] = {"image": said[IMAGE_ANNOTATION]} if IMAGE_ANNOTATION in said else {}
-            results: dict[StageName, StageResult] = {"push": StageResult(stage="push", values=values)}
-            return Standing("job", view=JobView("succeeded", results=results), run_digest=digest)
-        case "Failed":
-            failure = Ending(said.get(MESSAGE_ANNOTATION, "its Job has failed"))
-            return Standing("job", view=JobView("failed", failure=failure), run_digest=digest)
+    """How it stands with a revision whose end is recorded and whose status is lost."""
+    ends = {end.state: end for end in _known_ends(observed, number)}
+    if end := ends.get("Succeeded"):
+        values: dict[str, Scalar] = {"image": end.image} if end.image else {}
+        results: dict[StageName, StageResult] = {"push": StageResult(stage="push", values=values)}
+        return Standing("job", view=JobView("succeeded", results=results), run_digest=end.run_digest)
+    if end := ends.get("Failed"):
+        failure = Ending(end.message or "its Job has failed")
+        return Standing("job", view=JobView("failed", failure=failure), run_digest=end.run_digest)
     return None
-
-
-def _own_revision(observed: Observed, number: int) -> Object | None:
-    uid = observed.workspace["metadata"]["uid"]
-    return next((each for each in observed.revisions if _owner_uid(each) == uid and _revision_of(each) == number), None)
 
 
 def _expired(jobs: Iterable[Object], ttl_s: int | None, now: datetime) -> tuple[tuple[Action, ...], float | None]:
@@ -611,52 +630,28 @@ def _pods_of(job: Object, pods: Iterable[Object]) -> list[Object]:
 # ── nodes ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _wants_check(observed: Observed, settings: Settings) -> bool:
+def _wants_check(observed: Observed, settings: Settings, job: Object) -> bool:
     """Whether to check on a CPU first: where the pod would make a node boot, unless it was said."""
     if settings.check_job != "auto":
         return settings.check_job == "always"
     has_instance_type = bool((observed.workspace.get("resource") or {}).get("instanceType"))
-    return has_instance_type and not fitting_nodes(observed.workspace, observed.nodes)
+    return has_instance_type and not fitting_nodes(_pod_spec(job), observed.nodes or ())
 
 
-def fitting_nodes(workspace: Object, nodes: Sequence[Object] | None) -> list[str]:
-    """The ready nodes with GPUs that the Workspace's selector and instance type take, sorted."""
-    resource = workspace.get("resource") or {}
-    return sorted(_name(node) for node in nodes or () if _fits(node, resource))
+def _fitting(observed: Observed, settings: Settings, number: int, rendered: Rendered | None) -> tuple[str, ...]:
+    """The ready nodes that take the pod of a revision: its Job's, else that of the Job which would be made."""
+    job = rendered.job if rendered else observed.job
+    if not rendered and not (job and _is_ours(job, observed.workspace) and _revision_of(job) == number):
+        try:
+            job = _render(observed, settings, number).job
+        except TunerError:
+            return ()
+    return tuple(fitting_nodes(_pod_spec(job), observed.nodes or ())) if job else ()
 
 
-def _fits(node: Object, resource: Object) -> bool:
-    labels = node["metadata"].get("labels") or {}
-    conditions = {each["type"]: each["status"] for each in node.get("status", {}).get("conditions") or ()}
-    allocatable = node.get("status", {}).get("allocatable") or {}
-    instance_type = resource.get("instanceType")
-    return (
-        conditions.get("Ready") == "True"
-        and not (node.get("spec") or {}).get("unschedulable")
-        and str(allocatable.get("nvidia.com/gpu", "0")) != "0"
-        and (not instance_type or labels.get("node.kubernetes.io/instance-type") == instance_type)
-        and _has_labels(node, resource.get("labelSelector") or {})
-    )
-
-
-def _has_labels(node: Object, selector: Object) -> bool:
-    labels = node["metadata"].get("labels") or {}
-    return all(labels.get(key) == value for key, value in (selector.get("matchLabels") or {}).items()) and all(
-        _matches(labels, each) for each in selector.get("matchExpressions") or ()
-    )
-
-
-def _matches(labels: Object, expression: Object) -> bool:
-    value, values = labels.get(expression["key"]), expression.get("values") or ()
-    match expression["operator"]:
-        case "In":
-            return value in values
-        case "NotIn":
-            return value not in values
-        case "Exists":
-            return value is not None
-        case _:
-            return value is None
+def _pod_spec(job: Object) -> Object:
+    spec: Object = job["spec"]["template"]["spec"]
+    return spec
 
 
 # ── status and events ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -670,11 +665,7 @@ def _plan_status(
     observed: Observed, settings: Settings, standing: Standing, now: datetime, actions: tuple[Action, ...] = ()
 ) -> Plan:
     """The actions, then the Events and the status where they differ from what is there."""
-    standing = replace(
-        standing,
-        fitting=tuple(fitting_nodes(observed.workspace, observed.nodes)),
-        error=observed.error,
-    )
+    standing = replace(standing, error=observed.error)
     view = standing.view
     waits = view is not None and view.is_silent
     runs = view is not None and view.phase == "running" and standing.kind == "job"
@@ -727,7 +718,9 @@ def _events(
         return
     state, note = after
     kind, reason = _EVENT_REASONS.get(str(state), ("Normal", "Waiting"))
-    if standing.kind == "invalid" or standing.notice or standing.error:
+    if state in ("Succeeded", "Failed"):
+        pass  # an end is told as what it is, whatever else could not be done
+    elif standing.kind == "invalid" or standing.notice or standing.error:
         kind, reason = "Warning", "Invalid" if not standing.error else "ReconcileError"
     elif state == "Running" and "attempt " in str(note):
         kind, reason = "Warning", "Retrying"

@@ -1,6 +1,6 @@
 """A Workspace and its ConfigMap, as the API server has them → the objects of one revision. Pure."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 from tuner.cluster.beside import CHECK_DATA_BYTES, render_check_job
 from tuner.cluster.job import render_job
 from tuner.cluster.job_options import JobOptions, count_gpus
+from tuner.cluster.nodes import prefers_labels
 from tuner.cluster.observe import QUEUE_LABEL, Object
 from tuner.cluster.reconcile import Rendered, owner_reference
 from tuner.request import Request, build_run
@@ -26,7 +27,7 @@ class RevisionRenderer:
     max_check_bytes: int = CHECK_DATA_BYTES
 
     def __call__(
-        self, workspace: Object, config_map: Object | None, revision: int, *, labels_preferred: bool
+        self, workspace: Object, config_map: Object | None, revision: int, nodes: Sequence[Object] = ()
     ) -> Rendered:
         """Raises TunerError with all that is wrong with the Workspace, its ConfigMap and their URLs."""
         network = self.request.network
@@ -40,7 +41,7 @@ class RevisionRenderer:
             namespace=workspace["metadata"].get("namespace"),
             queue=labels.get(QUEUE_LABEL) or self.options.queue,
             queue_priority=labels.get(PRIORITY_LABEL) or self.options.queue_priority,
-            labels_preferred=labels_preferred,
+            labels_preferred=prefers_labels(file.workspace, self.options, nodes),
             revision=revision,
             owner=owner_reference(workspace),
         )

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tuner.cluster import templates
-from tuner.cluster.job import node_affinity
 from tuner.cluster.job_options import GPU, JobOptions, count_gpus, written_instance_type
+from tuner.cluster.nodes import node_affinity
 from tuner.cluster.sizes import read_sizes
 from tuner.cluster.templates import Manifest
 from tuner.errors import ConfigError, Problem

@@ -8,9 +8,10 @@ Nothing is created before all that the server can say against it has been asked.
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import zip_longest
 from typing import Any, Literal
 
 from tuner import pod
@@ -28,8 +29,18 @@ from tuner.cluster.api import (
     refuse_old_server,
     resource_of,
 )
-from tuner.cluster.api_errors import AlreadyExistsError, ConflictError, ForbiddenError, NotFoundError, UnavailableError
+from tuner.cluster.api_errors import (
+    AlreadyExistsError,
+    BadRequestError,
+    ConflictError,
+    ForbiddenError,
+    InvalidError,
+    NotFoundError,
+    RefusedError,
+    UnavailableError,
+)
 from tuner.cluster.beside import render_check_job, render_retry_push
+from tuner.cluster.checks import quantity
 from tuner.cluster.follow import (
     POLL_S,
     JobFailedError,
@@ -39,15 +50,16 @@ from tuner.cluster.follow import (
     keeps_results,
     load_run,
     refuse_missing_namespace,
-    required_labels,
 )
 from tuner.cluster.job import JobObjects
-from tuner.cluster.job_options import DIGEST_ANNOTATION, GPU, INSTANCE_TYPE_LABEL, JobOptions, written_instance_type
+from tuner.cluster.job_options import DIGEST_ANNOTATION, INSTANCE_TYPE_LABEL
+from tuner.cluster.nodes import fitting_nodes, required_labels
+from tuner.cluster.observe import QUEUE_LABEL
 from tuner.errors import ConfigError, InputMissingError
 from tuner.request import HF_TOKEN
 from tuner.runspec import Reporter
 from tuner.training_settings import name_in_yaml
-from tuner.workspace import ConfigMap, LabelSelector, WorkspaceFile
+from tuner.workspace import ConfigMap, WorkspaceFile
 
 _GONE_WITHIN_S = 180.0
 _DIFFERENCES = 8
@@ -92,73 +104,6 @@ def with_config_map(api: Api, file: WorkspaceFile) -> WorkspaceFile:
     return replace(file, config_maps={**file.config_maps, name: read})
 
 
-def prefers_labels(file: WorkspaceFile, options: JobOptions, nodes: Nodes) -> bool:
-    """Whether labelSelector must be a preference: an instance type is asked for, and no node carries the labels yet."""
-    selector = file.workspace.resource.label_selector
-    if written_instance_type(file.workspace, options) is None or selector is None:
-        return False
-    return not any(_selects(selector, node) for node in nodes.items)
-
-
-def _selects(selector: LabelSelector, node: Mapping[str, Any]) -> bool:
-    labels = node["metadata"].get("labels") or {}
-    if any(labels.get(key) != value for key, value in selector.match_labels.items()):
-        return False
-    for each in selector.match_expressions:
-        value, values = labels.get(each.key), each.values or ()
-        match each.operator:
-            case "In" if value not in values:
-                return False
-            case "NotIn" if value in values:
-                return False
-            case "Exists" if value is None:
-                return False
-            case "DoesNotExist" if value is not None:
-                return False
-    return True
-
-
-def fitting_node(job: Mapping[str, Any], nodes: Nodes) -> str | None:
-    """The name of a ready node that the pod may go to: labels, taints, GPUs as a whole (others may use them now)."""
-    spec = job["spec"]["template"]["spec"]
-    wanted = required_labels(job)
-    gpus = max((int(_limits(container).get(GPU, 0)) for container in spec["containers"]), default=0)
-    for node in nodes.items:
-        labels = node["metadata"].get("labels") or {}
-        if not _is_ready(node) or any(labels.get(key) not in values for key, values in wanted.items()):
-            continue
-        if int((node.get("status", {}).get("allocatable") or {}).get(GPU, 0)) < gpus:
-            continue
-        taints = (node.get("spec") or {}).get("taints") or ()
-        if all(_tolerated(taint, spec.get("tolerations") or ()) for taint in taints):
-            return str(node["metadata"]["name"])
-    return None
-
-
-def _limits(container: Mapping[str, Any]) -> Mapping[str, Any]:
-    return (container.get("resources") or {}).get("limits") or {}
-
-
-def _is_ready(node: Mapping[str, Any]) -> bool:
-    if (node.get("spec") or {}).get("unschedulable"):
-        return False
-    conditions = node.get("status", {}).get("conditions") or ()
-    return any(each["type"] == "Ready" and each["status"] == "True" for each in conditions)
-
-
-def _tolerated(taint: Mapping[str, Any], tolerations: Iterable[Mapping[str, Any]]) -> bool:
-    if taint.get("effect") == "PreferNoSchedule":
-        return True
-    return any(
-        each.get("effect") in (None, "", taint.get("effect"))
-        and (
-            (each.get("operator") == "Exists" and each.get("key") in (None, "", taint["key"]))
-            or (each.get("key") == taint["key"] and (each.get("value") or "") == (taint.get("value") or ""))
-        )
-        for each in tolerations
-    )
-
-
 # ── what is there already ────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -172,18 +117,17 @@ class Submitted:
     status: Status | None = None
 
 
-def differences(objects: JobObjects, live: Mapping[str, Any], live_run: Mapping[str, Any] | None) -> tuple[str, ...]:
+def differences(objects: JobObjects, live: Object, live_run: Mapping[str, Any] | None, *, job: Object) -> list[str]:
     """What another submission would change of the Job that is there: settings of the run first, then of the Job.
 
-    `live_run` is the RunSpec in its ConfigMap. What the server filled in is no difference.
+    `live_run` is the RunSpec in its ConfigMap. `job` is the Job that is wanted, as it is or as a server would make it.
     """
     wanted_run = json.loads(objects.config_map["data"][pod.RUN_JSON])
-    found = list(_changed(wanted_run, live_run, "")) if live_run is not None else []
-    if live_run is None and _digest(objects.job) != _digest(live):
+    found = list(_changed(wanted_run, live_run, "", whole=True)) if live_run is not None else []
+    if live_run is None and _digest(job) != _digest(live):
         found.append("the run's digest")
-    metadata = {"labels": objects.job["metadata"].get("labels", {})}
-    found += _changed({"metadata": metadata, "spec": _comparable(objects.job)}, {**live, "spec": _comparable(live)}, "")
-    return tuple(_in_words(each) for each in found if not each.startswith("training.origins."))
+    found += _changed(_comparable(job), _comparable(live), "")
+    return [_in_words(each) for each in found if not each.startswith("training.origins.")]
 
 
 def _digest(job: Mapping[str, Any]) -> str | None:
@@ -191,42 +135,89 @@ def _digest(job: Mapping[str, Any]) -> str | None:
 
 
 def _comparable(job: Mapping[str, Any]) -> Object:
-    """A Job's spec without what may differ between two submissions of the same run.
+    """A Job's labels and spec without what may differ between two submissions of the same run.
 
     ConfigMap and Secret are called after their content: the one is compared by itself, the other changes with each new
-    signature. Whether labels are required or preferred depends on the nodes there are at that moment.
+    signature. Whether labels are required or preferred depends on the nodes there are at that moment. A queue decides
+    when a Job runs and on which nodes; its controller counts pods by a selector.
     """
     spec: Object = json.loads(json.dumps(job["spec"]))
-    inner = spec["template"]["spec"]
+    template, inner = spec["template"]["metadata"], spec["template"]["spec"]
     for volume in inner.get("volumes", ()):
         if volume["name"] in (pod.CONFIG_VOLUME, pod.SOURCES_VOLUME):
             for key in ("configMap", "secret"):
                 volume.pop(key, None)
-    (spec["template"]["metadata"].get("annotations") or {}).pop(DIGEST_ANNOTATION, None)
+    (template.get("annotations") or {}).pop(DIGEST_ANNOTATION, None)
+    labels = job["metadata"].get("labels") or {}
+    spec["instanceType"] = list(required_labels(inner).get(INSTANCE_TYPE_LABEL, ()))
     inner.pop("affinity", None)
-    inner["instanceType"] = list(required_labels(job).get(INSTANCE_TYPE_LABEL, ()))
-    return spec
+    if QUEUE_LABEL in labels:
+        inner.pop("tolerations", None)
+    for key in ("selector", "suspend"):
+        spec.pop(key, None)
+    template["labels"] = {key: text for key, text in (template.get("labels") or {}).items() if not _is_servers(key)}
+    return {"metadata": {"labels": labels}, "spec": spec}
 
 
-def _changed(wanted: Any, there: Any, path: str) -> Iterator[str]:
-    """`path: old → new` for each leaf of `wanted` that is not so in `there`."""
+def _is_servers(label: str) -> bool:
+    """What a Job's pods are called by, which the server writes into their template."""
+    return label.rpartition("/")[2] in ("controller-uid", "job-name")
+
+
+# Amounts, which a server writes in its own way: 0.5 is 500m.
+_AMOUNT = re.compile(r"\.resources\.(limits|requests)\.|\.sizeLimit$")
+
+
+def _changed(wanted: Any, there: Any, path: str, *, whole: bool = False) -> Iterator[str]:
+    """`path: old → new` for each leaf of `wanted` that is not so in `there`, and each item that is only there.
+
+    A server drops what is empty and fills in what is not written, so a field that is only there is no difference,
+    unless `there` is `whole`, as we wrote it.
+    """
     if isinstance(wanted, Mapping):
-        for key, value in wanted.items():
-            inside = there.get(key) if isinstance(there, Mapping) else None
-            yield from _changed(value, inside, f"{path}.{key}" if path else str(key))
-    elif isinstance(wanted, list) and wanted and all(isinstance(each, Mapping) and "name" in each for each in wanted):
-        by_name = {each.get("name"): each for each in there or () if isinstance(each, Mapping)}
-        for each in wanted:
-            yield from _changed(each, by_name.get(each["name"]), f"{path}[{each['name']}]")
-    elif wanted != there and not (wanted in ([], {}, "", None) and there in ([], {}, "", None)):
-        yield f"{path}: {_shown(there)} → {_shown(wanted)}"
+        inside = there if isinstance(there, Mapping) else {}
+        for key in [*wanted, *(key for key in inside if whole and key not in wanted)]:
+            yield from _changed(wanted.get(key), inside.get(key), f"{path}.{key}" if path else str(key), whole=whole)
+    elif isinstance(wanted, list) and isinstance(there, list):
+        for key, mine, other in _pairs(wanted, there):
+            if mine is None or other is None:
+                yield f"{path}[{key}]: {' → '.join(_shown(other, mine))}"
+            else:
+                yield from _changed(mine, other, f"{path}[{key}]", whole=whole)
+    elif wanted != there and (wanted or there) and not (_AMOUNT.search(path) and _is_as_much(wanted, there)):
+        yield f"{path}: {' → '.join(_shown(there, wanted))}"
 
 
-def _shown(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 60 else text[:59] + "…"
+def _is_as_much(one: Any, other: Any) -> bool:
+    return quantity(one) is not None and quantity(one) == quantity(other)
+
+
+def _pairs(wanted: Sequence[Any], there: Sequence[Any]) -> Iterator[tuple[str, Any, Any]]:
+    """The items of two lists that are about the same thing: by their names, where they have such, else by place."""
+    names = [[each.get("name") if isinstance(each, Mapping) else None for each in items] for items in (wanted, there)]
+    if all(None not in own and len(set(own)) == len(own) for own in names):
+        mine, other = (dict(zip(own, items, strict=True)) for own, items in zip(names, (wanted, there), strict=True))
+        yield from ((str(name), mine.get(name), other.get(name)) for name in mine | other)
+        return
+    for index, pair in enumerate(zip_longest(wanted, there)):
+        yield str(index), *pair
+
+
+_SHOWN_CHARACTERS = 60
+
+
+def _shown(*values: Any) -> list[str]:
+    """Each value as text; of long ones the part where they begin to differ."""
+    texts = ["nothing" if each is None else each if isinstance(each, str) else json.dumps(each) for each in values]
+    if max(map(len, texts)) <= _SHOWN_CHARACTERS:
+        return texts
+    alike = next((at for at, pair in enumerate(zip(*texts, strict=False)) if len({*pair}) > 1), 0)
+    start = max(0, alike - _SHOWN_CHARACTERS // 3)
+    parts = [text[start : start + _SHOWN_CHARACTERS] for text in texts]
+    return [
+        f"{'…' if start else ''}{part}{'…' if start + len(part) < len(text) else ''}"
+        for part, text in zip(parts, texts, strict=True)
+    ]
 
 
 def _in_words(difference: str) -> str:
@@ -248,11 +239,24 @@ def _live_run(api: Api, live: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return run if isinstance(run, dict) else None
 
 
+def _as_made(api: Api, job: Object) -> Object | None:
+    """The Job as the server would make it now, webhooks included; None where it would not."""
+    metadata = {key: value for key, value in job["metadata"].items() if key != "name"}
+    metadata["generateName"] = f"{job['metadata']['name'][:40]}-"
+    try:
+        return api.create({**job, "metadata": metadata}, dry_run=True)
+    except (RefusedError, ForbiddenError, BadRequestError, InvalidError):
+        return None
+
+
 def _there_already(api: Api, objects: JobObjects, live: Object) -> Submitted:
     name = str(live["metadata"]["name"])
     if "deletionTimestamp" in live["metadata"]:
         raise ConfigError(f"Job {name} is still being deleted", hint="wait until it is gone, then submit again")
-    changed = differences(objects, live, _live_run(api, live))
+    live_run = _live_run(api, live)
+    changed = differences(objects, live, live_run, job=objects.job)
+    if changed and (made := _as_made(api, objects.job)):
+        changed = differences(objects, live, live_run, job=made)
     if changed:
         more = f" and {len(changed) - _DIFFERENCES} more" if len(changed) > _DIFFERENCES else ""
         raise ConfigError(
@@ -377,7 +381,7 @@ def submit(
     if check_job:
         _check_first(api, objects, check_job, reporter, poll_s, sleep)
     made, is_new = _create(api, objects.job)
-    if not is_new and differences(objects, made, _live_run(api, made)):
+    if not is_new and differences(objects, made, _live_run(api, made), job=objects.job):
         raise ConfigError(f"Job {name} was created by somebody else meanwhile", hint="submit again to see what differs")
     for manifest in objects.objects[:-1]:
         if _is_ours(manifest, name):
@@ -637,4 +641,4 @@ def retry_push(
 
 def needs_check(job: Mapping[str, Any], nodes: Nodes, *, instance_type: bool) -> bool:
     """Whether the pod would make a node boot: an instance type is asked for, and no ready node fits."""
-    return instance_type and nodes.unread is None and fitting_node(job, nodes) is None
+    return instance_type and nodes.unread is None and not fitting_nodes(job["spec"]["template"]["spec"], nodes.items)

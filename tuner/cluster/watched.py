@@ -15,6 +15,8 @@ from typing import Any
 
 from tuner.cluster.api import ALL_NAMESPACES, Api, Resource
 from tuner.cluster.api_errors import ApiError, GoneError
+from tuner.cluster.job_options import GPU
+from tuner.cluster.reconcile import is_end
 from tuner.retry import Backoff, chance
 
 Object = Mapping[str, Any]
@@ -231,12 +233,18 @@ def trim_workspace(thing: Object) -> Object:
 
 def trim_job(thing: Object) -> Object:
     status = _only(thing.get("status") or {}, ("conditions", "active", "ready", "failed", "succeeded"))
-    volumes = thing["spec"]["template"]["spec"].get("volumes") or ()
-    mounted = [_only(each, ("configMap", "secret")) for each in volumes if "configMap" in each or "secret" in each]
+    whole = thing["spec"]["template"]["spec"]
+    volumes = whole.get("volumes") or ()
+    # What it mounts, and what decides where its pod may go.
+    pod = _only(whole, ("nodeSelector", "affinity", "tolerations"))
+    pod["volumes"] = [
+        _only(each, ("configMap", "secret")) for each in volumes if "configMap" in each or "secret" in each
+    ]
+    pod["containers"] = [_only(each, ("resources",)) for each in whole["containers"]]
     return {
         "kind": "Job",
         "metadata": _metadata(thing, without_version=True),
-        "spec": {**_only(thing["spec"], ("backoffLimit", "suspend")), "template": {"spec": {"volumes": mounted}}},
+        "spec": {**_only(thing["spec"], ("backoffLimit", "suspend")), "template": {"spec": pod}},
         "status": status,
     }
 
@@ -255,16 +263,17 @@ def trim_node(thing: Object) -> Object:
     """Without what changes with every heartbeat."""
     status = thing.get("status") or {}
     ready = [_only(each, ("type", "status")) for each in status.get("conditions") or () if each["type"] == "Ready"]
-    gpus = _only(status.get("allocatable") or {}, ("nvidia.com/gpu",))
+    gpus = _only(status.get("allocatable") or {}, (GPU,))
     return {
         "metadata": _only(thing["metadata"], ("name", "labels")),
-        "spec": _only(thing.get("spec") or {}, ("unschedulable",)),
+        "spec": _only(thing.get("spec") or {}, ("unschedulable", "taints")),
         "status": {"conditions": ready, "allocatable": gpus},
     }
 
 
-def trim_revision(thing: Object) -> Object:
-    return {"metadata": _metadata(thing)}
+def trim_record(thing: Object) -> Object:
+    """How a revision ended, whole; of what it is only its number and hash."""
+    return {"metadata": _metadata(thing), **(_only(thing, ("data",)) if is_end(thing) else {})}
 
 
 def trim_config_map(key: str) -> Callable[[Object], Object | None]:

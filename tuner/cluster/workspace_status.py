@@ -26,7 +26,7 @@ class Standing:
 
     `kind`: `inference` (not ours), `deleting`, `invalid` (`message` says why), `waiting` (for what `message` says),
     `check` (the check Job is what there is), `job` (the Job is), `settled` (finished; nothing is written any more).
-    `notice` and `error` are said whatever else is: a change that is not valid, a call that failed.
+    `notice` and `error` are said until it has ended: a change that is not valid, a call that failed.
     """
 
     kind: Literal["inference", "deleting", "invalid", "waiting", "check", "job", "settled"]
@@ -64,6 +64,42 @@ def settled(workspace: Object, revision: int | None = None, *states: State) -> b
     return recorded_revision(workspace) == revision and state in (states or ("Succeeded", "Failed"))
 
 
+@dataclass(frozen=True)
+class End:
+    """How a revision ended: what of a status must outlive it. `image` is what was pushed, `message` why it failed."""
+
+    state: Literal["Succeeded", "Failed"]
+    image: str | None = None
+    message: str | None = None
+    run_digest: str | None = None
+
+    def as_data(self) -> dict[str, str]:
+        named = {"state": self.state, "image": self.image, "message": self.message, "runDigest": self.run_digest}
+        return {key: value for key, value in named.items() if value is not None}
+
+    @classmethod
+    def of_data(cls, data: Any) -> "End | None":
+        """None for what is none: who may write such records may write anything into them."""
+        if not isinstance(data, Mapping) or data.get("state") not in ("Succeeded", "Failed"):
+            return None
+        texts = {key: str(data[key]) for key in ("image", "message", "runDigest") if isinstance(data.get(key), str)}
+        return cls(data["state"], texts.get("image"), texts.get("message"), texts.get("runDigest"))
+
+
+def written_end(workspace: Object) -> End | None:
+    """The end that the status tells; None while there is none."""
+    status = workspace.get("status") or {}
+    tuning, succeeded = status.get("tuning") or {}, _written_conditions(status).get("WorkspaceSucceeded", {})
+    digest = tuning.get("runDigest")
+    if succeeded.get("status") == "True":
+        image = (tuning.get("artifact") or {}).get("image") or _metrics(status).get("artifact", {}).get("value")
+        return End("Succeeded", image=image, run_digest=digest)
+    if status.get("state") == "Failed":
+        message = str(succeeded.get("message", "")).removeprefix(_FAILED)
+        return End("Failed", message=message or None, run_digest=digest)
+    return None
+
+
 def _metrics(status: Mapping[str, Any]) -> Mapping[str, Any]:
     return (status.get("performance") or {}).get("metrics") or {}
 
@@ -88,6 +124,7 @@ CONDITION_TYPES = (
 
 _NOT_STARTED = "Tuning job has not started"
 _STARTED = "Tuning job has started"
+_FAILED = "tuning job failed: "
 
 
 def _state(standing: Standing) -> State:
@@ -135,7 +172,7 @@ def _started(standing: Standing, state: State) -> Condition:
     view = standing.view
     if state == "Failed" and view and view.failure:
         checks = "checks failed before a GPU was asked for: " if standing.kind == "check" else ""
-        return False, "WorkspaceTuningJobStatusFailed", f"tuning job failed: {checks}{view.failure.sentence}"
+        return False, "WorkspaceTuningJobStatusFailed", f"{_FAILED}{checks}{view.failure.sentence}"
     if state in ("Running", "Succeeded") and view:
         return True, started, "; ".join(part for part in (_STARTED, *_doing(view, standing.progress)) if part)
     if standing.kind == "check" and view:
@@ -200,9 +237,10 @@ def build_status(
     conditions = _conditions(standing, state, written)
     for kind in ("JobStarted", "WorkspaceSucceeded", "WorkspaceReady"):
         status, reason, message = conditions[kind]
-        if standing.notice:
+        # What is said of an end is said for good, and these two may be over in a minute.
+        if standing.notice and state not in ("Succeeded", "Failed"):
             message += f"; {standing.notice}"
-        if standing.error:
+        if standing.error and state not in ("Succeeded", "Failed"):
             message += f" (last reconcile error: {standing.error})"
         conditions[kind] = (status, reason, message[:_MESSAGE_CHARACTERS])
     status_now: dict[str, Any] = {
