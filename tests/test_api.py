@@ -13,7 +13,7 @@ import pytest
 
 from tests.fake_kubernetes import FakeKubernetes
 from tests.registries import make_certificate
-from tuner.cluster.api import CONFIG_MAP, JOB, POD, SECRET, Api, resource_of
+from tuner.cluster.api import CONFIG_MAP, JOB, POD, SECRET, WORKSPACE, Api, resource_of
 from tuner.cluster.api_errors import (
     AlreadyExistsError,
     ApiError,
@@ -28,6 +28,7 @@ from tuner.cluster.api_errors import (
     UnavailableError,
     error_of_response,
 )
+from tuner.cluster.watched import trim_workspace
 from tuner.errors import ConfigError
 
 
@@ -359,6 +360,38 @@ def test_what_is_no_api_server_is_said(cluster: FakeKubernetes, kubeconfig: Path
         kubeconfig.write_text(json.dumps(config))
         with pytest.raises(UnavailableError, match="is not JSON"):
             Api.from_config(env={"KUBECONFIG": str(kubeconfig)}, patience_s=0).server_version()
+
+
+@pytest.mark.parametrize(("opening", "closing"), [('{"a":', "}"), ("[", "]")])
+def test_an_object_deeper_than_python_reads_does_not_hide_the_others(
+    opening: str, closing: str, kubeconfig: Path
+) -> None:
+    from tests.http_server import Answer, HttpServer
+
+    deep = opening * 3_000 + "1" + closing * 3_000
+    objects = [f'{{"metadata":{{"name":"{name}"}},"inference":{deep},"b":"]}}[{{"}}' for name in ("x", "y")]
+    with HttpServer() as server:
+        path = "/apis/kaito.sh/v1beta1/namespaces/default/workspaces"
+        listed = f'{{"items":[{",".join(objects)}],"metadata":{{"resourceVersion":"7"}}}}'
+        changes = "\n".join(f'{{"type":"ADDED","object":{each}}}' for each in objects)
+        server.serve(path, Answer(body=listed.encode()), Answer(body=changes.encode()))
+        config = json.loads(kubeconfig.read_text())
+        config["clusters"][0]["cluster"]["server"] = server.url
+        kubeconfig.write_text(json.dumps(config))
+        api = Api.from_config(namespace="default", env={"KUBECONFIG": str(kubeconfig)}, patience_s=0)
+        (page,) = api.pages(WORKSPACE, "default")
+        heard = [event.object for event in api.watch(WORKSPACE, page.resource_version, "default")]
+    for objects_read in (page.items, heard):
+        assert [each["metadata"]["name"] for each in objects_read] == ["x", "y"]
+        assert [each["b"] for each in objects_read] == ["]}[{"] * 2
+
+
+def test_what_is_kept_of_a_workspace_can_be_compared_and_written_however_deep_it_was() -> None:
+    inference: Any = {}
+    for _ in range(900):
+        inference = {"a": [inference]}
+    kept = trim_workspace({"kind": "Workspace", "metadata": {"name": "a"}, "inference": inference})
+    assert kept == json.loads(json.dumps(kept))
 
 
 def test_the_servers_warnings_are_heard_once(cluster: FakeKubernetes, kubeconfig: Path) -> None:

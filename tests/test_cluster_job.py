@@ -24,6 +24,7 @@ from tuner.pod import CHECK_JOB, CONTAINERS, PUSH_JOB
 from tuner.request import Request, build_run
 from tuner.runspec import RunSpec
 from tuner.workspace import LABEL, SUBDOMAIN, WorkspaceFile, parse_objects
+from tuner.yaml_lines import Document
 
 NAME = "tickets"
 IMAGE = "reg.example/tuner@sha256:" + "0" * 64
@@ -525,7 +526,7 @@ def test_an_annotation_that_names_no_secret_is_refused() -> None:
 
 def test_what_the_pod_needs_to_reach_a_registry_the_check_and_the_second_push_have_too() -> None:
     hosts = [{"ip": "10.0.0.7", "hostnames": ["registry.internal"]}]
-    patch = {"spec": {"template": {"spec": {"hostAliases": hosts}}}}
+    patch = Document({"spec": {"template": {"spec": {"hostAliases": hosts}}}})
     options = {"results_volume": "results", "patches": (patch,), "service_account": "tuner", "workload_identity": True}
     job = render(workspace(), **options).job
     for made in (render_check_job(job), render_retry_push(job)):
@@ -614,7 +615,7 @@ def config_with(text: str) -> dict[str, Any]:
 
 
 def test_a_config_map_over_a_mebibyte_is_refused_with_what_is_large() -> None:
-    comment = "# " + "x" * 2**20
+    comment = "# " + "x" * (2**20 - 100)
     with pytest.raises(ConfigError, match=r"most of them are training_config\.yaml"):
         render(workspace(tuning={"config": "mine"}), config_with(f"training_config: {{}}\n{comment}\n"))
 

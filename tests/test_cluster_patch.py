@@ -75,7 +75,7 @@ def refusals(text: str) -> list[str]:
 )
 def test_patches_merge_as_kubectl_merges_them(value: Any, patch: Any, merged: Any) -> None:
     before = deepcopy(value)
-    assert merge(value, patch, "") == merged
+    assert merge(value, patch) == merged
     assert value == before
 
 
@@ -91,7 +91,7 @@ def test_patches_merge_as_kubectl_merges_them(value: Any, patch: Any, merged: An
 )
 def test_items_stand_where_kubectl_puts_them(patch: str, order: str) -> None:
     items = {"containers": [{"name": name} for name in "abc"]}
-    merged = merge(items, {"containers": [{"name": name} for name in patch]}, "")
+    merged = merge(items, {"containers": [{"name": name} for name in patch]})
     assert "".join(each["name"] for each in merged["containers"]) == order
 
 
@@ -140,7 +140,7 @@ def test_kubectl_itself_makes_the_same_of_every_patch(tmp_path: Path) -> None:
     before = json.loads(file.read_text())
     for text in AGAINST_KUBECTL:
         patch = yaml.safe_load(text)
-        assert _full(merge(before, patch, "")) == _full(kubectl(file, patch)), text
+        assert _full(merge(before, patch)) == _full(kubectl(file, patch)), text
 
 
 def _full(value: Any) -> Any:
@@ -167,6 +167,35 @@ def _full(value: Any) -> Any:
 def test_what_no_patch_can_say_is_refused_with_its_place(text: str, message: str) -> None:
     (refusal,) = refusals(text)
     assert message in refusal
+
+
+def test_a_patch_says_the_line_of_each_mistake() -> None:
+    text = """\
+spec:
+  backoffLimit: 1
+  backoffLimit: 2
+containers: []
+---
+on: x
+metadata: {labels: {a: !env B}}
+"""
+    assert refusals(text) == [
+        "patch.yaml:3 spec.backoffLimit: written twice, on lines 2 and 3",
+        "patch.yaml:6: the key on is true or false, not text",
+        "patch.yaml:7 metadata.labels.a: the YAML tag !env means nothing here",
+    ]
+    assert refusals("a: 1\nspecs: {}\nkind: Deployment\n") == [
+        "patch.yaml:1: a Job has no 'a'",
+        "patch.yaml:2: a Job has no 'specs'",
+        "patch.yaml:3: is for a Deployment, and only the Job can be patched",
+    ]
+    text = "spec: {template: {spec: {volumes: [\n  {name: tmp},\n  {$patch: delete,\n   name: none}]}}}\n"
+    assert refusals(text) == ["patch.yaml:3 spec.template.spec.volumes[name=none]: there is none to delete"]
+
+
+def test_a_patch_is_read_as_kubectl_reads_it() -> None:
+    (patch,) = parse_patches("spec: {a: 0640, b: yes, c: 2026-01-01, d: 1e3, e: null}", "patch.yaml")
+    assert patch.value == {"spec": {"a": 0o640, "b": True, "c": "2026-01-01", "d": 1000.0, "e": None}}
 
 
 def test_a_patch_for_many_workspaces_calls_the_trainer_by_what_it_does() -> None:

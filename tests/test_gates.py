@@ -150,6 +150,13 @@ def test_whatever_stands_in_an_annotation_is_a_gate_or_refused_in_a_sentence(tex
         parse_gate(text)
 
 
+def test_of_a_flood_of_gates_the_first_are_read() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_gates(["steps > 0"] * 60_000, "metadata.annotations[tuner/require]")
+    (problem,) = caught.value.problems
+    assert problem.message == "60,000 gates, and at most 50 are read"
+
+
 def test_the_problems_of_all_gates_come_at_once_each_with_where_it_stands() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_gates(["eval_los < 1", "steps > 0", "loss < 1"], "--require")

@@ -297,7 +297,11 @@ def test_the_last_progress_line_of_a_log_is_read():
 
 
 @pytest.mark.parametrize(
-    "log", ["", "words only", '{"stage": "train"}', '{"level": "info"}', '{"stage": 1, "done": "x"}']
+    "log",
+    [
+        *("", "words only", '{"stage": "train"}', '{"level": "info"}', '{"stage": 1, "done": "x"}'),
+        '{"stage"' + ': {"a"' * 5_000,
+    ],
 )
 def test_a_log_without_progress_has_none(log):
     assert parse_progress(log) is None

@@ -580,6 +580,11 @@ def test_a_directory_without_a_slash_is_told_how_to_write_it(build: Build, tmp_p
     assert "./mymodel" in str(raised.value.hint)
 
 
+def test_a_preset_with_a_name_longer_than_any_files_is_no_preset(build: Build) -> None:
+    with pytest.raises(ConfigError, match=r"tuning\.preset\.name: no preset 'aaa"):
+        build(tuning={"preset": {"name": "a" * 400}})
+
+
 def test_weights_in_an_image_are_kaitos_preset_option(build: Build) -> None:
     options = {"image": "reg.azurecr.io/weights:1"}
     model = build(tuning={"preset": {"name": PRESET, "presetOptions": options}}).spec.base_model

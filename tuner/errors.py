@@ -24,6 +24,8 @@ from types import MappingProxyType
 from tuner.redaction import redact
 
 EXIT_INTERNAL = 70
+MOST_PROBLEMS = 100  # of one configuration: nobody reads on, and with thousands it is an attack, or the wrong file
+_LONGEST_WORD = 100
 
 
 class TunerError(Exception):
@@ -115,9 +117,12 @@ class ConfigError(TunerError):
 
     @classmethod
     def of(cls, problems: Sequence[Problem]) -> "ConfigError":
-        """The one error for a list of at least one problem."""
+        """The one error for a list of at least one problem. Whoever finds MOST_PROBLEMS + 1 may stop looking."""
         if len(problems) == 1:
             return cls(str(problems[0]), hint=problems[0].hint, problems=problems)
+        if len(problems) > MOST_PROBLEMS:
+            first = (*problems[:MOST_PROBLEMS], Problem("there are more problems than these"))
+            return cls(f"more than {MOST_PROBLEMS} problems in the configuration", problems=first)
         return cls(f"{len(problems)} problems in the configuration", problems=problems)
 
 
@@ -127,6 +132,13 @@ KINDS: Mapping[int, type[TunerError]] = MappingProxyType({kind.exit_code: kind f
 
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:
     """`did you mean "learning_rate"?`, or None when nothing known is near."""
+    if len(word) > _LONGEST_WORD:
+        return None
     by_lower = {name.lower(): name for name in known}
     near = get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
     return f'did you mean "{by_lower[near[0]]}"?' if near else None
+
+
+def cut(text: str, most: int = 1000) -> str:
+    """The text, its end left out where it is longer than a message should show."""
+    return text if len(text) <= most else text[: most - 1] + "…"

@@ -52,6 +52,7 @@ _NUMBER = r"(?=\.?\d)(?!0\d)[\d.]+(?:[eE][-+]?\d+)?(?![\w.])"
 _WORDS = re.compile(rf"(?:\s*(?:{_NAME}|{_NUMBER}|<=|>=|==|([*/<>])(?!\1)|[-+()]))*\s*", re.ASCII)
 # Python's parser, and whoever walks its tree, goes as deep as a text does.
 _CHARACTERS_AT_MOST, _NESTED_AT_MOST = 500, 20
+_GATES_AT_MOST = 50
 
 
 def _evaluate(term: ast.expr, figures: Mapping[str, float]) -> float:
@@ -181,7 +182,9 @@ def parse_gates(texts: Sequence[str], origin: str) -> tuple[Gate, ...]:
     """Each text as a Gate. Raises ConfigError with the problems of all; `origin` says where they were written."""
     gates: list[Gate] = []
     problems: list[Problem] = []
-    for text in texts:
+    if len(texts) > _GATES_AT_MOST:
+        problems = [Problem(f"{len(texts):,} gates, and at most {_GATES_AT_MOST} are read", path=origin)]
+    for text in texts[:_GATES_AT_MOST]:
         try:
             gates.append(parse_gate(text))
         except ConfigError as error:

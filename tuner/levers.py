@@ -7,7 +7,7 @@ annotation `tuner/disable` turns one off. pipeline/levers.py decides; this says 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
-from tuner.errors import ConfigError, did_you_mean
+from tuner.errors import ConfigError, cut, did_you_mean
 
 PACKING = "packing"
 LEARNT_HEAD = "learnt-head"
@@ -38,7 +38,7 @@ def parse_disabled(words: Iterable[str]) -> tuple[str, ...]:
     unknown = sorted(asked - set(LEVERS))
     if unknown:
         raise ConfigError(
-            f"nothing called {', '.join(unknown)} can be turned off",
+            f"nothing called {cut(', '.join(unknown))} can be turned off",
             hint=did_you_mean(unknown[0], LEVERS) or f"there are {', '.join(LEVERS)}",
         )
     return tuple(name for name in LEVERS if name in asked)

@@ -29,7 +29,7 @@ from tuner.memory import (
 )
 from tuner.presets import Preset
 from tuner.runspec import Prepared, Split
-from tuner.training_config import resolve_target_modules
+from tuner.training_config import foresee_target_modules
 from tuner.training_settings import TrainingConfig, TrainingSettings
 
 Verdict = Literal["fits", "does not fit", "cannot run"]
@@ -206,7 +206,7 @@ def read_setup(preset: Preset, training: TrainingConfig, shape: Shape, gpus: int
     """What of the configuration memory depends on."""
     lora = training.lora
     linear_modules = tuple(linear.name for linear in shape.linears)
-    targets = resolve_target_modules(lora.target_modules, linear_modules)
+    targets = foresee_target_modules(lora.target_modules, linear_modules)
     if targets.unmatched:
         raise ConfigError(
             f"LoraConfig.target_modules: no {', '.join(targets.unmatched)} in {preset.name}; "

@@ -13,11 +13,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tuner.data import data_dir
 from tuner.errors import ConfigError, InputMissingError
+from tuner.yaml_lines import read_documents
 
 HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
@@ -108,13 +108,13 @@ def _presets() -> MappingProxyType[str, Preset]:
 
 
 def _read_preset(path: Path) -> dict[str, Any]:
-    try:
-        facts = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from error
-    if not isinstance(facts, dict):
+    documents, problems = read_documents(path.read_text(encoding="utf-8"), str(path))
+    problems += [each.problem(fault) for each in documents for fault in each.faults]
+    if problems:
+        raise ConfigError.of(problems)
+    if len(documents) != 1:
         raise ConfigError(f"{path}: must be a map")
-    return facts
+    return dict(documents[0].mapping)
 
 
 def _build_preset(folder: Path, name: str, written: dict[str, dict[str, Any]]) -> Preset:

@@ -9,13 +9,23 @@ import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from tuner import pod
 from tuner.content import hash_file, model_digest
-from tuner.errors import ConfigError, DataError, InputMissingError, Problem, TunerError, did_you_mean
+from tuner.errors import (
+    MOST_PROBLEMS,
+    ConfigError,
+    DataError,
+    InputMissingError,
+    Problem,
+    TunerError,
+    cut,
+    did_you_mean,
+)
 from tuner.gates import Gate, parse_gates, split_gates
 from tuner.levers import parse_disabled
 from tuner.presets import HUB_ID, Preset, find_preset, preset_from_directory
@@ -59,6 +69,7 @@ from tuner.workspace import (
     make_workspace,
     require_tuning,
 )
+from tuner.yaml_lines import field_path, read_text
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -249,19 +260,20 @@ def _attempt(errors: list[TunerError], step: Callable[P, T], *args: P.args, **kw
 
 def _check_annotations(file: WorkspaceFile) -> None:
     """A misspelt gate would let every adapter pass, and a place that keeps no checkpoints lose a run."""
+    written = file.workspace.metadata.annotations
+    unknown = (name for name in written if name.startswith("tuner/") and name not in _ANNOTATIONS)
     problems = [
         Problem(
             "unknown annotation",
-            path=f"metadata.annotations[{name}]",
+            path=field_path(("metadata", "annotations", name)),
             hint=did_you_mean(name, _ANNOTATIONS) or f"known here: {', '.join(_ANNOTATIONS)}",
         )
-        for name in file.workspace.metadata.annotations
-        if name.startswith("tuner/") and name not in _ANNOTATIONS
+        for name in islice(unknown, MOST_PROBLEMS + 1)
     ]
-    if file.workspace.metadata.annotations.get(CHECKPOINTS_ANNOTATION, IN_REGISTRY) != IN_REGISTRY:
+    if (place := written.get(CHECKPOINTS_ANNOTATION, IN_REGISTRY)) != IN_REGISTRY:
         path = f"metadata.annotations[{CHECKPOINTS_ANNOTATION}]"
-        written = file.workspace.metadata.annotations[CHECKPOINTS_ANNOTATION]
-        problems.append(Problem(f"{written!r} keeps no checkpoints", path=path, hint=f"{IN_REGISTRY}, or leave it out"))
+        said = f"{cut(place, 60)!r} keeps no checkpoints"
+        problems.append(Problem(said, path=path, hint=f"{IN_REGISTRY}, or leave it out"))
     if problems:
         raise ConfigError.of(problems)
 
@@ -288,7 +300,8 @@ def _preset(tuning: Tuning, request: Request) -> Preset:
     try:
         preset = find_preset(name)
     except ConfigError as error:
-        hint = f"a directory is written as a path: ./{name}" if Path(name).is_dir() else error.hint
+        is_directory = not request.in_pod and len(name) < 256 and Path(name).is_dir()  # longer ones raise
+        hint = f"a directory is written as a path: ./{name}" if is_directory else error.hint
         raise ConfigError.of([Problem(error.message, path="tuning.preset.name", hint=hint)]) from error
     if request.base_model and not preset.config:
         # A hub id we know nothing of, whose files are here: they tell.
@@ -355,10 +368,7 @@ def _config_source(file: WorkspaceFile, tuning: Tuning, request: Request) -> Con
 
 
 def _read_config(path: Path) -> ConfigSource:
-    try:
-        return ConfigSource(path.read_text(encoding="utf-8-sig"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputMissingError(f"--config {path}: cannot be read: {_reason(error)}") from error
+    return ConfigSource(read_text(path, f"--config {path}"), str(path))
 
 
 def _check_settings(source: ConfigSource | None, overrides: Sequence[str]) -> None:
@@ -960,7 +970,7 @@ def _check_pod(file: WorkspaceFile, request: Request) -> None:
                 path=f"--output {request.output}",
             )
         )
-    problems += _label_problems(file)
+    problems += islice(_label_problems(file), MOST_PROBLEMS + 1)
     if problems:
         raise ConfigError.of(problems)
 
@@ -977,7 +987,7 @@ def _label_problems(file: WorkspaceFile) -> Iterator[Problem]:
         return
     path = "resource.labelSelector"
     written: list[tuple[str, str, tuple[str, ...]]] = []
-    written += [(f"{path}.matchLabels[{key}]", key, (value,)) for key, value in selector.match_labels.items()]
+    written += [(f"{path}.matchLabels[{cut(key, 80)}]", key, (value,)) for key, value in selector.match_labels.items()]
     for index, each in enumerate(selector.match_expressions):
         where = f"{path}.matchExpressions[{index}]"
         written.append((where, each.key, each.values))
@@ -990,7 +1000,8 @@ def _label_problems(file: WorkspaceFile) -> Iterator[Problem]:
         for value in values:
             if not _LABEL_VALUE.fullmatch(value):
                 yield Problem(
-                    f"{value!r} is no value that a label can have: at most 63 letters, digits, -, _ and .", path=where
+                    f"{cut(value, 80)!r} is no value that a label can have: at most 63 letters, digits, -, _ and .",
+                    path=where,
                 )
 
 

@@ -7,16 +7,16 @@ training_fields.py, so nothing here imports torch, and a typo is found before a 
 import math
 import posixpath
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from types import MappingProxyType
 from typing import Any, Protocol
 
-import yaml
-
-from tuner.errors import ConfigError, Problem, did_you_mean
+from tuner.errors import MOST_PROBLEMS, ConfigError, Problem, cut, did_you_mean
 from tuner.training_fields import CHOICES, TYPES
 from tuner.training_settings import ALL_LINEAR, PRESET, TYPED, Method, TrainingConfig
+from tuner.yaml_lines import Document, Fault, Location, YamlValue, field_path, read_documents
 
 DOCUMENTS_PER_STEP = 16  # as in the QLoRA paper (https://arxiv.org/abs/2305.14314)
 ROOT = "training_config"  # the one key that KAITO reads
@@ -306,19 +306,6 @@ def _four_bits(written: Mapping[str, Any]) -> dict[str, Any]:
 # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: 2e-4 is a number, which YAML 1.1 takes for a word, and a date is a word."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
 @dataclass(frozen=True)
 class _Place:
     """The line of a file, or the command line, which has none."""
@@ -328,6 +315,24 @@ class _Place:
 
     def __str__(self) -> str:
         return self.file if self.line is None else f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True)
+class _Written:
+    """One value as it was written: `text` is what stands there for a scalar without quotes that is no text.
+
+    `faults` are what the reader found in it.
+    """
+
+    value: YamlValue
+    text: str | None
+    faults: tuple[Fault, ...]
+    place: _Place
+
+    @classmethod
+    def at(cls, location: Location, value: YamlValue, document: Document, place: _Place) -> "_Written":
+        faults = tuple(fault for fault in document.faults if fault.location[: len(location)] == location)
+        return cls(value, document.written.get(location), faults, place)
 
 
 @dataclass(frozen=True)
@@ -346,46 +351,66 @@ class _Reading:
         self.written: dict[str, _Entry] = {}
         self.problems: list[Problem] = []
         self.notes: list[str] = []
+        self._excused: set[Fault] = set()  # no numbers, and wanted as texts
 
     def of(self, section: str) -> dict[str, _Entry]:
         prefix = section + "."
         return {path.removeprefix(prefix): entry for path, entry in self.written.items() if path.startswith(prefix)}
 
     def read_config_map(self, source: ConfigSource) -> None:
-        try:
-            loader = _Loader(source.text)
-            self._read_root(loader.get_single_node(), loader, source)
-        except (yaml.YAMLError, RecursionError) as error:
-            what, line = _yaml_fault(error, source.text)
-            self._refuse(what, "", _Place(source.file, source.first_line + line))
-
-    def _read_root(self, root: yaml.Node | None, loader: _Loader, source: ConfigSource) -> None:
-        keys = [key for key, _, _ in _pairs(root, loader, source)] if isinstance(root, yaml.MappingNode) else []
-        if ROOT not in keys and not any(_means_root(key) for key in keys):
-            self._refuse(f"must be a map with the one key {ROOT}", "", _place(source, root), _hint_for_root(keys))
+        documents, problems = read_documents(source.text, source.file, source.first_line)
+        if len(documents) > 1:
+            problems = [Problem("a second YAML document, and one is read", file=source.file, line=documents[1].line)]
+        self.problems += problems
+        if problems:
             return
-        assert isinstance(root, yaml.MappingNode)
-        for key, node, place in _pairs(root, loader, source):
+        document = documents[0] if documents else Document({}, source.file, source.first_line)
+        self._read_root(document)
+        self.problems += [
+            replace(document.problem(fault), path=field_path(fault.location[1:] or fault.location))
+            for fault in document.faults
+            if fault not in self._excused
+        ]
+
+    def _read_root(self, document: Document) -> None:
+        root = document.mapping
+        first = list(islice(root, MOST_PROBLEMS))
+        if ROOT not in root and not any(map(_means_root, first)):
+            place = _Place(document.file, document.line)
+            self._refuse(f"must be a map with the one key {ROOT}", "", place, _hint_for_root(first))
+            return
+        for key, value in root.items():
+            if self._has_enough():
+                return
+            place = _Place(document.file, document.line_of((key,)))
             if key != ROOT:
-                near = f'did you mean "{ROOT}"?' if ROOT not in keys and _means_root(key) else None
-                self._refuse(f"unknown key, {near or f'only {ROOT} stands here'}", key, place, near)
-            if isinstance(node, yaml.MappingNode):
+                near = f'did you mean "{ROOT}"?' if ROOT not in root and _means_root(key) else None
+                self._refuse(f"unknown key, {near or f'only {ROOT} stands here'}", field_path((key,)), place, near)
+            if isinstance(value, dict):
                 if key == ROOT or _means_root(key):  # what is below it may have faults of its own
-                    self._read_sections(node, loader, source)
-            elif key == ROOT:
+                    self._read_sections(key, value, document)
+            elif key == ROOT and not document.is_covered((key,)):
                 self._refuse("must be a map of sections", key, place, f"the sections are {', '.join(SECTIONS)}")
 
-    def _read_sections(self, root: yaml.MappingNode, loader: _Loader, source: ConfigSource) -> None:
-        self._refuse_twice(root, ROOT, source)
-        for section, node, place in _pairs(root, loader, source):
+    def _read_sections(self, root: str, sections: Mapping[str, YamlValue], document: Document) -> None:
+        for section, values in sections.items():
+            if self._has_enough():
+                return
+            place = _Place(document.file, document.line_of((root, section)))
             if section not in SECTIONS:
                 self._refuse_section(section, place)
-            elif isinstance(node, yaml.MappingNode):
-                self._refuse_twice(node, section, source)
-                for key, value, line in _pairs(node, loader, source):
-                    self._accept(section, key, value, loader, line)
-            elif _constructed(node, loader) is not None:
+            elif isinstance(values, dict):
+                for key, value in values.items():
+                    if self._has_enough():
+                        return
+                    at = (root, section, key)
+                    place = _Place(document.file, document.line_of(at))
+                    self._accept(section, key, _Written.at(at, value, document, place))
+            elif values is not None and not document.is_covered((root, section)):
                 self._refuse("must be a map", section, place, f"{section}: {{KEY: VALUE}}, or a line for each key")
+
+    def _has_enough(self) -> bool:
+        return len(self.problems) > MOST_PROBLEMS
 
     def read_override(self, text: str) -> None:
         """One --set: SECTION.KEY=VALUE, the value as YAML."""
@@ -398,37 +423,47 @@ class _Reading:
         elif section not in SECTIONS:
             self._refuse_section(section, place, _belongs(key))
         else:
-            try:
-                loader = _Loader(value)
-                node = loader.get_single_node() or yaml.ScalarNode("tag:yaml.org,2002:null", "")
-                self._accept(section, key, node, loader, place)
-            except (yaml.YAMLError, RecursionError) as error:
+            documents, problems = read_documents(value, TYPED)
+            if problems or len(documents) > 1:
                 hint = f"--set {path}=FILE takes it from a file" if path == "ModelConfig.chat_template" else None
-                self._refuse(_yaml_fault(error, value)[0], path, place, hint)
+                message = problems[0].message if problems else "is several YAML documents"
+                self._refuse(message, path, place, hint)
+                return
+            document = documents[0] if documents else Document(None)
+            self._accept(section, key, _Written.at((), document.value, document, place))
+            for fault in document.faults:
+                if fault not in self._excused:
+                    self._refuse(fault.message, field_path((section, key, *fault.location)), place, fault.hint)
 
-    def _accept(self, section: str, key: str, node: yaml.Node, loader: _Loader, place: _Place) -> None:
+    def _accept(self, section: str, key: str, written: _Written) -> None:
         path = f"{section}.{key}"
         types = _types(section)
         if path in REFUSED:
-            if _constructed(node, loader):
-                self._refuse("is not supported", path, place, REFUSED[path])
+            if written.value:
+                self._refuse("is not supported", path, written.place, REFUSED[path])
         elif path in IGNORED or (section == "DataCollator" and key in types):
             self.notes.append(f"{path} is ignored: {IGNORED.get(path, _LABELS)}")
         elif path in RENAMED or key in types:
-            self._read_value(path, node, loader, place)
+            self._read_value(path, written)
         else:
             near = did_you_mean(key, (*types, *_old_names(section)))
             hint = _belongs(key) or near or _known_keys(section)
-            self._refuse(f"unknown key, {near}" if near and hint == near else "unknown key", path, place, hint)
+            said = f"unknown key, {near}" if near and hint == near else "unknown key"
+            self._refuse(said, cut(path, 100), written.place, hint)
 
-    def _read_value(self, path: str, node: yaml.Node, loader: _Loader, place: _Place) -> None:
+    def _read_value(self, path: str, written: _Written) -> None:
         name, translate = RENAMED.get(path, (path, _same))
         section, _, key = name.partition(".")
-        raw = _constructed(node, loader)
+        types, place = _types(section)[key].split(" | "), written.place
+        if written.text and "str" in types:  # the digits of a commit, beyond any number, are a text
+            self._excused.update(fault for fault in written.faults if fault.covers)
+        if not self._excused.issuperset(written.faults):
+            return
+        raw = written.text if written.faults else written.value
         try:
             value = None if raw is None else translate(raw)
             if value is not None:
-                value = _checked(name, _typed(value, _types(section)[key].split(" | "), _plain_text(node)))
+                value = _checked(name, _typed(value, types, written.text))
         except ValueError as error:
             self._refuse(str(error), path, place)
             return
@@ -448,19 +483,12 @@ class _Reading:
             self.written[name] = _Entry(value, path, place)
 
     def _refuse(self, message: str, path: str, place: _Place, hint: str | None = None) -> None:
-        self.problems.append(Problem(message, path=path, file=place.file, line=place.line, hint=hint))
+        self.problems.append(Problem(cut(message), path=path, file=place.file, line=place.line, hint=hint))
 
     def _refuse_section(self, section: str, place: _Place, belongs: str | None = None) -> None:
         near = did_you_mean(section, SECTIONS)
         hint = near or belongs or f"the sections are {', '.join(SECTIONS)}"
         self._refuse(f"Unrecognized section: {section}{f', {near}' if near else ''}", "", place, hint)
-
-    def _refuse_twice(self, node: yaml.MappingNode, path: str, source: ConfigSource) -> None:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if str(key.value) in seen:
-                self._refuse(f"{key.value!r} stands here twice", path, _place(source, key))
-            seen.add(str(key.value))
 
     # ── rules over several keys ──
 
@@ -488,9 +516,9 @@ class _Reading:
         entry = self.written.get("LoraConfig.target_modules")
         if not entry or not preset.linear_modules:
             return
-        targets = resolve_target_modules(entry.value, preset.linear_modules)
+        targets = foresee_target_modules(entry.value, preset.linear_modules)
         there = f"{preset.name} has {', '.join(preset.linear_modules)}"
-        for name in targets.unmatched:
+        for name in targets.unmatched[: MOST_PROBLEMS + 1]:
             near = OUTSIDE_BLOCKS if name in HEAD_AND_EMBEDDINGS else did_you_mean(name, preset.linear_modules)
             message = f"no linear layer {name!r}: {there}" + (f"; {near}" if near else "")
             self._refuse(message, "LoraConfig.target_modules", entry.place, near)
@@ -516,37 +544,6 @@ def words_of_settings() -> dict[str, tuple[str, ...]]:
 
 def _old_names(section: str) -> list[str]:
     return [path.partition(".")[2] for path in (*RENAMED, *IGNORED, *REFUSED) if path.partition(".")[0] == section]
-
-
-def _place(source: ConfigSource, node: yaml.Node | None) -> _Place:
-    return _Place(source.file, source.first_line + (node.start_mark.line if node else 0))
-
-
-def _pairs(node: yaml.MappingNode, loader: _Loader, source: ConfigSource) -> Iterator[tuple[str, yaml.Node, _Place]]:
-    """Key, value and the key's place for each pair of a map, `<<` merged in."""
-    loader.flatten_mapping(node)
-    for key, value in node.value:
-        yield key.value if isinstance(key, yaml.ScalarNode) else "(no text)", value, _place(source, key)
-
-
-def _constructed(node: yaml.Node, loader: _Loader) -> Any:
-    """The node's value. Raises ConstructorError too where PyYAML raises something else, as for 5,000 digits."""
-    try:
-        return loader.construct_object(node, deep=True)
-    except (ValueError, AttributeError, LookupError) as error:
-        kind = node.tag.rpartition(":")[2]
-        raise yaml.constructor.ConstructorError(None, None, f"cannot be read as {kind}", node.start_mark) from error
-
-
-def _yaml_fault(error: yaml.YAMLError | RecursionError, text: str) -> tuple[str, int]:
-    """What is wrong, and how many lines of the text stand before it."""
-    if isinstance(error, yaml.reader.ReaderError):
-        character = f"U+{ord(text[error.position]):04X}"
-        return f"not YAML: the character {character} cannot be in it", text.count("\n", 0, error.position)
-    if isinstance(error, yaml.MarkedYAMLError):
-        mark = error.problem_mark or error.context_mark
-        return f"not YAML: {error.problem or error.context}", mark.line if mark else 0
-    return "nested too deeply to be read", 0
 
 
 def _means_root(key: str) -> bool:
@@ -608,11 +605,6 @@ def _known_keys(section: str) -> str:
     return f"its keys are {', '.join(OWN_TYPES[section])}"
 
 
-def _plain_text(node: yaml.Node) -> str | None:
-    """What stands in the file for an unquoted scalar: the word `no` is false to YAML and a strategy to transformers."""
-    return node.value if isinstance(node, yaml.ScalarNode) and node.style is None else None
-
-
 def _typed(value: Any, types: Sequence[str], text: str | None) -> Any:
     """`value` in one of `types`; raises ValueError when none of them can hold it."""
     if isinstance(value, bool):
@@ -630,7 +622,7 @@ def _typed(value: Any, types: Sequence[str], text: str | None) -> Any:
         if "float" in types:
             return _as_float(value)
     elif isinstance(value, list | dict) and type(value).__name__ in types:
-        return _json_value(value)
+        return value
     if "str" in types and text is not None and not isinstance(value, list | dict):
         return text
     raise ValueError(f"must be {_describe(types)}, not {_show(value)}")
@@ -653,22 +645,6 @@ def _as_float(value: Any) -> float:
     return number
 
 
-def _json_value(value: Any) -> Any:
-    """`value` if JSON carries it unchanged; raises ValueError for what it does not."""
-    if isinstance(value, dict):
-        odd = [key for key in value if not isinstance(key, str)]
-        if odd:
-            raise ValueError(f"has the key {_show(odd[0])}; put it in quotes")
-        return {key: _json_value(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_json_value(item) for item in value]
-    if isinstance(value, float):
-        return _as_float(value)
-    if value is None or isinstance(value, str | int):
-        return value
-    raise ValueError(f"holds {_show(value)}, which is no JSON value")
-
-
 def _describe(types: Sequence[str]) -> str:
     names = {
         "bool": "true or false (no quotes)",
@@ -684,8 +660,7 @@ def _describe(types: Sequence[str]) -> str:
 def _show(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"
+    return cut(repr(value), 60)
 
 
 def _checked(path: str, value: Any) -> Any:
@@ -757,10 +732,15 @@ def _is_pattern(text: str) -> bool:
     return not re.fullmatch(r"[\w.,\s-]+", text)
 
 
+_PATTERN_CHARACTERS = 1000
+
+
 def _compile(pattern: str) -> None:
+    if len(pattern) > _PATTERN_CHARACTERS:
+        raise ValueError(f"is too long for a regular expression; at most {_PATTERN_CHARACTERS:,} characters")
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"is no regular expression: {error}") from None
 
 
@@ -815,6 +795,22 @@ def resolve_target_modules(requested: str | Sequence[str], linear_modules: Seque
             renamed[name] = ", ".join(matches)
         found += matches
     return _target_modules(found, renamed, unmatched, linear_modules)
+
+
+def foresee_target_modules(requested: str | Sequence[str], linear_modules: Sequence[str]) -> TargetModules:
+    """The same before the train stage. A regular expression that may take long stands for all linear layers.
+
+    Some take for ever, and a controller, which is given everybody's, must not try them: the train stage does, in its
+    author's own pod.
+    """
+    takes_long = isinstance(requested, str) and requested != ALL_LINEAR and not _is_quick(requested)
+    return resolve_target_modules(ALL_LINEAR if takes_long else requested, linear_modules)
+
+
+def _is_quick(pattern: str) -> bool:
+    """Whether a dozen names of layers are tried in no time, whatever is in it: there is little to go back to."""
+    repeats, groups = sum(map(pattern.count, "*+?{")), pattern.count("(")
+    return len(pattern) <= 200 and repeats <= 3 and groups <= 2 and not re.search(r"\)[*+?{]", pattern)
 
 
 def _same_weights(name: str, linear_modules: Sequence[str]) -> list[str]:

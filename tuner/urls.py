@@ -89,6 +89,7 @@ INVALID = "invalid data source URL"
 BAD_CHARACTER = f"{INVALID}: it has a space, a control character or a backslash"
 BAD_SCHEME = "a data source URL must use HTTP or HTTPS"
 NO_HOST = f"{INVALID}: it has no host"
+LONG_HOST = f"{INVALID}: its host is too long"
 USERINFO = "a data source URL must not hold a user name or password"
 SIGNED_PATH = f"{INVALID}: what signs it stands in its path; it belongs into the query, which begins with a ?"
 NOT_A_HOST = f"{INVALID}: {{}} is not a host name"
@@ -99,6 +100,8 @@ NEVER_AN_ADDRESS = "{} is {}; it is never fetched from"
 THIS_MACHINE = "{} is this machine; --allow-cidr 127.0.0.1/32 opens it"
 LOOPBACK_ADDRESS = "{} is a loopback address; --allow-cidr {}/{} opens it"
 PRIVATE_ADDRESS = "{} is a private or reserved address; --allow-cidr {}/{} opens it"
+
+_AUTHORITY_CHARACTERS = 512  # twice what a name and a port can have
 
 _UNSAFE_IN_NAME = re.compile(r"[^A-Za-z0-9._+=-]+")
 _NAME_CHARACTERS = 100
@@ -153,6 +156,9 @@ def url_problem(url: str, allowed: Allowed, *, stores: bool = False) -> str | No
     """
     if url != url.strip() or any(ord(character) <= 32 or character in "\\\x7f" for character in url):
         return BAD_CHARACTER
+    authority = re.split("[/?#]", url.partition("://")[2], maxsplit=1)[0]
+    if len(authority) > _AUTHORITY_CHARACTERS:  # before anybody normalizes it, which takes the square of its length
+        return LONG_HOST
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port  # .port raises for a bad one

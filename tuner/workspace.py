@@ -1,6 +1,6 @@
 """Workspace YAML → Workspace, with every problem of the file reported at once.
 
-    text ── compose ──► documents (plain values + the line of each) ── pydantic + whole-file rules ──► WorkspaceFile
+    text ── yaml_lines ──► documents (plain values + the line of each) ── pydantic + whole-file rules ──► WorkspaceFile
 
 KAITO's spelling lives in the aliases of this file and nowhere else. Its contract: api/v1beta1/workspace_types.go and
 workspace_validation.go of kaito-project/kaito; v1alpha1 has the same tuning section. Two of KAITO's rules are missing
@@ -13,10 +13,10 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -35,19 +35,25 @@ from pydantic.alias_generators import to_camel
 from pydantic_core import ErrorDetails, PydanticCustomError
 from pydantic_core.core_schema import no_info_after_validator_function, str_schema
 
-from tuner.errors import ConfigError, InputMissingError, Problem, did_you_mean
+from tuner.errors import MOST_PROBLEMS, ConfigError, Problem, cut, did_you_mean
 from tuner.redaction import hide_url
 from tuner.reference import ImageReference, names_registry, parse_reference
 from tuner.urls import Allowed, url_problem
+from tuner.yaml_lines import (
+    RENDER_FIRST,
+    UNFILLED_EXPRESSION,
+    Document,
+    Fault,
+    Location,
+    YamlValue,
+    check_size,
+    read_documents,
+    read_text,
+    what_is,
+)
 
 API_VERSIONS = ("kaito.sh/v1beta1", "kaito.sh/v1alpha1")
 TRAINING_CONFIG_KEY = "training_config.yaml"
-
-MAX_FILE_BYTES = 4 * 1024 * 1024
-MAX_VALUES = 20_000  # of one file, aliases counted as often as they are used
-MAX_DEPTH = 64
-
-Location = tuple[str | int, ...]
 
 
 # ── what a Workspace is ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -63,8 +69,12 @@ LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 SUBDOMAIN = re.compile(rf"{LABEL.pattern}(\.{LABEL.pattern})*")
 LABEL_CHARACTERS = 63
 OBJECT_NAME_CHARACTERS = 253
+MAX_TEXT_CHARACTERS = 512  # of what is no URL
+MAX_URL_CHARACTERS = 8192
+MAX_NAMES = 16  # in a list of what is no URL
 EMPTY = "is empty"
 TOO_LONG = "is too long; at most {} characters"
+TOO_MANY = "has too many entries; at most {}"
 NOT_A_LABEL = "{} must be a DNS-1123 label: a-z, 0-9 and -, a letter or digit at both ends"
 NOT_AN_OBJECT_NAME = "must be the name of a Kubernetes object: a-z, 0-9, - and ., a letter or digit at both ends"
 
@@ -109,6 +119,8 @@ NAMES_DIGEST = "{} names a digest, which only a push can know"
 def parsed_image(image: str) -> ImageReference:
     if "://" in image:  # not for parse_reference: its message would show a signed query
         raise _fault(A_URL, "write it like myregistry.azurecr.io/adapters/phi-3:v1")
+    if len(image) > MAX_TEXT_CHARACTERS:
+        raise _fault(TOO_LONG.format(MAX_TEXT_CHARACTERS))
     try:
         return parse_reference(image)
     except ConfigError as error:
@@ -186,7 +198,7 @@ def checked_volume(source: dict[str, Any]) -> dict[str, Any]:
     if kind not in VOLUME_KINDS:
         raise _fault(f"{kind!r} is no kind of Kubernetes volume", did_you_mean(kind, VOLUME_KINDS))
     if not isinstance(settings, dict):
-        raise _fault(f"{kind} must be a mapping, not {_what_is(settings)}")
+        raise _fault(f"{kind} must be a mapping, not {what_is(settings)}")
     required = REQUIRED_OF_VOLUME.get(kind)
     if required and not (isinstance(settings.get(required), str) and settings[required]):
         raise _fault(INCOMPLETE_VOLUME.format(kind, required))
@@ -392,7 +404,10 @@ class ConfigMap:
                 f"{self.file}: ConfigMap {self.name!r} has no key {TRAINING_CONFIG_KEY}; it has {_listed(self.data)}",
                 hint=f"KAITO reads this key only: name the text {TRAINING_CONFIG_KEY}",
             )
-        return TextInFile(self.data[TRAINING_CONFIG_KEY], self.file, self.first_lines[TRAINING_CONFIG_KEY])
+        return self.text(TRAINING_CONFIG_KEY)
+
+    def text(self, key: str) -> TextInFile:
+        return TextInFile(self.data[key], self.file, self.first_lines[key])
 
 
 _DOCKER_CONFIG_KEYS = (".dockerconfigjson", "config.json", ".dockercfg")
@@ -439,7 +454,7 @@ class Secret(_FromYaml):
         except (ValueError, RecursionError):
             raise ConfigError(f"{wrong}not JSON", hint="make it with kubectl create secret docker-registry") from None
         if not isinstance(config, dict):
-            raise ConfigError(f"{wrong}{_what_is(config)}, not a JSON object")
+            raise ConfigError(f"{wrong}{what_is(config)}, not a JSON object")
         if key == ".dockercfg" and "auths" not in config:
             config = {"auths": config}  # the format before Docker 1.7: the inner mapping alone
         if not isinstance(config.get("auths"), dict):
@@ -511,22 +526,10 @@ def load_workspace_file(
     path: Path, *, allowed: Allowed | None = None, local_files: bool = True, output_given: bool = False
 ) -> WorkspaceFile:
     """`parse_workspace_text` of a file; InputMissingError when there is none to read."""
-    try:
-        if path.is_dir():
-            raise ConfigError(f"{path}: is a directory, not a Workspace file", hint=_yaml_files_in(path))
-        size_bytes = path.stat().st_size
-        if size_bytes > MAX_FILE_BYTES:
-            raise ConfigError(f"{path}: {size_bytes:,} bytes are no Workspace; at most {MAX_FILE_BYTES:,} are read")
-        content = path.read_bytes()
-    except FileNotFoundError as error:
-        siblings = [sibling.name for sibling in path.parent.glob("*")] if path.parent.is_dir() else []
-        hint = did_you_mean(path.name, siblings) or "tuner init writes a Workspace to start from"
-        raise InputMissingError(f"{path}: there is no such file", hint=hint) from error
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InputMissingError(f"{path}: cannot be read: {reason}") from error
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a directory, not a Workspace file", hint=_yaml_files_in(path))
     return parse_workspace_text(
-        _decoded(content, str(path)),
+        read_text(path, str(path), hint="tuner init writes a Workspace to start from"),
         str(path),
         allowed=allowed,
         local_files=local_files,
@@ -537,20 +540,6 @@ def load_workspace_file(
 def _yaml_files_in(directory: Path) -> str | None:
     names = sorted(path.name for path in directory.iterdir() if path.suffix in (".yaml", ".yml"))
     return f"in it: {', '.join(names[:5])}" if names else None
-
-
-def _decoded(content: bytes, file: str) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        utf_16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
-        problem = Problem(
-            "not UTF-8 text" + (" but UTF-16" if utf_16 else ""),
-            file=file,
-            line=content.count(b"\n", 0, error.start) + 1,
-            hint="save the file as UTF-8",
-        )
-        raise ConfigError.of([problem]) from error
 
 
 def parse_workspace_text(
@@ -568,8 +557,14 @@ def parse_workspace_text(
     and is None.
     """
     rules = _Rules(allowed or Allowed(), local_files)
-    documents, problems = _read_documents(text, file)
-    return _assembled(documents, problems, file, rules, output_given=output_given)
+    documents, problems = read_documents(text, file)
+    problems += [
+        Problem(f"{what_is(document.value)}, not a Kubernetes object", file=file, line=document.line)
+        for document in documents
+        if not isinstance(document.value, dict)
+    ]
+    objects = [_Object.of(document) for document in documents if isinstance(document.value, dict)]
+    return _assembled(objects, problems, file, rules, output_given=output_given)
 
 
 def parse_objects(
@@ -582,12 +577,15 @@ def parse_objects(
 
     What a field is called stands in each problem, no line. Files of this machine are never meant.
     """
-    documents = [
-        _Document(_without_nulls(each), {}, 1, f"configmap/{_name_of(each)}" if each.get("kind") == "ConfigMap" else "")
-        for each in (workspace, *others)
-    ]
     rules = _Rules(allowed or Allowed(), local_files=False)
-    return _assembled(documents, [], "", rules, output_given=output_given)
+    objects: list[_Object] = []
+    problems: list[Problem] = []
+    for each in (workspace, *others):
+        file = f"configmap/{_name_of(each)}" if each.get("kind") == "ConfigMap" else ""
+        too_large = check_size(each, file)
+        problems += too_large
+        objects += [] if too_large else [_Object.of(Document(dict(each), file))]
+    return _assembled(objects, problems, "", rules, output_given=output_given)
 
 
 def _name_of(value: Mapping[str, Any]) -> str:
@@ -595,43 +593,77 @@ def _name_of(value: Mapping[str, Any]) -> str:
     return str(metadata.get("name")) if isinstance(metadata, dict) else ""
 
 
-def _without_nulls(value: Any) -> Any:
-    """As _Builder leaves a mapping: for Kubernetes a null is a key not written."""
-    if isinstance(value, Mapping):
+@dataclass(frozen=True)
+class _Object:
+    """One Kubernetes object as it was written, and the document that it is."""
+
+    value: dict[str, Any] = field(repr=False)
+    document: Document
+
+    @classmethod
+    def of(cls, document: Document) -> "_Object":
+        return cls(_without_nulls(document.value), document)
+
+    @property
+    def kind(self) -> str:
+        kind = self.value.get("kind")
+        return cut(kind, 60) if isinstance(kind, str) and kind.isprintable() else "object without kind"
+
+    @property
+    def title(self) -> str:
+        metadata = self.value.get("metadata")
+        name = metadata.get("name") if isinstance(metadata, dict) else None
+        return f"{self.kind}/{cut(name, 80)}" if isinstance(name, str) and name.isprintable() else self.kind
+
+    @property
+    def line(self) -> int:
+        return self.document.line
+
+    def problem(self, fault: Fault) -> Problem:
+        return self.document.problem(fault)
+
+
+def _without_nulls(value: YamlValue) -> Any:
+    """For Kubernetes a null is a key not written."""
+    if isinstance(value, dict):
         return {key: _without_nulls(each) for key, each in value.items() if each is not None}
     return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 def _assembled(
-    documents: Sequence["_Document"], problems: list[Problem], file: str, rules: _Rules, *, output_given: bool
+    objects: Sequence[_Object], problems: list[Problem], file: str, rules: _Rules, *, output_given: bool
 ) -> WorkspaceFile:
-    workspaces = [document for document in documents if document.kind == "Workspace"]
+    workspaces = [each for each in objects if each.kind == "Workspace"]
     if len(workspaces) != 1 and not problems:
-        problems.append(_not_one_workspace(documents, workspaces, file))
+        problems.append(_not_one_workspace(objects, workspaces, file))
 
     workspace: Workspace | None = None
     notes: list[str] = []
-    for document in workspaces:
-        faults = list(_unfilled(document.value))
+    for written in workspaces:
+        known = written.document.faults
+        unfilled = (
+            fault for fault in _text_faults(written.value) if not any(each.hides(fault.location) for each in known)
+        )
+        faults = [*known, *islice(unfilled, MOST_PROBLEMS + 1)]
         if output_given:
-            document, faults = _without_unfilled_output(document, faults)
-        faults += _whole_faults(document.value, output_given=output_given)
-        workspace, found = _validated(document, Workspace, rules, faults)
+            written, faults = _without_unfilled_output(written, faults)
+        faults += _whole_faults(written.value, output_given=output_given)
+        workspace, found = _validated(written, Workspace, rules, faults)
         problems += found
         if workspace:
-            notes += _notes(document, workspace)
+            notes += _notes(written, workspace)
 
-    config_maps, found = _named(documents, "ConfigMap", ConfigMapAsWritten, rules)
+    config_maps, found = _named(objects, "ConfigMap", ConfigMapAsWritten, rules)
     problems += found
-    secrets, found = _named(documents, "Secret", Secret, rules)
+    secrets, found = _named(objects, "Secret", Secret, rules)
     problems += found
     if problems or workspace is None:
         raise ConfigError.of(sorted(problems, key=lambda problem: problem.line or 0))
     return WorkspaceFile(
         workspace,
-        config_maps={name: _config_map(document, checked) for name, (document, checked) in config_maps.items()},
+        config_maps={name: _config_map(written, checked) for name, (written, checked) in config_maps.items()},
         secrets={name: secret for name, (_, secret) in secrets.items()},
-        other_kinds=tuple(document.title for document in documents if document.kind not in _OUR_KINDS),
+        other_kinds=tuple(each.title for each in objects if each.kind not in _OUR_KINDS),
         notes=tuple(notes),
     )
 
@@ -640,79 +672,66 @@ _OUR_KINDS = ("Workspace", "ConfigMap", "Secret")
 
 
 def _named(
-    documents: Sequence["_Document"], kind: str, model: type["_ObjectT"], rules: _Rules
-) -> tuple[dict[str, tuple["_Document", "_ObjectT"]], list[Problem]]:
-    """The documents of one kind by their names."""
-    objects: dict[str, tuple[_Document, _ObjectT]] = {}
+    objects: Sequence[_Object], kind: str, model: type["_ObjectT"], rules: _Rules
+) -> tuple[dict[str, tuple[_Object, "_ObjectT"]], list[Problem]]:
+    """The objects of one kind by their names."""
+    named: dict[str, tuple[_Object, _ObjectT]] = {}
     problems: list[Problem] = []
-    for document in documents:
-        if document.kind != kind:
+    for each in objects:
+        if each.kind != kind:
             continue
-        checked, found = _validated(document, model, rules, [])
+        checked, found = _validated(each, model, rules, each.document.faults)
         problems += found
-        if checked and checked.metadata.name in objects:
-            fault = _Fault(("metadata", "name"), f"a second {document.title}; the file has one already")
-            problems.append(document.problem(fault))
+        if checked and checked.metadata.name in named:
+            fault = Fault(("metadata", "name"), f"a second {each.title}; the file has one already")
+            problems.append(each.problem(fault))
         elif checked:
-            objects[checked.metadata.name] = document, checked
-    return objects, problems
+            named[checked.metadata.name] = each, checked
+    return named, problems
 
 
-def _config_map(document: "_Document", checked: ConfigMapAsWritten) -> ConfigMap:
-    first_lines = {key: document.text_lines.get(("data", key), document.line) for key in checked.data}
-    return ConfigMap(checked.metadata.name, checked.data, document.file, first_lines)
+def _config_map(written: _Object, checked: ConfigMapAsWritten) -> ConfigMap:
+    first_lines = {key: written.document.text_lines.get(("data", key), written.line) for key in checked.data}
+    return ConfigMap(checked.metadata.name, checked.data, written.document.file, first_lines)
 
 
-def _not_one_workspace(documents: Sequence["_Document"], workspaces: Sequence["_Document"], file: str) -> Problem:
+def _not_one_workspace(objects: Sequence[_Object], workspaces: Sequence[_Object], file: str) -> Problem:
     if workspaces:
-        there = ", ".join(f"{document.title} (line {document.line})" for document in workspaces)
+        there = cut(", ".join(f"{each.title} (line {each.line})" for each in workspaces))
         return Problem(
             f"{len(workspaces)} Workspaces in one file: {there}",
             file=file,
             line=workspaces[1].line,
             hint="a run takes one; put each into a file of its own",
         )
-    if not documents:
+    if not objects:
         return Problem("the file is empty", file=file, hint="tuner init writes a Workspace to start from")
-    there = ", ".join(document.title for document in documents)
-    near = next((document for document in documents if did_you_mean(document.kind, ["Workspace"])), None)
+    there = cut(", ".join(each.title for each in objects))
+    near = next((each for each in objects if did_you_mean(each.kind, ["Workspace"])), None)
     if near:
         return Problem(
             f"no Workspace in it, but a {near.kind!r}; it has {there}",
             path="kind",
             file=file,
-            line=near.lines.get(("kind",), near.line),
+            line=near.document.line_of(("kind",)),
             hint=did_you_mean(near.kind, ["Workspace"]),
         )
-    keys = {key for document in documents for key in document.value}
+    keys = {key for each in objects for key in each.value}
     hint = "tuner init writes a Workspace to start from"
     if "training_config" in keys:
         hint = "a training configuration goes beside the Workspace: --config FILE"
     elif keys & {"tuning", "inference"}:
         hint = f"write apiVersion: {API_VERSIONS[0]} and kind: Workspace at the top"
-    return Problem(f"no Workspace in it; it has {there}", file=file, line=documents[0].line, hint=hint)
+    return Problem(f"no Workspace in it; it has {there}", file=file, line=objects[0].line, hint=hint)
 
 
 # ── rules that pydantic cannot see ───────────────────────────────────────────────────────────────────────────────────
 
-
-@dataclass(frozen=True)
-class _Fault:
-    """One thing wrong at a place of a document. `covers`: whatever else is found at or below it is only noise."""
-
-    location: Location
-    message: str
-    hint: str | None = None
-    covers: bool = False
-
-    def hides(self, other: "_Fault") -> bool:
-        return self.covers and other.location[: len(self.location)] == self.location
-
-
-TEMPLATE_EXPRESSION = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|\$\{[^}]*\}|\$[A-Z_][A-Z0-9_]*", re.DOTALL)
+TEMPLATE_EXPRESSION = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|\$\{[^}]*\}|\$[A-Z_][A-Z0-9_]*", re.DOTALL)  # for CEL
+_BRACKETS = (("{{", "}}"), ("{%", "%}"), ("${", "}"))
+_VARIABLE = re.compile(r"\$[A-Z_][A-Z0-9_]*")
 PLACEHOLDER = re.compile(r"\b[A-Z][A-Z0-9_]*_HERE\b|<[A-Za-z][A-Za-z0-9 _-]*>|\bYOUR[_-][A-Z0-9_-]+\b")
 SEVERAL_PLACEHOLDERS = re.compile(f"(?:{PLACEHOLDER.pattern}).*(?:{PLACEHOLDER.pattern})", re.DOTALL)
-UNFILLED_EXPRESSION = "an unfilled template expression: {}"
 A_PLACEHOLDER = "{} is a placeholder of an example, not a value"
 PLACEHOLDERS = "{} has placeholders of an example in place of values"
 NOT_BOTH = "either inference or tuning must be specified, but not both"
@@ -721,33 +740,33 @@ ONE_NODE = "tuning does not support multi-node configurations: count must be 1"
 NO_PARTITION = "GPU partitioning is not supported for tuning workloads"
 
 
-def _unfilled(workspace: Mapping[str, Any]) -> Iterator[_Fault]:
-    """Placeholders and template expressions that nobody has filled in."""
+def _text_faults(workspace: Mapping[str, Any]) -> Iterator[Fault]:
+    """Placeholders and template expressions that nobody has filled in, and what is longer than our CRD lets through."""
     metadata = workspace.get("metadata")
     if isinstance(metadata, dict):
-        yield from _unfilled_at(("metadata", "name"), metadata.get("name"))
+        yield from _text_faults_at(("metadata", "name"), metadata.get("name"))
     for section in ("resource", "tuning"):
-        yield from _unfilled_at((section,), workspace.get(section))
+        yield from _text_faults_at((section,), workspace.get(section))
 
 
-def _unfilled_at(location: Location, value: object) -> Iterator[_Fault]:
+def _text_faults_at(location: Location, value: object) -> Iterator[Fault]:
     if isinstance(value, dict):
         for key, each in value.items():
             if key != "volumeSource":  # CSI drivers have ${…} of their own
-                yield from _unfilled_at((*location, key), each)
+                yield from _text_faults_at((*location, key), each)
     elif isinstance(value, list):
+        if len(value) > MAX_NAMES and location[-1] != "urls":
+            yield Fault(location, TOO_MANY.format(MAX_NAMES), covers=True)
         for index, each in enumerate(value):
-            yield from _unfilled_at((*location, index), each)
+            yield from _text_faults_at((*location, index), each)
     elif isinstance(value, str):
+        most = MAX_URL_CHARACTERS if "urls" in location else MAX_TEXT_CHARACTERS
         shown_part = value.partition("?")[0] if "://" in value else value  # a signed query is never shown
-        if expression := TEMPLATE_EXPRESSION.search(shown_part):
-            shown = " ".join(expression[0].split())[:60]
-            yield _Fault(
-                location,
-                UNFILLED_EXPRESSION.format(shown),
-                "render the file first (helm template, envsubst, …)",
-                covers=True,
-            )
+        if len(value) > most:
+            yield Fault(location, TOO_LONG.format(most), covers=True)
+        elif expression := template_expression(shown_part):
+            shown = " ".join(expression.split())[:60]
+            yield Fault(location, UNFILLED_EXPRESSION.format(shown), RENDER_FIRST, covers=True, is_unfilled=True)
         elif placeholder := PLACEHOLDER.search(shown_part):
             several = SEVERAL_PLACEHOLDERS.search(shown_part)
             sentence = PLACEHOLDERS.format(several[0]) if several else A_PLACEHOLDER.format(placeholder[0])
@@ -756,42 +775,54 @@ def _unfilled_at(location: Location, value: object) -> Iterator[_Fault]:
                 hint = "write your registry, repository and tag: myregistry.azurecr.io/adapters/my-adapter:0.0.1"
             elif location[-1] == "imagePushSecret":
                 hint = "write the name of the Secret with the registry's credentials"
-            yield _Fault(location, sentence, hint, covers=True)
+            yield Fault(location, sentence, hint, covers=True, is_unfilled=True)
 
 
-def _without_unfilled_output(document: "_Document", faults: list[_Fault]) -> tuple["_Document", list[_Fault]]:
+def template_expression(text: str) -> str | None:
+    """What TEMPLATE_EXPRESSION finds first; a regex of Python's takes the square of its length for a text of `{{`."""
+    variable = _VARIABLE.search(text)
+    found = [(variable.start(), variable[0])] if variable else []
+    for opening, closing in _BRACKETS:
+        begin = text.find(opening)
+        end = text.find(closing, begin + len(opening)) if begin >= 0 else -1
+        if end >= 0:
+            found.append((begin, text[begin : end + len(closing)]))
+    return min(found)[1] if found else None
+
+
+def _without_unfilled_output(written: _Object, faults: list[Fault]) -> tuple[_Object, list[Fault]]:
     """The same without `tuning.output` where that still has a placeholder in it."""
-    others = [fault for fault in faults if fault.location[:2] != ("tuning", "output")]
+    others = [fault for fault in faults if not fault.is_unfilled or fault.location[:2] != ("tuning", "output")]
     if len(others) == len(faults):
-        return document, faults
-    tuning = {key: value for key, value in document.value["tuning"].items() if key != "output"}
-    return replace(document, value={**document.value, "tuning": tuning}), others
+        return written, faults
+    tuning = {key: value for key, value in written.value["tuning"].items() if key != "output"}
+    return replace(written, value={**written.value, "tuning": tuning}), others
 
 
-def _whole_faults(workspace: Mapping[str, Any], *, output_given: bool) -> Iterator[_Fault]:
+def _whole_faults(workspace: Mapping[str, Any], *, output_given: bool) -> Iterator[Fault]:
     """The rules that look at more than one field; they hold whatever else is wrong."""
     tuning = workspace.get("tuning")
     if tuning is not None and "inference" in workspace:
-        yield _Fault(("inference",), NOT_BOTH)
+        yield Fault(("inference",), NOT_BOTH)
     meant = ("spec" in workspace) or any(did_you_mean(key, ["tuning", "inference"]) for key in workspace)
     if tuning is None and "inference" not in workspace and not meant:
-        yield _Fault((), NOT_NEITHER)
+        yield Fault((), NOT_NEITHER)
     if not isinstance(tuning, dict):
         return
     if "output" not in tuning and not output_given:
-        yield _Fault(("tuning", "output"), f"is required: {_REQUIRED['tuning', 'output']}")
+        yield Fault(("tuning", "output"), f"is required: {_REQUIRED['tuning', 'output']}")
     resource = workspace.get("resource")
     if not isinstance(resource, dict):
         return
     count = resource.get("count")
     if isinstance(count, int) and count > 1:
-        yield _Fault(
+        yield Fault(
             ("resource", "count"),
             ONE_NODE,
             "one node with several GPUs works: choose a larger instanceType",
         )
     if resource.get("partition") is not None:
-        yield _Fault(("resource", "partition"), NO_PARTITION)
+        yield Fault(("resource", "partition"), NO_PARTITION)
 
 
 # ── pydantic's findings in our words ─────────────────────────────────────────────────────────────────────────────────
@@ -854,53 +885,53 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9][\w./-]{0,127}", re.ASCII)
 
 
 def _validated(
-    document: "_Document", model: type[_ModelT], rules: _Rules, faults: Sequence[_Fault]
+    written: _Object, model: type[_ModelT], rules: _Rules, faults: Sequence[Fault]
 ) -> tuple[_ModelT | None, list[Problem]]:
-    """The model, or None and what is wrong with the document: `faults` and all that pydantic finds."""
-    value = {key: each for key, each in document.value.items() if key != "status"}
+    """The model, or None and what is wrong with the object: `faults` and all that pydantic finds."""
+    value = {key: each for key, each in written.value.items() if key != "status"}
     if isinstance(metadata := value.get("metadata"), dict):
         value["metadata"] = {key: each for key, each in metadata.items() if key not in _SERVER_METADATA}
     checked: _ModelT | None = None
-    found = [*document.faults, *faults]
+    found = list(faults)
     try:
         checked = model.model_validate(value, context=rules)
     except ValidationError as error:
-        details = error.errors(include_url=False)
+        details = error.errors(include_url=False)[: MOST_PROBLEMS + 1]
         found += [
             fault
             for detail in details
             for fault in _faults_of(detail, model)
-            if not any(known.hides(fault) for known in found)
+            if not any(known.hides(fault.location) for known in faults)
         ]
-    return (None if found else checked), [document.problem(fault) for fault in found]
+    return (None if found else checked), [written.problem(fault) for fault in found]
 
 
 NOT_A_CHOICE = "must be {}, not {}"
 
 
-def _faults_of(detail: ErrorDetails, model: type[_FromYaml]) -> Iterator[_Fault]:
+def _faults_of(detail: ErrorDetails, model: type[_FromYaml]) -> Iterator[Fault]:
     tags = {f"<{key}>" for key in INPUT_VARIANTS}
     location = tuple(part for part in detail["loc"] if part not in tags)
     value, context = detail["input"], detail.get("ctx", {})
     match detail["type"]:
         case "fault":
-            yield _Fault(location, context["message"], context["hint"])
+            yield Fault(location, context["message"], context["hint"])
         case "missing":
             why = _REQUIRED.get(location) if model is Workspace else None
-            yield _Fault(location, f"is required: {why}" if why else "is required")
+            yield Fault(location, f"is required: {why}" if why else "is required")
         case "extra_forbidden":
             yield _unknown_key(location, model)
         case "union_tag_not_found" if isinstance(value, dict):
             known = {field.alias for variant in _VARIANTS[location].values() for field in variant.model_fields.values()}
             unknown = [_unknown_key((*location, key), model) for key in value if key not in known]
-            yield from unknown or [_Fault(location, EXACTLY_ONE[location])]
+            yield from unknown or [Fault(location, EXACTLY_ONE[location])]
         case "literal_error":
             choices = re.findall(r"'([^']*)'", context["expected"])
             hint = did_you_mean(value, choices) if isinstance(value, str) else None
-            shown = repr(value) if isinstance(value, str) else _what_is(value)
+            shown = repr(value) if isinstance(value, str) else what_is(value)
             if location == ("tuning", "method") and model is Workspace:
                 hint = hint or "qlora: 4-bit base model, lora: 16 bit; a model is not trained whole here"
-            yield _Fault(location, NOT_A_CHOICE.format(" or ".join(choices), shown), hint)
+            yield Fault(location, NOT_A_CHOICE.format(" or ".join(choices), shown), hint)
         case "string_type":
             hint = None
             if isinstance(value, bool | int | float):
@@ -915,31 +946,29 @@ def _faults_of(detail: ErrorDetails, model: type[_FromYaml]) -> Iterator[_Fault]
                 hint = "write one alone, without [ ] or -"
             elif isinstance(value, dict) and location[:1] == ("data",):
                 hint = "write a | after the key: a ConfigMap holds text"
-            yield _Fault(location, f"must be text, not {_what_is(value)}", hint)
+            yield Fault(location, f"must be text, not {what_is(value)}", hint)
         case "dict_type" | "model_type" | "model_attributes_type" | "union_tag_not_found":
             hint = _AS_MAPPING.get(location) if model is Workspace and isinstance(value, str | list) else None
             if hint and isinstance(value, str) and location == ("tuning", "preset") and _PLAIN_NAME.fullmatch(value):
                 hint = f"did you mean preset: {{name: {value}}}?"
-            yield _Fault(location, f"must be a mapping, not {_what_is(value)}", hint)
+            yield Fault(location, f"must be a mapping, not {what_is(value)}", hint)
         case "tuple_type":
-            yield _Fault(
-                location, f"must be a list, not {_what_is(value)}", "write each entry on a line with - in front"
-            )
+            yield Fault(location, f"must be a list, not {what_is(value)}", "write each entry on a line with - in front")
         case "int_type":
-            yield _Fault(location, f"must be a whole number, not {_what_is(value)}")
+            yield Fault(location, f"must be a whole number, not {what_is(value)}")
         case "string_too_short":
-            yield _Fault(location, EMPTY)
+            yield Fault(location, EMPTY)
         case _:
-            yield _Fault(location, detail["msg"])
+            yield Fault(location, detail["msg"])
 
 
-def _unknown_key(location: Location, model: type[_FromYaml]) -> _Fault:
+def _unknown_key(location: Location, model: type[_FromYaml]) -> Fault:
     *parents, key = location
     parent, name = tuple(parents), str(key)
     known: set[str]
     if model is Workspace and parent in _VARIANTS:
         if name in _VARIANTS[parent]:
-            return _Fault(location, ANOTHER_ONE.format(EXACTLY_ONE[parent]))
+            return Fault(location, ANOTHER_ONE.format(EXACTLY_ONE[parent]))
         variants = _VARIANTS[parent].values()
         known = {field.alias or "" for variant in variants for field in variant.model_fields.values()}
     else:
@@ -950,29 +979,11 @@ def _unknown_key(location: Location, model: type[_FromYaml]) -> _Fault:
     if model is Workspace and parent == ("resource", "labelSelector") and not near:
         near = "labels stand below matchLabels: {KEY: VALUE}"
     hint = _MISPLACED.get(name, near) if model is Workspace else near
-    return _Fault(location, "unknown key", hint or (f"known here: {_listed(known)}" if known else None))
-
-
-def _what_is(value: object) -> str:
-    """The kind of value in YAML's words; never the value itself, which may be secret."""
-    for kind, words in _YAML_WORDS.items():
-        if isinstance(value, kind):
-            return words
-    return "nothing"
-
-
-_YAML_WORDS: dict[type, str] = {
-    bool: "true or false",
-    int: "a number",
-    float: "a number",
-    str: "text",
-    dict: "a mapping",
-    list: "a list",
-}
+    return Fault(location, "unknown key", hint or (f"known here: {_listed(known)}" if known else None))
 
 
 def _listed(names: Mapping[str, object] | set[str]) -> str:
-    return ", ".join(sorted(names)) or "none"
+    return cut(", ".join(sorted(names))) or "none"
 
 
 # ── what is outdated or has no effect ────────────────────────────────────────────────────────────────────────────────
@@ -1003,11 +1014,11 @@ _EXAMPLE_HOST = re.compile(r"(?:https?://)?(?:[a-z0-9-]+\.)*example\.(?:com|org|
 SERVER_DEFAULTS: dict[Location, Any] = {("resource", "count"): 1, ("tuning", "preset", "accessMode"): "public"}
 
 
-def _notes(document: "_Document", workspace: Workspace) -> list[str]:
-    faults = _outdated(document.value, workspace)
-    if not document.lines:  # an object of the API server: nobody wrote its defaults
-        faults = (each for each in faults if not _is_default(document.value, each.location))
-    return [str(document.problem(fault)) for fault in faults]
+def _notes(written: _Object, workspace: Workspace) -> list[str]:
+    faults = _outdated(written.value, workspace)
+    if not written.document.lines:  # an object of the API server: nobody wrote its defaults
+        faults = (each for each in faults if not _is_default(written.value, each.location))
+    return [str(written.problem(fault)) for fault in faults]
 
 
 def _is_default(value: Any, location: Location) -> bool:
@@ -1018,55 +1029,55 @@ def _is_default(value: Any, location: Location) -> bool:
     return bool(value == SERVER_DEFAULTS[location])
 
 
-def _outdated(written: Mapping[str, Any], workspace: Workspace) -> Iterator[_Fault]:
+def _outdated(written: Mapping[str, Any], workspace: Workspace) -> Iterator[Fault]:
     """What in a correct Workspace does less than it seems to."""
     resource, tuning = workspace.resource, workspace.tuning
     if tuning is None:
         return
     if resource.instance_type and _V100_INSTANCE_TYPE.fullmatch(resource.instance_type):
-        yield _Fault(
+        yield Fault(
             ("resource", "instanceType"),
             f"Azure no longer offers {resource.instance_type} (V100); Standard_NC24ads_A100_v4 is in KAITO's examples "
             "now. On a GPU box instanceType has no effect",
         )
     if "resource" in written and resource.label_selector is None:
-        yield _Fault(
+        yield Fault(
             ("resource",),
             "no labelSelector: nothing here needs it, but KAITO's CRD refuses such a file at kubectl apply",
         )
     if "count" in written.get("resource", {}):
-        yield _Fault(("resource", "count"), "deprecated by KAITO; tuning always runs on one node")
+        yield Fault(("resource", "count"), "deprecated by KAITO; tuning always runs on one node")
     if resource.preferred_nodes:
-        yield _Fault(("resource", "preferredNodes"), "deprecated by KAITO; only a preference here, use labelSelector")
+        yield Fault(("resource", "preferredNodes"), "deprecated by KAITO; only a preference here, use labelSelector")
     labels = resource.label_selector.match_labels if resource.label_selector else {}
     for label in filter(is_reserved_label, labels):
-        yield _Fault(("resource", "labelSelector", "matchLabels", label), "reserved by KAITO and ignored")
+        yield Fault(("resource", "labelSelector", "matchLabels", label), "reserved by KAITO and ignored")
     yield from _outdated_preset(tuning.preset)
     for side in ("input", "output"):
         for key in IMAGE_SECRETS:
             if key in written["tuning"].get(side, {}) and "image" not in written["tuning"][side]:
-                yield _Fault(("tuning", side, key), "has no effect without an image")
+                yield Fault(("tuning", side, key), "has no effect without an image")
     yield from _example_hosts(tuning)
 
 
-def _outdated_preset(preset: PresetSpec) -> Iterator[_Fault]:
+def _outdated_preset(preset: PresetSpec) -> Iterator[Fault]:
     if hub_id := _REMOVED_PRESETS.get(preset.name.lower()):
-        yield _Fault(
+        yield Fault(
             ("tuning", "preset", "name"),
             f"KAITO has removed its preset {preset.name}; the model itself is {hub_id} on Hugging Face",
         )
     if preset.access_mode is not None:
-        yield _Fault(("tuning", "preset", "accessMode"), "deprecated by KAITO; has no effect")
+        yield Fault(("tuning", "preset", "accessMode"), "deprecated by KAITO; has no effect")
     options = preset.preset_options
     if options.image is not None:
-        yield _Fault(
+        yield Fault(
             ("tuning", "preset", "presetOptions", "image"), "deprecated by KAITO; the base weights are taken from it"
         )
     elif options.image_pull_secrets:
-        yield _Fault(("tuning", "preset", "presetOptions", "imagePullSecrets"), "has no effect without an image")
+        yield Fault(("tuning", "preset", "presetOptions", "imagePullSecrets"), "has no effect without an image")
 
 
-def _example_hosts(tuning: Tuning) -> Iterator[_Fault]:
+def _example_hosts(tuning: Tuning) -> Iterator[Fault]:
     places: list[tuple[Location, str]] = []
     if isinstance(tuning.input, UrlInput):
         places += [(("tuning", "input", "urls", index), url) for index, url in enumerate(tuning.input.urls)]
@@ -1076,200 +1087,7 @@ def _example_hosts(tuning: Tuning) -> Iterator[_Fault]:
         places.append((("tuning", "output", "image"), str(tuning.output.image)))
     for location, address in places:
         if found := _EXAMPLE_HOST.match(address):
-            yield _Fault(location, f"{found[0]} is an example's host: replace it with your own")
-
-
-# ── YAML with line numbers ───────────────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True)
-class _Document:
-    """One YAML document as plain values.
-
-    `lines` has the 1-based line of every key and list item, `text_lines` the one where a scalar's own text begins.
-    """
-
-    value: dict[str, Any] = field(repr=False)
-    lines: dict[Location, int]
-    line: int
-    file: str
-    text_lines: dict[Location, int] = field(default_factory=dict)
-    faults: tuple[_Fault, ...] = ()
-
-    @property
-    def kind(self) -> str:
-        kind = self.value.get("kind")
-        return kind if isinstance(kind, str) and kind.isprintable() else "object without kind"
-
-    @property
-    def title(self) -> str:
-        metadata = self.value.get("metadata")
-        name = metadata.get("name") if isinstance(metadata, dict) else None
-        return f"{self.kind}/{name}" if isinstance(name, str) and name.isprintable() else self.kind
-
-    def problem(self, fault: _Fault) -> Problem:
-        location = fault.location
-        while location and location not in self.lines:
-            location = location[:-1]
-        line = self.lines.get(location, self.line)
-        return Problem(fault.message, _path(fault.location), self.file, line, fault.hint)
-
-
-def _path(location: Location) -> str:
-    """`tuning.input.urls[1]`, `metadata.labels[app.kubernetes.io/name]`"""
-    path = ""
-    for key in location:
-        part = key.partition("?")[0] if isinstance(key, str) else key  # a signed URL, mistaken for a key
-        if isinstance(part, str) and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", part):
-            path += f".{part}" if path else part
-        else:
-            path += f"[{part}]" if str(part).isprintable() else f"[{part!r}]"
-    return path
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as the API server reads it: no dates, no "=" value."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("timestamp", "value")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-_SCALAR_TAGS = frozenset(f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null"))
-_NULL_TAG = "tag:yaml.org,2002:null"
-_MERGE_TAG = "tag:yaml.org,2002:merge"
-
-
-def _read_documents(text: str, file: str) -> tuple[list[_Document], list[Problem]]:
-    """The documents up to the first syntax error, and that error."""
-    documents: list[_Document] = []
-    problems: list[Problem] = []
-    try:
-        loader = _Loader(text)
-        try:
-            while loader.check_node() and (node := loader.get_node()):
-                line = node.start_mark.line + 1
-                if isinstance(node, yaml.MappingNode):
-                    documents.append(_Builder(loader, text).document(node, file))
-                elif node.tag != _NULL_TAG:  # comments alone
-                    what = "a list" if isinstance(node, yaml.SequenceNode) else "text"
-                    problems.append(Problem(f"{what}, not a Kubernetes object", file=file, line=line))
-        finally:
-            loader.dispose()
-    except yaml.YAMLError as error:
-        problems.append(_syntax_problem(error, text, file))
-    except RecursionError:
-        problems.append(Problem("nested too deeply to be read", file=file))
-    return documents, problems
-
-
-def _syntax_problem(error: yaml.YAMLError, text: str, file: str) -> Problem:
-    if isinstance(error, yaml.reader.ReaderError):
-        line = text.count("\n", 0, error.position) + 1
-        return Problem(f"the character U+{ord(text[error.position]):04X} cannot be in YAML", file=file, line=line)
-    assert isinstance(error, yaml.MarkedYAMLError)
-    mark = error.problem_mark or error.context_mark
-    line = mark.line + 1 if mark else 1
-    lines = text.splitlines()
-    here = lines[line - 1] if line <= len(lines) else ""
-    hint = None
-    if "\t" in here[: len(here) - len(here.lstrip())]:
-        hint = "there is a tab; YAML is indented with spaces"
-    elif "{{" in here or "{%" in here:
-        hint = "this looks like a template; render it first (helm template, …)"
-    else:
-        hint = "look at indentation, brackets and quotes in this line and the one before"
-    return Problem(f"not YAML: {error.problem or error.context or 'syntax error'}", file=file, line=line, hint=hint)
-
-
-class _Builder:
-    """Nodes → plain values, the line of each, and what YAML lets pass but a reader should not."""
-
-    def __init__(self, loader: _Loader, text: str) -> None:
-        self.loader = loader
-        self.text = text
-        self.lines: dict[Location, int] = {}
-        self.faults: list[_Fault] = []
-        self.text_lines: dict[Location, int] = {}
-        self.values = 0
-        self.too_much = False
-
-    def document(self, node: yaml.MappingNode, file: str) -> _Document:
-        value = self.mapping(node, ())
-        line = node.start_mark.line + 1
-        return _Document(value, self.lines, line, file, self.text_lines, tuple(self.faults))
-
-    def build(self, node: yaml.Node, location: Location) -> Any:
-        self.values += 1
-        if self.values > MAX_VALUES or len(location) > MAX_DEPTH:
-            if not self.too_much:
-                self.fault(
-                    location[:1], f"more than {MAX_VALUES:,} values or {MAX_DEPTH} levels; an alias in a circle?"
-                )
-            self.too_much = True
-            return None
-        if isinstance(node, yaml.ScalarNode):
-            # The text of a block scalar begins on the line after its | or >.
-            self.text_lines[location] = node.start_mark.line + (2 if node.style in ("|", ">") else 1)
-            return self.scalar(node, location)
-        if not node.tag.endswith((":map", ":seq")):
-            self.fault(location, f"the YAML tag {node.tag!r} means nothing here")
-            return None
-        if isinstance(node, yaml.SequenceNode):
-            return [self.item(each, (*location, index)) for index, each in enumerate(node.value)]
-        assert isinstance(node, yaml.MappingNode)
-        if node.flow_style and any(isinstance(key, yaml.MappingNode) for key, _ in node.value):
-            # {{ .Values.image }} without quotes is YAML for a mapping in a mapping: keep what was written.
-            return self.text[node.start_mark.index : node.end_mark.index]
-        return self.mapping(node, location)
-
-    def item(self, node: yaml.Node, location: Location) -> Any:
-        self.lines[location] = node.start_mark.line + 1
-        return self.build(node, location)
-
-    def mapping(self, node: yaml.MappingNode, location: Location) -> dict[str, Any]:
-        """Without its nulls: for Kubernetes a null is a key not written."""
-        values: dict[str, Any] = {}
-        merged: dict[str, Any] = {}
-        own: set[str] = set()
-        for key_node, value_node in node.value:
-            if key_node.tag == _MERGE_TAG:
-                for source in value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]:
-                    each = self.build(source, location)
-                    merged = {**(each if isinstance(each, dict) else {}), **merged}
-                continue
-            line = key_node.start_mark.line + 1
-            key = self.scalar(key_node, location) if isinstance(key_node, yaml.ScalarNode) else None
-            if not isinstance(key, str):
-                self.fault(location, f"a key on line {line} is not text", covers=False)
-                continue
-            place = (*location, key)
-            if key in own:
-                self.fault(place, f"written twice, on lines {self.lines[place]} and {line}", covers=False)
-                continue
-            own.add(key)
-            self.lines[place] = line
-            value = self.build(value_node, place)
-            if value is not None:
-                values[key] = value
-        return {**merged, **values}
-
-    def scalar(self, node: yaml.ScalarNode, location: Location) -> Any:
-        if node.tag not in _SCALAR_TAGS:
-            self.fault(location, f"the YAML tag {node.tag!r} means nothing here")
-            return None
-        try:
-            value = self.loader.construct_object(node)
-            if isinstance(value, str):
-                value.encode("utf-8")  # "\ud800" in quotes is half a character
-        except (ValueError, LookupError, yaml.YAMLError):
-            self.fault(location, f"cannot be read as {node.tag.rpartition(':')[2]}")
-            return None
-        return value
-
-    def fault(self, location: Location, message: str, *, covers: bool = True) -> None:
-        self.faults.append(_Fault(location, message, covers=covers))
+            yield Fault(location, f"{found[0]} is an example's host: replace it with your own")
 
 
 # ── made by us ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1307,8 +1125,8 @@ def make_workspace(
     if output is not None and not output.startswith("oci:"):
         is_image = names_registry(output)
         value["tuning"]["output"] = {"image": output} if is_image else {"volumeSource": {"hostPath": {"path": output}}}
-    document = _Document(value, {}, 1, "")
-    workspace, problems = _validated(document, Workspace, _Rules(allowed or Allowed(), local_files), [])
+    written = _Object(value, Document(value))
+    workspace, problems = _validated(written, Workspace, _Rules(allowed or Allowed(), local_files), [])
     if workspace is None:
         raise ConfigError.of([as_flag(problem) for problem in problems])
     return workspace

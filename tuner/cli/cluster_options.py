@@ -156,6 +156,7 @@ def read_cluster_run(
     """
     from tuner.cluster.job_options import count_gpus, written_instance_type
     from tuner.cluster.patch import load_patches
+    from tuner.yaml_lines import read_text
 
     if needs_image and not flags.set_image:
         raise UsageError(
@@ -187,7 +188,7 @@ def read_cluster_run(
         disruption_ok=flags.disruption_ok,
         patches=load_patches(flags.patch),
         patch_annotation=True,  # who gave the file may create Jobs as well
-        config_text=_text(flags.config, "--config"),
+        config_text=read_text(flags.config.expanduser(), f"--config {flags.config}") if flags.config else None,
         ca_text=_text(flags.ca, "--ca"),
     )
     # Whoever sees no nodes cannot know whether any has the labels.

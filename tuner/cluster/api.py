@@ -312,7 +312,7 @@ class Api:
             "GET", self._path(resource, namespace), asked, query=query, read_s=timeout_s + _WATCH_GRACE_S, attempts=1
         )
         for line in self._lines(response, asked):
-            event = json.loads(line)
+            event = _parsed(line)
             if event["type"] == "ERROR":
                 raise error_of_response(asked, int(event["object"].get("code") or 500), event["object"], {})
             event["object"].setdefault("apiVersion", resource.api_version)
@@ -501,7 +501,7 @@ class Api:
         response = self._request(method, path, asked, query=query, body=body, content_type=content_type)
         content = self._body(response, asked)
         try:
-            answer = json.loads(content)
+            answer = _parsed(content)
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
@@ -578,7 +578,7 @@ class Api:
             return response
         content = self._body(response, asked)
         try:
-            status = json.loads(content)
+            status = _parsed(content)
         except ValueError:
             status = {"message": content.decode(errors="replace").strip()}
         status = status if isinstance(status, dict) else {}
@@ -644,6 +644,38 @@ def _log_query(
         timestamps="true" if timestamps else "",
         sinceTime=since_time,
     )
+
+
+MAX_LEVELS = 200  # no kind of Kubernetes' own is half as deep
+_BRACKETS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[{]|[\]}]', re.DOTALL)
+
+
+def _parsed(text: bytes) -> Any:
+    """JSON; ValueError for what is none. What is nested deeper than Python reads is null.
+
+    A Workspace's `inference` and the data of a ControllerRevision may hold anything, and a page of objects with such a
+    one in it must not be lost for all the others.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        return json.loads(_shallow(text))
+
+
+def _shallow(text: bytes) -> bytes:
+    """The JSON with null for what is below MAX_LEVELS."""
+    kept: list[bytes] = []
+    level, begin = 0, 0
+    for found in _BRACKETS.finditer(text):
+        if found[0] in (b"[", b"{"):
+            level += 1
+            if level == MAX_LEVELS + 1:
+                kept += [text[begin : found.start()], b"null"]
+        elif found[0] in (b"]", b"}"):
+            if level == MAX_LEVELS + 1:
+                begin = found.end()
+            level -= 1
+    return b"".join([*kept, text[begin:]])
 
 
 def _without_empty(**values: str) -> dict[str, str]:

@@ -259,7 +259,7 @@ class _Reader:
         if origin in (typing.Union, types.UnionType):
             return self.object(path, [_unpacked(variant, ())[0] for variant in arguments])
         if origin is tuple:
-            limit = _LIST_LENGTHS.get(path, rules.MAX_NAMES)
+            limit = _LIST_LENGTHS.get(path, workspace.MAX_NAMES)
             items = self.value(f"{path}[]", arguments[0])
             schema = {"type": "array", "items": items, "maxItems": limit, "x-kubernetes-list-type": "atomic"}
             return self.described(path, schema)

@@ -42,6 +42,7 @@ from tuner.workspace import (
     WorkspaceFile,
     require_tuning,
 )
+from tuner.yaml_lines import Document
 
 SECRET_MODE = 0o440  # fsGroup reads it
 
@@ -91,7 +92,7 @@ def render_job(file: WorkspaceFile, run: Run, options: JobOptions) -> JobObjects
     return JobObjects(config_map, secrets, job, tuple(_notes(ask, config_map, job)))
 
 
-def _annotations_patches(ask: Ask) -> list[Manifest]:
+def _annotations_patches(ask: Ask) -> list[Document]:
     """Those in the ConfigMap that the Workspace's annotation names."""
     written = ask.workspace.metadata.annotations.get(JOB_PATCH_ANNOTATION)
     if written is None or not ask.options.patch_annotation:
@@ -106,7 +107,7 @@ def _annotations_patches(ask: Ask) -> list[Manifest]:
         raise InputMissingError(
             f"{origin}: {missing} not in the Workspace's file", hint="put it there as another YAML document"
         )
-    return parse_patches(config_map.data[key], f"ConfigMap {name!r}, {key}")
+    return parse_patches(*config_map.text(key))
 
 
 # ── the ConfigMap and the Secrets ────────────────────────────────────────────────────────────────────────────────────

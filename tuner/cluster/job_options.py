@@ -43,6 +43,7 @@ from tuner.workspace import (
     Workspace,
     WorkspaceFile,
 )
+from tuner.yaml_lines import Document
 
 WORKSPACE_LABEL = "kaito.sh/workspace"
 REVISION_ANNOTATION = "workspace.kaito.io/revision"
@@ -84,7 +85,7 @@ class JobOptions:
     image_volume: bool = False
     disruption_ok: bool = False
     labels_preferred: bool = False
-    patches: tuple[Mapping[str, Any], ...] = ()
+    patches: tuple[Document, ...] = ()
     patch_annotation: bool = False
     revision: int = 1
     owner: Mapping[str, Any] | None = None

@@ -410,6 +410,6 @@ def parse_progress(log: str) -> ProgressLine | None:
                 eta_s=None if said.get("eta_s") is None else int(said["eta_s"]),
                 values={key: float(value) for key, value in said.items() if key not in _OWN_KEYS},
             )
-        except (ValueError, KeyError, TypeError, OverflowError):  # int(Infinity) overflows
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # int(Infinity) overflows
             continue
     return None

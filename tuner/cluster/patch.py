@@ -10,13 +10,12 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tuner import pod
 from tuner.cluster import templates
 from tuner.cluster.checks import shape_problems
 from tuner.cluster.templates import Manifest
-from tuner.errors import ConfigError, InputMissingError, Problem, did_you_mean
+from tuner.errors import ConfigError, Problem, did_you_mean
+from tuner.yaml_lines import Document, Location, read_documents, read_text, what_is
 
 TRAINER = "trainer"  # in a patch: the container named as the Workspace, whose name a patch for many cannot know
 
@@ -62,51 +61,64 @@ _JOB_KEYS = ("apiVersion", "kind", "metadata", "spec")
 # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def load_patches(paths: Sequence[Path]) -> tuple[Manifest, ...]:
+def load_patches(paths: Sequence[Path]) -> tuple[Document, ...]:
     """Every YAML document of every file, in order."""
-    patches: list[Manifest] = []
+    patches: list[Document] = []
     for path in paths:
-        try:
-            text = path.expanduser().read_text(encoding="utf-8-sig")
-        except OSError as error:
-            raise InputMissingError(f"--patch {path}: cannot be read: {error.strerror}") from error
-        except UnicodeDecodeError:
-            raise ConfigError(f"--patch {path}: is not text") from None
-        patches += parse_patches(text, f"--patch {path}")
+        name = f"--patch {path}"
+        patches += parse_patches(read_text(path.expanduser(), name), name)
     return tuple(patches)
 
 
-def parse_patches(text: str, origin: str) -> list[Manifest]:
-    """The patches in a YAML text. Raises ConfigError where one is not of the shape of a Job."""
-    try:
-        documents = [document for document in yaml.safe_load_all(text) if document is not None]
-    except (yaml.YAMLError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{origin}{where}: not YAML: {getattr(error, 'problem', None) or 'syntax error'}") from error
-    if not documents:
-        raise ConfigError(f"{origin}: there is no patch in it")
-    for document in documents:
-        if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
-            raise ConfigError(f"{origin}: must be a mapping, as a Job is", hint="spec: {template: {spec: {…}}}")
-        for key in document:
-            if key not in _JOB_KEYS and not key.startswith("$"):
-                hint = did_you_mean(key, _JOB_KEYS) or "what is the pod's stands under spec.template.spec"
-                raise ConfigError(f"{origin}: a Job has no {key!r}", hint=hint)
-        if document.get("kind", "Job") != "Job":
-            raise ConfigError(f"{origin}: is for a {document['kind']}, and only the Job can be patched")
+def parse_patches(text: str, file: str, first_line: int = 1) -> list[Document]:
+    """The patches in a YAML text, which begins on `first_line` of a file.
+
+    Raises ConfigError with all that is wrong in it, and where one is not of the shape of a Job.
+    """
+    documents, problems = read_documents(text, file, first_line)
+    if not documents and not problems:
+        raise ConfigError(f"{file}: there is no patch in it")
+    for each in documents:
+        problems += [each.problem(fault) for fault in each.faults] or _misshapen(each)
+    if problems:
+        raise ConfigError.of(problems)
     return documents
+
+
+def _misshapen(patch: Document) -> Iterator[Problem]:
+    if not isinstance(patch.value, dict):
+        said = f"must be a mapping, as a Job is, not {what_is(patch.value)}"
+        yield Problem(said, file=patch.file, line=patch.line, hint="spec: {template: {spec: {…}}}")
+    for key in patch.mapping:
+        if key not in _JOB_KEYS and not key.startswith("$"):
+            hint = did_you_mean(key, _JOB_KEYS) or "what is the pod's stands under spec.template.spec"
+            yield Problem(f"a Job has no {key!r}", file=patch.file, line=patch.line_of((key,)), hint=hint)
+    if (kind := patch.mapping.get("kind", "Job")) != "Job":
+        said = f"is for a {kind}, and only the Job can be patched"
+        yield Problem(said, file=patch.file, line=patch.line_of(("kind",)))
 
 
 # ── merging ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def apply_patches(job: Manifest, patches: Sequence[Mapping[str, Any]]) -> Manifest:
+class _UnmergeableError(Exception):
+    """What a patch cannot say at `path`, which is `location` in it."""
+
+    def __init__(self, message: str, path: str, location: Location, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message, self.path, self.location, self.hint = message, path, location, hint
+
+
+def apply_patches(job: Manifest, patches: Sequence[Document]) -> Manifest:
     """The Job with the patches merged in, one after the other. Raises ConfigError for what a patch cannot say, and
     with every change that would break the run."""
     patched = job
     for each in patches:
-        merged = merge(patched, _with_trainers_name(each, job["metadata"]["name"]), "")
+        try:
+            merged = merge(patched, _with_trainers_name(each.mapping, job["metadata"]["name"]))
+        except _UnmergeableError as error:
+            line = each.line_of(error.location)
+            raise ConfigError.of([Problem(error.message, error.path, each.file, line, error.hint)]) from error
         assert isinstance(merged, dict)
         patched = merged
     problems = shape_problems(patched)
@@ -131,19 +143,18 @@ def _with_trainers_name(patch: Mapping[str, Any], name: str) -> Mapping[str, Any
     return patch
 
 
-def merge(value: Any, patch: Any, path: str) -> Any:
-    """`value` with `patch` merged in, neither of them changed; `path` is for the messages."""
+def merge(value: Any, patch: Any, path: str = "", location: Location = ()) -> Any:
+    """`value` with `patch` merged in, neither of them changed; `path` and `location` say where, for the messages."""
     if not isinstance(patch, Mapping):
         return deepcopy(patch)
     directive = patch.get(_DIRECTIVE, "merge")
     if directive not in ("merge", "replace", "delete"):
-        raise ConfigError(f"patch, {path or 'at its top'}: $patch is merge, replace or delete, not {directive!r}")
+        said = f"$patch is merge, replace or delete, not {directive!r}"
+        raise _UnmergeableError(said, path, (*location, _DIRECTIVE))
     for key in patch:
-        if str(key).startswith("$") and key not in (_DIRECTIVE, _RETAIN):
-            raise ConfigError(
-                f"patch, {path or 'at its top'}: the directive {key} is not known here",
-                hint="write the list as it shall be, with {$patch: replace} as one of its items",
-            )
+        if key.startswith("$") and key not in (_DIRECTIVE, _RETAIN):
+            hint = "write the list as it shall be, with {$patch: replace} as one of its items"
+            raise _UnmergeableError(f"the directive {key} is not known here", path, (*location, key), hint)
     if directive == "delete":
         return {}
     base = value if isinstance(value, Mapping) and directive == "merge" else {}
@@ -151,36 +162,39 @@ def merge(value: Any, patch: Any, path: str) -> Any:
     if _RETAIN in patch:
         merged = {key: each for key, each in merged.items() if key in patch[_RETAIN]}
     for key, each in patch.items():
-        if str(key).startswith("$"):
+        if key.startswith("$"):
             continue
-        where = f"{path}.{key}" if path else str(key)
+        where = f"{path}.{key}" if path else key
         if each is None or (isinstance(each, Mapping) and each.get(_DIRECTIVE) == "delete"):
             merged.pop(key, None)
         elif isinstance(each, list) and key in _MERGE_KEYS:
-            merged[key] = _merge_list(merged.get(key) or [], each, _MERGE_KEYS[key], where)
+            merged[key] = _merge_list(merged.get(key) or [], each, _MERGE_KEYS[key], where, (*location, key))
         else:
-            merged[key] = merge(merged.get(key), each, where)
+            merged[key] = merge(merged.get(key), each, where, (*location, key))
     return merged
 
 
-def _merge_list(items: Sequence[Any], patch: Sequence[Any], key: str, path: str) -> list[Any]:
-    for each in patch:
+def _merge_list(items: Sequence[Any], patch: Sequence[Any], key: str, path: str, location: Location) -> list[Any]:
+    for index, each in enumerate(patch):
         if not isinstance(each, Mapping):
-            raise ConfigError(f"patch, {path}: its items are mappings with a {key}")
+            raise _UnmergeableError(f"its items are mappings with a {key}", path, (*location, index))
     if any(set(each) == {_DIRECTIVE} and each[_DIRECTIVE] == "replace" for each in patch):
-        return [merge({}, each, path) for each in patch if set(each) != {_DIRECTIVE}]
+        return [
+            merge({}, each, path, (*location, index)) for index, each in enumerate(patch) if set(each) != {_DIRECTIVE}
+        ]
     places = {item.get(key): place for place, item in reversed(list(enumerate(items)))}
     touched: list[tuple[int | None, Any]] = []  # where the item was, and what it is now
     gone: set[int] = set()
     for index, each in enumerate(patch):
+        at = (*location, index)
         if not isinstance(each.get(key), str | int):
-            raise ConfigError(f"patch, {path}[{index}]: has no {key}, by which such lists are merged")
+            raise _UnmergeableError(f"has no {key}, by which such lists are merged", f"{path}[{index}]", at)
         where = f"{path}[{key}={each[key]}]"
         place = places.get(each[key])
         if each.get(_DIRECTIVE) != "delete":
-            touched.append((place, merge({} if place is None else items[place], each, where)))
+            touched.append((place, merge({} if place is None else items[place], each, where, at)))
         elif place is None:
-            raise ConfigError(f"patch, {where}: there is none to delete")
+            raise _UnmergeableError("there is none to delete", where, at)
         else:
             gone.add(place)
     gone |= {place for place, _ in touched if place is not None}

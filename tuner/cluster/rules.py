@@ -21,15 +21,14 @@ from ipaddress import IPv4Network
 from typing import Any
 
 from tuner import reference, urls, workspace
+from tuner.workspace import MAX_TEXT_CHARACTERS, MAX_URL_CHARACTERS
+from tuner.yaml_lines import UNFILLED_EXPRESSION
 
 Cel = str  # an expression
 
 # So much that the rules on so many URLs of that length stay within what the server spends on one object. More files
 # go into an image or a volume; `tuner submit`, which makes no Workspace object, has no such limit.
 MAX_URLS = 32
-MAX_URL_CHARACTERS = 8192
-MAX_TEXT_CHARACTERS = 512
-MAX_NAMES = 16
 MAX_LABELS, MAX_LABEL_CHARACTERS = 64, 317  # a key has a prefix of up to 253 characters
 
 
@@ -129,7 +128,7 @@ _EXPRESSION = f"(?s){workspace.TEMPLATE_EXPRESSION.pattern}"
 _PLACEHOLDER = workspace.PLACEHOLDER.pattern
 _SEVERAL_PLACEHOLDERS = f"(?s){workspace.SEVERAL_PLACEHOLDERS.pattern}"
 UNFILLED: tuple[Case, ...] = (
-    (matches(_EXPRESSION), words(workspace.UNFILLED_EXPRESSION, found(_EXPRESSION))),
+    (matches(_EXPRESSION), words(UNFILLED_EXPRESSION, found(_EXPRESSION))),
     (matches(_SEVERAL_PLACEHOLDERS), words(workspace.PLACEHOLDERS, found(_SEVERAL_PLACEHOLDERS))),
     (matches(_PLACEHOLDER), words(workspace.A_PLACEHOLDER, found(_PLACEHOLDER))),
 )
@@ -289,7 +288,7 @@ _NEVER_IPV6 = {
 }
 
 _NEVER_FETCHED = (
-    Rule(f"!{matches(_EXPRESSION, _BEFORE_QUERY)}", workspace.UNFILLED_EXPRESSION.format("render the file first")),
+    Rule(f"!{matches(_EXPRESSION, _BEFORE_QUERY)}", UNFILLED_EXPRESSION.format("render the file first")),
     Rule(f"!{matches(_PLACEHOLDER, _BEFORE_QUERY)}", workspace.A_PLACEHOLDER.format("it")),
     Rule(_IS_TEXT, workspace.EMPTY),
     Rule(f"!{_IS_TEXT} || ({matches(_SCHEME)} && !{_IS_FILE})", workspace.LOCAL_FILE),

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from tuner.cluster.api import ALL_NAMESPACES, Api, Resource
+from tuner.cluster.api import ALL_NAMESPACES, MAX_LEVELS, Api, Resource
 from tuner.cluster.api_errors import ApiError, GoneError
 from tuner.cluster.job_options import GPU
 from tuner.cluster.reconcile import is_end
@@ -228,7 +228,16 @@ def _metadata(thing: Object, *, without_version: bool = False) -> dict[str, Any]
 
 def trim_workspace(thing: Object) -> Object:
     sections = _only(thing, ("apiVersion", "kind", "resource", "inference", "tuning", "status"))
-    return {**sections, "metadata": _metadata(thing)}
+    return {**{key: _shallow(value) for key, value in sections.items()}, "metadata": _metadata(thing)}
+
+
+def _shallow(value: Any, levels: int = MAX_LEVELS) -> Any:
+    """With None below so many levels: what is compared and written as JSON must not be too deep for Python."""
+    if isinstance(value, dict):
+        return {key: _shallow(each, levels - 1) for key, each in value.items()} if levels else None
+    if isinstance(value, list):
+        return [_shallow(each, levels - 1) for each in value] if levels else None
+    return value
 
 
 def trim_job(thing: Object) -> Object:
