@@ -10,6 +10,7 @@ import pytest
 from power_cuts import Disk, Seen
 
 from tuner.durable import make_directories, move, remove, replacing, sync_directory, sync_tree, write_text
+from tuner.open_files import OpenFile
 from tuner.pipeline.checkpoints import is_whole, seal
 from tuner.reference import LayoutReference
 from tuner.registry.image import build_image
@@ -172,12 +173,12 @@ def test_a_sealed_checkpoint_is_there_and_whole(root: Path) -> None:
     assert (set(during), set(after)) == ({False, True}, {True})
 
 
-def adapter(directory: Path) -> dict[str, Path]:
+def adapter(directory: Path) -> dict[str, OpenFile]:
     directory.mkdir()
     files = {"adapter_config.json": json.dumps({"r": 16}), "adapter_model.safetensors": "weights" * 5000}
     for name, text in files.items():
         (directory / name).write_text(text)
-    return {name: directory / name for name in files}
+    return {name: OpenFile.at(directory / name) for name in files}
 
 
 def test_a_layout_whose_tag_is_there_has_the_whole_image_and_can_be_written_again_after_any_power_cut(
@@ -204,7 +205,8 @@ def test_a_layout_whose_tag_is_there_has_the_whole_image_and_can_be_written_agai
 
 
 def test_what_is_pulled_is_whole_or_not_there(root: Path, tmp_path: Path) -> None:
-    image = build_image(adapter(tmp_path / "adapter") | {"deep/er/notes.txt": tmp_path / "adapter/adapter_config.json"})
+    files = adapter(tmp_path / "adapter")
+    image = build_image(files | {"deep/er/notes.txt": files["adapter_config.json"]})
     reference = LayoutReference(tmp_path / "layout", "v1")
     write_layout(image, reference, on_progress=lambda done: None)
     during, after = seen(

@@ -66,6 +66,7 @@ _USER = re.compile(r"(?<![\w/@.%+~-])[\w.%+~-]+:[^\s@/'\"]+@(?!sha\d+:)(?=[\w\[]
 _ASSIGNED = re.compile(rf"(?<![A-Za-z0-9])({_NAME})({_EQUALS})(?!{_SHOWN})[^\s&;,\"'<>)]+", re.IGNORECASE)
 _QUOTE = r"\\*[\"']"
 _MEMBER = re.compile(rf"({_QUOTE}(?:{_NAME}){_QUOTE}\s*:\s*{_QUOTE})(?!{_SHOWN})[^\"'\\]+", re.IGNORECASE)
+_AUTHORIZATION = re.compile(rf"(\bauthorization:\s+\w+\s+)(?!{_SHOWN})[^\s\"',;]+", re.IGNORECASE)
 _HEADER = re.compile(r"\b(basic|bearer)(\s+)([A-Za-z0-9._~+/-]{8,}=*)", re.IGNORECASE)
 
 
@@ -77,6 +78,7 @@ def redact(text: str) -> str:
     text = _USER.sub(f"{_SHOWN}@", text)
     text = _ASSIGNED.sub(rf"\1\2{_SHOWN}", text)
     text = _MEMBER.sub(rf"\1{_SHOWN}", text)
+    text = _AUTHORIZATION.sub(rf"\1{_SHOWN}", text)
     return _HEADER.sub(_shown_header, text)
 
 
