@@ -22,6 +22,7 @@ from http_server import Answer, HttpServer
 from test_controller import Start, cluster, documents, start, until
 from test_fetch import QUICK, Recording, a_spec, reporter, server, url_sources
 from test_package import adapter
+from test_registry_push import QUICK as IMPATIENT
 
 from tests.fake_kubernetes import FakeKubernetes
 from tests.registries import QuietHandler, running_server
@@ -194,7 +195,7 @@ def look(
     caplog.set_level(logging.INFO)
     config = docker_config(kind, echoing.host, directory, monkeypatch)
     made = adapter(directory / "work" / "adapter")
-    monkeypatch.setattr("tuner.registry.transport.Patience.first_wait_s", 0.01)
+    monkeypatch.setattr("tuner.registry.transport.Patience", lambda: IMPATIENT)
     image, how = f"{echoing.host}/x/a:1", ["--plain-http", "--docker-config", str(config)]
     assert main(["push", str(made), image, *how, "--push-deadline", "5", "--provenance"]) > 0
     main(["push", "--resume", str(directory / "work"), "--docker-config", str(config)])
@@ -478,7 +479,7 @@ def test_what_libraries_threads_and_bugs_write_shows_no_secret(
         thread.join()
         raise RuntimeError(said)
 
-    monkeypatch.setattr("tuner.cli.images._check_image", fails)
+    monkeypatch.setattr("tuner.cli.images._image_argument", fails)
     assert main(["verify", "reg.example/a:1"]) == 70
     out, err = capfd.readouterr()
     assert "RuntimeError: … and …, see https://h/a?…" in err
