@@ -1,5 +1,6 @@
 """tuner/open_files.py: what is opened in a directory that others write to, and what is not."""
 
+import ast
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import tuner
 from tuner.errors import DataError, InputMissingError, TunerError
 from tuner.open_files import OpenDirectory, OpenFile
 
@@ -240,6 +242,39 @@ def test_a_push_opens_nothing_of_the_directory_in_a_way_that_follows_links(tmp_p
     command = [sys.executable, "-c", _WATCHED, str(tmp_path / "work"), str(made), layout]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "0|True|[]", done.stderr
+
+
+# What only who holds a credential runs on the files of others. image.py opens blobs, and has no Path to open.
+CREDENTIAL_HOLDERS = {
+    "registry/image.py": {"open"},
+    "registry/artifacts.py": set(),
+    "registry/push.py": set(),
+    "registry/push_state.py": set(),
+    "pipeline/package.py": {"OpenDirectory.at"},
+    "pipeline/registry_checkpoints.py": {"OpenDirectory.at"},
+    "pipeline/turns.py": {"OpenDirectory.at"},
+}
+BY_PATH = {
+    "open",
+    "at",
+    "memmap",
+    "copyfile",
+    "read_text",
+    "read_bytes",
+    "write_text",
+    "write_bytes",
+    "iterdir",
+    "glob",
+}
+
+
+@pytest.mark.parametrize("name", CREDENTIAL_HOLDERS)
+def test_no_module_of_a_credential_holder_opens_a_file_by_its_path(name: str) -> None:
+    tree = ast.parse((Path(tuner.__file__).parent / name).read_text())
+    calls = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    by_path = {call for call in calls if call.rpartition(".")[2] in BY_PATH}
+    assert calls
+    assert {call for call in by_path if not {call, call.rpartition(".")[2]} & CREDENTIAL_HOLDERS[name]} == set()
 
 
 def test_a_file_that_a_user_names_may_be_a_link(place: Path) -> None:

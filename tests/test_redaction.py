@@ -77,6 +77,7 @@ def test_any_secret_is_hidden_in_whatever_surrounds_it(secret: str, before: str,
         ('{"u":"https://h/a?sig=x"}', '{"u":"https://h/a?…"}'),
         ("https://h/a?sig=(x'y)z w", "https://h/a?… w"),
         ("/v2/x/blobs/uploads/1?_state=S", "/v2/x/blobs/uploads/1?…"),
+        ("--set TrainingArguments.hub_token=S", "--set TrainingArguments.hub_token=…"),
         ("it has X-Amz-Signature=S&b and token%3DS", "it has X-Amz-Signature=…&b and token%3D…"),
         ('{"auths": {"h": {"auth": "Ym9iOlM="}}}', '{"auths": {"h": {"auth": "…"}}}'),
         (r"'{\"password\": \"S\"}'", r"'{\"password\": \"…\"}'"),
@@ -101,6 +102,7 @@ def test_what_looks_like_a_secret_is_not_shown(text: str, shown: str) -> None:
         *("https://h:8080/a@b", "https://h/a;v=1", "https://h/date=2024-01-01/t", "hf://datasets/a/b@main/x"),
         *("write it as 10.1.0.0/16", "a//b", "//cdn.example/x", "use ?download=true on SharePoint", "is it right?"),
         *("kubectl create secret generic NAME --from-literal=HF_TOKEN=…", "password=…", "C:/Users/x@y", "12:30 @ x"),
+        *("--set TrainingArguments.eos_token=<|end|>", "max_tokens=4096", "pad_token=x"),
     ],
 )
 def test_what_is_no_secret_is_shown(text: str) -> None:

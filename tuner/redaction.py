@@ -63,7 +63,10 @@ _URL = re.compile(r"(?<![\w.+-])((?!oci:)[a-z][a-z0-9+.-]+:/{1,3}|(?<![:/])//)(?
 _QUERY = re.compile(r"(?<=[\w/])\?(?=[\w.%~-]+=)[^\s\"'<>]+")  # behind a path alone
 _CLOSED_BY = {"'": "'", '"': '"', "`": "`", "(": ")", "[": "]", "<": ">"}
 _USER = re.compile(r"(?<![\w/@.%+~-])[\w.%+~-]+:[^\s@/'\"]+@(?!sha\d+:)(?=[\w\[])")
-_ASSIGNED = re.compile(rf"(?<![A-Za-z0-9])({_NAME})({_EQUALS})(?!{_SHOWN})[^\s&;,\"'<>)]+", re.IGNORECASE)
+# A tokenizer's tokens (eos_token=…) are none of ours.
+_ASSIGNED = re.compile(
+    rf"(?<![A-Za-z0-9])(?<!(?:eos|bos|pad|unk)_)({_NAME})({_EQUALS})(?!{_SHOWN})[^\s&;,\"'<>)]+", re.IGNORECASE
+)
 _QUOTE = r"\\*[\"']"
 _MEMBER = re.compile(rf"({_QUOTE}(?:{_NAME}){_QUOTE}\s*:\s*{_QUOTE})(?!{_SHOWN})[^\"'\\]+", re.IGNORECASE)
 _AUTHORIZATION = re.compile(rf"(\bauthorization:\s+\w+\s+)(?!{_SHOWN})[^\s\"',;]+", re.IGNORECASE)
