@@ -74,7 +74,7 @@ class Request:
 class HttpServer:
     """`url` is its base, without a slash at the end; https with `tls`."""
 
-    def __init__(self, tls: ssl.SSLContext | None = None, address: str = "127.0.0.1") -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None, address: str = "127.0.0.1", port: int = 0) -> None:
         self.requests: list[Request] = []
         self.closing = threading.Event()
         self._answers: dict[str, deque[Answer]] = {}
@@ -82,7 +82,7 @@ class HttpServer:
         self._lock = threading.Lock()
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         server = type("Server", (ThreadingHTTPServer,), {"address_family": family, "request_queue_size": 64})
-        self._server = server((address, 0), self._handler())
+        self._server = server((address, port), self._handler())
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
         self.port: int = self._server.server_address[1]
         host = f"[{address}]" if ":" in address else address

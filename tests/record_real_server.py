@@ -1,16 +1,15 @@
 """What a real API server answers, written down: the truth that tests/fake_kubernetes.py is held to.
 
-    TUNER_TEST_KUBECONFIG=~/.kube/kind python tests/record_real_server.py
+    TUNER_TEST_CLUSTER=cluster.json PYTHONPATH=tests python -m tests.record_real_server
 
-writes tests/recorded/kubernetes-VERSION.json: requests as they are sent, and each answer without what differs from one
-time to the next (uids, versions, times). tests/test_recorded_server.py sends the same requests to the fake. It needs
-cluster-admin, makes a namespace and two CRDs in groups of their own, and takes them away again. Nothing may run in the
-cluster that changes Jobs or refuses them, but Kubernetes itself.
+writes tests/recorded/kubernetes-VERSION.json (spare_cluster.py says what a cluster.json is): requests as they are
+sent, and each answer without what differs from one time to the next: uids, versions, times.
+tests/test_recorded_server.py sends the same requests to the fake. It needs cluster-admin, makes namespaces and CRDs in
+a group of their own, and takes them away again. Nothing but Kubernetes itself may change or refuse Jobs there.
 """
 
 import copy
 import json
-import os
 import re
 import sys
 import time
@@ -25,6 +24,8 @@ import yaml
 from test_crd import MISTAKES
 from test_workspace import changed
 
+from tests.spare_cluster import SpareCluster
+from tuner.cluster.api import Api
 from tuner.cluster.crd import custom_resource_definition
 
 FOLDER = Path(__file__).parent / "recorded"
@@ -717,10 +718,8 @@ def as_text(version: str, told: Iterable[Mapping[str, Any]], priced: Iterable[Ma
     return f'{{"server":{line(version)},"cases":[\n{cases}\n],"costs":[\n {costs}\n]}}\n'
 
 
-def main() -> None:
-    from tuner.cluster.api import Api
-
-    api = Api.from_config(env={"KUBECONFIG": os.environ["TUNER_TEST_KUBECONFIG"]})
+def record(api: Api) -> str:
+    """The recording of this API server, as it is to be in the file."""
 
     def ask(step: Mapping[str, Any], namespace: str = "default") -> tuple[int, Any, list[str]]:
         headers = {
@@ -737,7 +736,8 @@ def main() -> None:
             headers=headers,
             retries=False,
         )
-        content = answer.data.decode().replace(namespace, NAMESPACE) if namespace != "default" else answer.data.decode()
+        content = answer.data.decode()
+        content = content.replace(namespace, NAMESPACE) if namespace != "default" else content
         warnings = re.findall(r'299 - "((?:[^"\\]|\\.)*)"', answer.headers.get("Warning", ""))
         try:
             return answer.status, json.loads(content), warnings
@@ -753,13 +753,25 @@ def main() -> None:
         steps = [request.as_json() for request in requests]
         answers = list(answered(steps, partial(ask, namespace=namespace)))
         told.append({"name": name, "steps": [{**step, "answer": it} for step, it in zip(steps, answers, strict=True)]})
-        print(name, *(each["status"] for each in answers), file=sys.stderr)
         ask(delete(f"/api/v1/namespaces/{namespace}").as_json())
     priced = [{"schema": schema, "says": too_dear(schema, ask)} for schema in costs()]
+    return as_text(str(api.server_version()), told, priced)
+
+
+def file_of(api: Api) -> Path:
+    """Where the recording of this server's version is."""
     version = api.server_version()
+    return FOLDER / f"kubernetes-{version.major}.{version.minor}.json"
+
+
+def main() -> None:
+    cluster = SpareCluster.read()
+    if cluster is None:
+        sys.exit("no cluster to spare: TUNER_TEST_CLUSTER")
+    api = Api.from_config(env={"KUBECONFIG": cluster.kubeconfig})
+    file = file_of(api)
     FOLDER.mkdir(exist_ok=True)
-    file = FOLDER / f"kubernetes-{version.major}.{version.minor}.json"
-    file.write_text(as_text(str(version), told, priced), encoding="utf-8")
+    file.write_text(record(api), encoding="utf-8")
     print(file, file.stat().st_size, "bytes", file=sys.stderr)
 
 
