@@ -1,6 +1,7 @@
 """What every test gets: no home directory, token or proxy of the person who runs it."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,10 @@ from tuner.redaction import forgotten
 
 # Tiny models gain nothing from threads, and two test processes that spin on the same cores lose a lot.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# In the background of a script SIGINT is ignored, and would be by every process that a test starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _LEAKS = (
     "HF_TOKEN",
