@@ -374,6 +374,8 @@ def test_kaito_fault_17_the_beginning_of_a_key_is_no_key(key: str) -> None:
         ("LoraConfig: {rank_pattern: [1]}", "must be a map, not [1]"),
         ("LoraConfig: {rank_pattern: {1: 2}}", "LoraConfig.rank_pattern: the key 1 is a number, not text"),
         ("LoraConfig: {target_modules: []}", "must be names of linear layers"),
+        ("LoraConfig: {modules_to_save: [1]}", "LoraConfig.modules_to_save: must be a list of names, not [1]"),
+        ("LoraConfig: {layers_to_transform: [a]}", "must be a list of whole numbers, not ['a']"),
         ("LoraConfig: {target_modules: '(q'}", "is no regular expression"),
         ("TrainingArguments: {learning_rate: fast}", "must be a number, not 'fast'"),
         ("TrainingArguments: {learning_rate: .inf}", "must be a finite number"),

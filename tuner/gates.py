@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from types import MappingProxyType
 
-from tuner.errors import ConfigError, Problem, did_you_mean
+from tuner.errors import ConfigError, Problem, cut, did_you_mean
 
 METRICS: Mapping[str, str] = MappingProxyType(
     {
@@ -197,7 +197,7 @@ def parse_gates(texts: Sequence[str], origin: str) -> tuple[Gate, ...]:
 def parse_gate(text: str) -> Gate:
     """Raises ConfigError for what is no comparison of metrics, with a did-you-mean for a name."""
     text = " ".join(text.split())
-    shown = text if len(text) <= _CHARACTERS_AT_MOST else f"{text[:60]}…"
+    shown = text if len(text) <= _CHARACTERS_AT_MOST else cut(text, 60)
     try:
         return _gate(text)
     except _NoGateError as error:

@@ -663,6 +663,11 @@ def _show(value: Any) -> str:
     return cut(repr(value), 60)
 
 
+_ITEMS: Mapping[str, tuple[type, str]] = MappingProxyType(
+    {"LoraConfig.modules_to_save": (str, "names"), "LoraConfig.layers_to_transform": (int, "whole numbers")}
+)
+
+
 def _checked(path: str, value: Any) -> Any:
     """The value as the run takes it; raises ValueError when it makes no sense for this key."""
     if path in BOUNDS and not isinstance(value, str):
@@ -678,6 +683,10 @@ def _checked(path: str, value: Any) -> Any:
         raise ValueError(f"{_show(value)} is none of {', '.join(WORDS[path])}{f'; {near}' if near else ''}")
     if (path, value) in (("ModelConfig.dtype", "auto"), ("TrainingArguments.max_steps", -1)):
         return None  # as when it is not written
+    if path in _ITEMS and isinstance(value, list):
+        kind, words = _ITEMS[path]
+        if not all(type(item) is kind for item in value):
+            raise ValueError(f"must be a list of {words}, not {_show(value)}")
     if path == "LoraConfig.target_modules":
         return _module_names(value)
     if path == "LoraConfig.init_lora_weights":

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from typing import Any, TextIO, cast
 
 import typer
@@ -41,12 +41,14 @@ def main(argv: Sequence[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal without "→" is no reason to stop
-    if os.environ.get("_TUNER_COMPLETE") == "complete_bash":
+    completes = os.environ.get("_TUNER_COMPLETE")
+    if completes == "complete_bash":
         completion.read_bash_words(os.environ)
     hide_environment(os.environ)
     hide_arguments(argv)
     try:
-        with _redacted_stderr(), _signals():
+        # a shell's TAB is not spoken into
+        with _redacted_stderr(), nullcontext() if completes else _signals():
             code = app(args=list(argv), prog_name="tuner", standalone_mode=False)
             print(end="", flush=True)  # a reader that is gone shows here, and not when Python ends
     except TunerError as error:

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from tuner.cli.flags import registered
 
@@ -72,6 +72,12 @@ class _Commands(TyperGroup):
     def format_commands(self, _ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items() if line])
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> Any:
+        self.commands = {
+            name: TyperCommand(name, short_help=line, hidden=not line) for name, (_, line) in COMMANDS.items()
+        }
+        return super().shell_complete(ctx, incomplete)
 
 
 app = typer.Typer(

@@ -58,6 +58,12 @@ def levers() -> list[str]:
     return list(LEVERS)
 
 
+def stages() -> tuple[str, ...]:
+    from tuner.runspec import STAGES
+
+    return STAGES
+
+
 def gpus() -> list[str]:
     from tuner.instance_types import GPUS
 

@@ -184,7 +184,7 @@ def logs(
             "--stage",
             metavar="S",
             help="of preflight, fetch, prepare, train or push",
-            autocompletion=completion.words("preflight", "fetch", "prepare", "train", "push"),
+            autocompletion=completion.stages,
         ),
     ],
     place: ClusterFlags,

@@ -29,7 +29,7 @@ from tuner.cli.options import (
     SettingFlags,
     WorkspaceArgument,
 )
-from tuner.errors import ConfigError, InputMissingError, UsageError
+from tuner.errors import ConfigError, InputMissingError, UsageError, cut
 from tuner.gpus import visible_gpus
 
 if TYPE_CHECKING:
@@ -330,4 +330,4 @@ def _shown(name: str, value: object) -> str:
         return f"({UNSET[name]})" if name in UNSET else "–"
     text = str(value).lower() if isinstance(value, bool) else str(value)
     text = text.replace("\n", "\\n")
-    return text if len(text) <= 40 else text[:39] + "…"
+    return cut(text, 40)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tuner.cluster.server_text import shown
-from tuner.errors import ConfigError, TunerError
+from tuner.errors import ConfigError, TunerError, cut
 from tuner.retry import retry_after_s
 
 _LONGEST_WAIT_S = 300.0
@@ -280,8 +280,7 @@ def _asked_s(headers: Mapping[str, str], body: Mapping[str, Any]) -> float | Non
 
 
 def _one_line(text: str, most: int = 600) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= most else line[: most - 1] + "…"
+    return cut(" ".join(text.split()), most)
 
 
 # ── without an answer ────────────────────────────────────────────────────────────────────────────────────────────────

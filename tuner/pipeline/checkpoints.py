@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner.durable import make_directories, sync_directory, sync_tree
-from tuner.errors import ConfigError, InputMissingError
+from tuner.errors import ConfigError, InputMissingError, cut
 from tuner.open_files import OpenDirectory, OpenFile
 from tuner.pipeline.adapter import file_digests, write_json
 from tuner.runspec import Reporter, RunSpec
@@ -166,4 +166,4 @@ def changes(before: RunSpec, now: RunSpec) -> str:
 
 def _short(value: object) -> str:
     text = "unset" if value is None else " ".join(str(value).split())
-    return text if len(text) <= 30 else text[:29] + "…"
+    return cut(text, 30)
