@@ -26,7 +26,7 @@ CARD, WEIGHTS = "README.md", "adapter_model.safetensors"
 # What of an adapter, a checkpoint and a work directory a pusher has reason to open.
 OF_ADAPTER = (CARD, WEIGHTS, "adapter_config.json", "run.lock.json", "metrics.jsonl", "tokenizer.json")
 OF_CHECKPOINT = ("optimizer.pt", WEIGHTS, "seal.json")
-OF_WORK = (TRAINED, FETCHED, "push-state.json", "push-state.json.tmp")
+OF_WORK = (TRAINED, FETCHED, "push-state.json", ".push-state.json.tmp")
 
 
 def leave_adapter(spec: RunSpec, work_dir: Path) -> Trained:

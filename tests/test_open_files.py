@@ -165,7 +165,7 @@ def test_a_text_that_never_ends_is_not_read(directory: OpenDirectory, place: Pat
         directory.file("endless").content()
 
 
-@pytest.mark.parametrize("planted", ["name", "name.tmp"])
+@pytest.mark.parametrize("planted", ["name", ".name.tmp"])
 @pytest.mark.parametrize("trick", ["link", "hard link", "FIFO"])
 def test_what_is_written_goes_to_no_other_file(
     directory: OpenDirectory, place: Path, secret: Path, planted: str, trick: str

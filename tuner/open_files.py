@@ -185,7 +185,7 @@ class OpenDirectory:
 
     def write(self, name: str, content: bytes) -> None:
         """The file, whole or not at all and on the disk, instead of whatever has that name. Raises OSError."""
-        temporary = f"{_checked(name, self.path)}.tmp"
+        temporary = f".{_checked(name, self.path)}.tmp"
         with suppress(FileNotFoundError):
             os.unlink(temporary, dir_fd=self._descriptor)
         with os.fdopen(os.open(temporary, _WRITE_ANEW, 0o666, dir_fd=self._descriptor), "wb") as file:
