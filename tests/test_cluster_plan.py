@@ -637,18 +637,23 @@ def test_an_end_is_remembered_with_its_revision_and_a_lost_status_trains_nothing
         assert condition(now, kind) == condition(before, kind)
 
 
+def fail_and_edit(cluster: Cluster, controller: Controller, number: int) -> None:
+    """The run that there is fails, and the next revision's begins."""
+    cluster.step_job("phi-3", "starts")
+    cluster.step_job("phi-3", "gives-up")
+    controller.settle()
+    cluster.edit_workspace(lambda it: it["tuning"]["output"].update(image=f"example.com/a:{number}"))
+    controller.settle()
+    cluster.step_job("phi-3", "is-gone")
+    controller.settle()
+
+
 def test_a_record_is_never_changed_after_it_was_made():
     """An API server takes no patch of a ControllerRevision: its data are immutable by bytes, and re-encoded by one."""
     cluster, controller = begun()
     made = {}
     for number in (2, 3):
-        cluster.step_job("phi-3", "starts")
-        cluster.step_job("phi-3", "gives-up")
-        controller.settle()
-        cluster.edit_workspace(lambda it, number=number: it["tuning"]["output"].update(image=f"example.com/a:{number}"))
-        controller.settle()
-        cluster.step_job("phi-3", "is-gone")
-        controller.settle()
+        fail_and_edit(cluster, controller, number)
         records = {key: it for key, it in cluster.store.items() if key[0] == "ControllerRevision"}
         assert {key: records[key] for key in made} == made
         made = copy.deepcopy(records)
@@ -679,13 +684,7 @@ def test_an_end_is_of_its_own_content_and_no_other_run_is_taken_for_finished():
 def test_an_end_goes_with_its_revision_when_that_is_too_old():
     cluster, controller = begun()
     for number in range(2, 14):
-        cluster.step_job("phi-3", "starts")
-        cluster.step_job("phi-3", "gives-up")
-        controller.settle()
-        cluster.edit_workspace(lambda it, number=number: it["tuning"]["output"].update(image=f"example.com/a:{number}"))
-        controller.settle()
-        cluster.step_job("phi-3", "is-gone")
-        controller.settle()
+        fail_and_edit(cluster, controller, number)
     assert sorted(it["revision"] for it in cluster.ends()) == list(range(4, 13))
 
 
