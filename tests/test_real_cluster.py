@@ -39,6 +39,7 @@ from tuner.cluster.api import (
     Object,
 )
 from tuner.cluster.api_errors import ApiError, BadRequestError, InvalidError
+from tuner.cluster.controller import FIELD_MANAGER
 from tuner.cluster.crd import NAME as CRD_NAME
 from tuner.cluster.crd import custom_resource_definition
 from tuner.cluster.follow import describe, load_run
@@ -403,7 +404,7 @@ def test_what_has_ended_is_remembered_without_its_job_and_its_status(quick_start
     until(lambda: quick_start.find(JOB, NAME) is None)
     lost = quick_start.apply(
         {"apiVersion": "kaito.sh/v1beta1", "kind": "Workspace", "metadata": {"name": NAME}, "status": {}},
-        field_manager="tuner",
+        field_manager=FIELD_MANAGER,
         subresource="status",
     )
     assert "state" not in (lost.get("status") or {})
