@@ -202,7 +202,7 @@ def test_a_bad_command_line_gets_a_sentence_and_its_exit_code(tuner: Tuner, line
         ("--set ModelConfig.chat_template=nope.jinja", 66, "no Jinja template"),
         ("--method dora", 78, "--method"),
         ("--method lora --set QuantizationConfig.load_in_4bit=true", 78, "method lora does not quantize"),
-        ("--config nope.yaml", 66, "--config nope.yaml: cannot be read"),
+        ("--config nope.yaml", 66, "--config nope.yaml: there is no such file"),
         ("--base-model nodir", 66, "nodir: there is no such model directory"),
         ("--output http://h/x", 78, "a reference has no scheme"),
         ("--output registry.azurecr.io/UPPER:1", 78, "upper-case"),

@@ -4,6 +4,7 @@ import fcntl
 import json
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -246,16 +247,17 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def push_that(monkeypatch: pytest.MonkeyPatch, cause: TunerError, *, times: int) -> list[RunSpec]:
-    """Pushes fail so often, for this reason; a list of those that were tried."""
+    """Pushes fail so often, for this reason; a list of those that were tried. No volume is mounted here."""
     tried: list[RunSpec] = []
 
-    def run_stage(stage: str, spec: RunSpec, *_: object, **__: object) -> dict[str, str]:
+    def push_left(spec: RunSpec, *_: object, **__: object) -> dict[str, str]:
         tried.append(spec)
         if len(tried) <= times:
             raise NotPushedError(f"trained, but not pushed: {cause.message}") from cause
         return {"image": "reg.example/a@sha256:1"}
 
-    monkeypatch.setattr(module, "run_stage", run_stage)
+    monkeypatch.setattr(module, "push_left", push_left)
+    monkeypatch.setattr(Container, "open_work_dir", lambda self: nullcontext())
     return tried
 
 
