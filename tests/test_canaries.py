@@ -183,44 +183,40 @@ def docker_config(kind: str, host: str, directory: Path, monkeypatch: pytest.Mon
 KINDS = ["auth", "password", "identity token", "registry token", "helper"]
 
 
+@pytest.fixture
 def look(
-    kind: str,
-    echoing: Echo,
-    directory: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
-) -> str:
-    """All that a push, its resumption, a pull and a verification say and leave."""
-    caplog.set_level(logging.INFO)
-    config = docker_config(kind, echoing.host, directory, monkeypatch)
-    made = adapter(directory / "work" / "adapter")
-    monkeypatch.setattr("tuner.registry.transport.Patience", lambda: IMPATIENT)
-    image, how = f"{echoing.host}/x/a:1", ["--plain-http", "--docker-config", str(config)]
-    assert main(["push", str(made), image, *how, "--push-deadline", "5", "--provenance"]) > 0
-    main(["push", "--resume", str(directory / "work"), "--docker-config", str(config)])
-    main(["pull", image, str(directory / "work" / "pulled"), *how])
-    main(["verify", image, *how])
-    out, err = capfd.readouterr()
-    assert echoing.answered
-    assert "error: " in err
-    helper = directory / "bin" / "docker-credential-canary"
-    return "\n".join([out, err, caplog.text, everything_in(directory, but=(config, helper))])
+) -> Callable[[str, Echo], str]:
+    """All that a push, its resumption, a pull and a verification say and leave, with a credential of this kind."""
+
+    def everything(kind: str, echoing: Echo) -> str:
+        caplog.set_level(logging.INFO)
+        config = docker_config(kind, echoing.host, tmp_path, monkeypatch)
+        made = adapter(tmp_path / "work" / "adapter")
+        monkeypatch.setattr("tuner.registry.transport.Patience", lambda: IMPATIENT)
+        image, how = f"{echoing.host}/x/a:1", ["--plain-http", "--docker-config", str(config)]
+        assert main(["push", str(made), image, *how, "--push-deadline", "5", "--provenance"]) > 0
+        main(["push", "--resume", str(tmp_path / "work"), "--docker-config", str(config)])
+        main(["pull", image, str(tmp_path / "work" / "pulled"), *how])
+        main(["verify", image, *how])
+        out, err = capfd.readouterr()
+        assert echoing.answered
+        assert "error: " in err
+        helper = tmp_path / "bin" / "docker-credential-canary"
+        return "\n".join([out, err, caplog.text, everything_in(tmp_path, but=(config, helper))])
+
+    return everything
 
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("kind", ["auth", "registry token"])
 def test_a_registry_that_repeats_a_credential_is_not_quoted(
-    kind: str,
-    place: str,
-    tmp_path: Path,
-    echo: Callable[..., Echo],
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
+    kind: str, place: str, echo: Callable[..., Echo], look: Callable[[str, Echo], str]
 ) -> None:
-    echoing = echo(place, "Basic" if kind == "auth" else "Bearer", CANARY)
-    said = look(kind, echoing, tmp_path, monkeypatch, capfd, caplog)
+    said = look(kind, echo(place, "Basic" if kind == "auth" else "Bearer", CANARY))
     assert not spelled_in(CANARY, said), said
     assert not [each for each in echoes(CANARY) if each in said]
 
@@ -228,20 +224,13 @@ def test_a_registry_that_repeats_a_credential_is_not_quoted(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("at_token_server", [False, True])
 def test_no_kind_of_credential_nor_the_token_that_it_was_traded_for_is_quoted(
-    kind: str,
-    at_token_server: bool,
-    tmp_path: Path,
-    echo: Callable[..., Echo],
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
+    kind: str, at_token_server: bool, echo: Callable[..., Echo], look: Callable[[str, Echo], str]
 ) -> None:
     if at_token_server and kind == "registry token":
         pytest.skip("it is traded for nothing")
     token = "eyJ0b3AifQ.s3cr3t_t0ken"
     secrets = (CANARY,) if kind == "registry token" or at_token_server else (CANARY, token)
-    echoing = echo("message", "Bearer", *secrets, at_token_server=at_token_server)
-    said = look(kind, echoing, tmp_path, monkeypatch, capfd, caplog)
+    said = look(kind, echo("message", "Bearer", *secrets, at_token_server=at_token_server))
     for secret in secrets:
         assert not spelled_in(secret, said), said
 
