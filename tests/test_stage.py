@@ -293,10 +293,11 @@ def test_what_no_second_try_would_change_is_not_tried_again(
 def test_a_service_that_is_down_never_becomes_the_code_that_trains_again(
     clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def run_stage(*_: object, **__: object) -> None:
+    def push_left(*_: object, **__: object) -> None:
         raise ServiceError("down")
 
-    monkeypatch.setattr(module, "run_stage", run_stage)
+    monkeypatch.setattr(module, "push_left", push_left)
+    monkeypatch.setattr(Container, "open_work_dir", lambda self: nullcontext())
     with pytest.raises(NotPushedError):
         container_of(tmp_path).push(Push())
 
