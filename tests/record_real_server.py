@@ -16,7 +16,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -718,10 +717,10 @@ def as_text(version: str, told: Iterable[Mapping[str, Any]], priced: Iterable[Ma
     return f'{{"server":{line(version)},"cases":[\n{cases}\n],"costs":[\n {costs}\n]}}\n'
 
 
-def record(api: Api) -> str:
-    """The recording of this API server, as it is to be in the file."""
+def sender(api: Api, namespace: str = "default") -> Send:
+    """What sends requests to a real server, with this namespace's name in them."""
 
-    def ask(step: Mapping[str, Any], namespace: str = "default") -> tuple[int, Any, list[str]]:
+    def send(step: Mapping[str, Any]) -> tuple[int, Any, list[str]]:
         headers = {
             "Accept": "application/json",
             "Content-Type": step.get("contentType", "application/json"),
@@ -744,17 +743,29 @@ def record(api: Api) -> str:
         except ValueError:
             return answer.status, content.strip(), warnings
 
+    return send
+
+
+def answers_of(api: Api, steps: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What a real server answers to one request after the other, in a namespace made for them."""
+    namespace = f"tuner-test-{uuid.uuid4().hex[:8]}"
+    send = sender(api)
+    send(create("/api/v1/namespaces", {"metadata": {"name": namespace}}).as_json())
+    account = get(f"/api/v1/namespaces/{namespace}/serviceaccounts/default")
+    list(answered([replace(account, until=200).as_json()], send))  # pods are refused before
+    answers = list(answered(steps, sender(api, namespace)))
+    send(delete(f"/api/v1/namespaces/{namespace}").as_json())
+    return answers
+
+
+def record(api: Api) -> str:
+    """The recording of this API server, as it is to be in the file."""
     told = []
     for name, requests in cases():
-        namespace = f"tuner-test-{uuid.uuid4().hex[:8]}"
-        ask(create("/api/v1/namespaces", {"metadata": {"name": namespace}}).as_json())
-        account = get(f"/api/v1/namespaces/{namespace}/serviceaccounts/default")
-        list(answered([replace(account, until=200).as_json()], ask))  # pods are refused before
         steps = [request.as_json() for request in requests]
-        answers = list(answered(steps, partial(ask, namespace=namespace)))
+        answers = answers_of(api, steps)
         told.append({"name": name, "steps": [{**step, "answer": it} for step, it in zip(steps, answers, strict=True)]})
-        ask(delete(f"/api/v1/namespaces/{namespace}").as_json())
-    priced = [{"schema": schema, "says": too_dear(schema, ask)} for schema in costs()]
+    priced = [{"schema": schema, "says": too_dear(schema, sender(api))} for schema in costs()]
     return as_text(str(api.server_version()), told, priced)
 
 
