@@ -164,6 +164,31 @@ def test_whoever_learns_a_secret_hides_it(learn: object) -> None:
     assert redact(f"{CANARY} is no good") == "… is no good"
 
 
+def test_of_a_signature_only_what_is_secret_is_hidden() -> None:
+    split_url(
+        "https://h/a?X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=AKIAIOSFODNN7EXAMPLE%2F20240101%2Fus-east-1"
+        "&X-Amz-Expires=3600&X-Amz-SignedHeaders=host&X-Amz-Signature=fe5f80f77d5fa3be&q-sign-algorithm=sha1"
+    )
+    split_url("https://h/b?sv=2023-11-03&sp=r&spr=https&sr=b&sig=q%2Bc")
+    said = "in 3600 s the host has sha1 over https, since 2023-11-03"
+    assert redact(said) == said
+    assert redact("fe5f80f77d5fa3be AKIAIOSFODNN7EXAMPLE/20240101/us-east-1") == "… …"
+
+
+def test_variables_that_name_a_secrets_place_hide_nothing() -> None:
+    places = {
+        "TUNER_PUSH_SECRET": "registry-credentials",
+        "AWS_WEB_IDENTITY_TOKEN_FILE": "/var/run/token",
+        "GOOGLE_APPLICATION_CREDENTIALS": "/etc/google.json",
+        "SECRET_NAME": "my-credentials",
+        "CREDENTIALS_DIRECTORY": "/run/credentials",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    hide_environment(places)
+    said = ", ".join(places.values())
+    assert redact(said) == said
+
+
 def test_a_pin_and_what_a_url_shows_anyway_are_not_hidden() -> None:
     split_url(f"https://h/train-of-the-year.parquet?path=train-of-the-year.parquet#sha256={'a' * 64}")
     said = f"train-of-the-year.parquet has sha256 {'a' * 64}"

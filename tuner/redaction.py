@@ -221,9 +221,15 @@ def hide_url(url: str) -> None:
             if len(written) >= _LEAST_OF_VALUE:
                 hide(written)
             for name, equals, value in (each.partition("=") for each in re.split("[&;,]", written)):
-                least = _LEAST_CHARACTERS if is_secret_parameter(name) else _LEAST_OF_UNNAMED
-                if equals and len(value) >= least and value not in public:
+                if equals and len(value) >= _least_of(name) and value not in public:
                     hide(value)
+
+
+def _least_of(parameter: str) -> int:
+    """Characters. Of what belongs to a signature much is no secret: X-Amz-SignedHeaders=host."""
+    if parameter.lower() in _SECRET_PARAMETERS:
+        return _LEAST_CHARACTERS
+    return _LEAST_OF_VALUE if is_secret_parameter(parameter) else _LEAST_OF_UNNAMED
 
 
 def hide_arguments(arguments: Sequence[str]) -> None:
@@ -234,7 +240,8 @@ def hide_arguments(arguments: Sequence[str]) -> None:
 
 
 _SECRET_VARIABLE = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|ACCOUNT_?KEY|CONNECTION_STRING|SAS")
-_FILE_VARIABLE = re.compile(r"(_FILE|_PATH|_DIR|_APPLICATION_CREDENTIALS|_CREDENTIALS_FILE)$")
+# Where one is, or how an object that holds it is called: our own say the names of a pod's Secrets.
+_PLACE_VARIABLE = re.compile(r"^TUNER_|(_FILE|_PATH|_DIR|_DIRECTORY|_NAME|_URL|_APPLICATION_CREDENTIALS)$")
 
 
 def hide_environment(environment: Mapping[str, str]) -> None:
@@ -243,7 +250,7 @@ def hide_environment(environment: Mapping[str, str]) -> None:
         upper = name.upper()
         if "@" in value and (upper.endswith("_PROXY") or "://" in value):
             hide_url(value if "://" in value else f"http://{value}")
-        elif _SECRET_VARIABLE.search(upper) and not _FILE_VARIABLE.search(upper) and len(value) >= _LEAST_OF_VALUE:
+        elif _SECRET_VARIABLE.search(upper) and not _PLACE_VARIABLE.search(upper) and len(value) >= _LEAST_OF_VALUE:
             hide(value)
 
 
