@@ -1,9 +1,11 @@
 """The adapter directory: what readers find in it, what never is in it, and what is refused."""
 
+import hashlib
 import json
 import shutil
 import socket
 import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from tiny import Job, make_job, prepared_job, rows_of, tiny_base
 from tuner.errors import DataError, GateError
 from tuner.open_files import OpenFile
 from tuner.pipeline.adapter import adapter_config, check_weights, model_card, run_lock, source_label
+from tuner.records import Figures, LockedFile, Quantization, WeightCount
 from tuner.runspec import Fetched, FetchedFile, FetchedModel, Prepared, Silent, Trained
 
 HUB = FetchedModel(
@@ -46,9 +49,9 @@ def test_config_has_the_keys_of_peft_0_11_and_newer_ones_only_when_they_say_some
     assert newer == ["use_qalora"]
 
 
-def test_config_of_a_base_that_is_only_a_path_names_the_path_and_a_smoke_run_nothing() -> None:
+def test_config_of_a_base_that_is_only_a_directory_has_its_name_and_a_smoke_run_nothing() -> None:
     path = FetchedModel(path="/models/mine", digest="sha256:1")
-    assert adapter_config({}, {}, path)[0]["base_model_name_or_path"] == "/models/mine"
+    assert adapter_config({}, {}, path)[0]["base_model_name_or_path"] == "mine"
     smoke, _ = adapter_config({}, {}, None)
     assert smoke["base_model_name_or_path"] is None
     assert smoke["revision"] is None
@@ -136,6 +139,59 @@ def test_what_is_no_safetensors_file_is_refused(content: bytes, tmp_path: Path) 
         check_weights(OpenFile.at(path))
 
 
+def test_the_digest_of_the_tensors_is_as_it_is_written_down(tmp_path: Path) -> None:
+    """docs/artifact.md: others must get the same."""
+    path = weights(tmp_path / "a.safetensors")
+    a, b = np.full(8, 0x3F00, "<u2").tobytes(), np.full(8, 0x3F80, "<u2").tobytes()
+    lines = (b'["model.lora_A.weight","BF16",[8]]\n' + a, b'["model.lora_B.weight","BF16",[8]]\n' + b)
+    assert check_weights(OpenFile.at(path)) == hashlib.sha256(b"".join(lines)).hexdigest()
+
+
+@pytest.mark.train
+def test_an_adapter_that_is_saved_anew_has_the_same_tensors_and_a_changed_one_others(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = weights(tmp_path / "a.safetensors", "F32")
+    tensors = load_file(path)
+    digest = check_weights(OpenFile.at(path))
+    save_file(dict(reversed(tensors.items())), path, metadata={"by": "somebody", "else": "1"})
+    assert check_weights(OpenFile.at(path)) == digest
+    name = "model.lora_B.weight"
+    for other in (
+        tensors | {name: -tensors[name]},
+        tensors | {name: tensors[name].reshape(2, 4)},
+        tensors | {name: tensors[name].half()},
+        {"other": tensors["model.lora_A.weight"], name: tensors[name]},
+        {name: tensors[name]},
+    ):
+        save_file(other, path)
+        assert check_weights(OpenFile.at(path)) != digest
+
+
+def test_weights_are_looked_at_in_pieces_however_large_a_tensor_is(tmp_path: Path) -> None:
+    """A trained head of 1 GB ended a pusher that has 1 GiB."""
+    path, count = tmp_path / "a.safetensors", 16 << 20
+    header = {"lora_B": {"dtype": "BF16", "shape": [count], "data_offsets": [0, 2 * count]}}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.seek(2 * count - 2, 1)
+        file.write(b"\x80\x3f")  # the last value is the only one that is not zero
+    tracemalloc.start()
+    try:
+        check_weights(OpenFile.at(path))
+        assert tracemalloc.get_traced_memory()[1] < 24 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_tensor_that_is_shorter_than_its_shape_is_refused(tmp_path: Path) -> None:
+    path = weights(tmp_path / "a.safetensors")
+    path.write_bytes(path.read_bytes().replace(b'"shape": [8]', b'"shape": [9]'))
+    with pytest.raises(DataError, match="not as long as its shape"):
+        check_weights(OpenFile.at(path))
+
+
 def test_tensors_that_overlap_or_cannot_be_checked_are_refused(tmp_path: Path) -> None:
     path = weights(tmp_path / "a.safetensors")
     content = path.read_bytes()
@@ -149,15 +205,24 @@ def test_tensors_that_overlap_or_cannot_be_checked_are_refused(tmp_path: Path) -
 
 # ── card and lock ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-FIGURES = {
-    "steps": 6,
-    "epochs": 0.6,
-    "kept_step": 2,
-    "first_train_loss": 6.25,
-    "last_train_loss": 5.5,
-    "eval_loss_before": 6.0,
-    "eval_loss_after": None,
-}
+FIGURES = Figures(
+    steps=6,
+    epochs=0.6,
+    kept_step=2,
+    first_train_loss=6.25,
+    last_train_loss=5.5,
+    eval_loss_before=6.0,
+    eval_loss_after=None,
+)
+QUANTIZATION = Quantization(
+    quant_type="nf4",
+    double_quant=True,
+    compute_dtype="float32",
+    weights={
+        "linear": {"nf4": WeightCount(tensors=8, parameters=750)},
+        "head": {"float32": WeightCount(tensors=1, parameters=250)},
+    },
+)
 
 
 @pytest.mark.train
@@ -165,9 +230,21 @@ def test_card_and_lock_have_no_time_host_or_path_of_the_machine(tmp_path: Path) 
     job = make_job(tmp_path, rows_of("messages", 24))
     fetched, prepared = prepared_job(job)
     fetched = fetched.model_copy(update={"base_model": HUB})
-    card = model_card(job.spec, fetched, prepared, FIGURES, "LoRA on everything")
-    lock = json.dumps(run_lock(job.spec, fetched, prepared, {"torch": "2"}))
-    for text in (card, lock):
+    card = model_card(job.spec, fetched, prepared, figures=FIGURES, quantization=QUANTIZATION, coverage="LoRA on all")
+    lock = run_lock(
+        job.spec,
+        fetched,
+        prepared,
+        figures=FIGURES,
+        quantization=QUANTIZATION,
+        versions={"torch": "2"},
+        tensors_sha256="",
+        files={"chat_template.jinja": LockedFile(sha256="5", size_bytes=1)},
+    )
+    assert (
+        "| base in training | 750 of 1,000 parameters in nf4, its scales quantized too; computed in float32 |" in card
+    )
+    for text in (card, json.dumps(lock.sealed())):
         assert str(tmp_path) not in text
         assert "/somewhere" not in text
         assert socket.gethostname() not in text
@@ -181,13 +258,15 @@ def test_card_and_lock_have_no_time_host_or_path_of_the_machine(tmp_path: Path) 
 def test_front_matter_is_yaml_that_names_the_base(base: FetchedModel | None, tmp_path: Path) -> None:
     job = make_job(tmp_path, rows_of("messages", 24))
     fetched, prepared = prepared_job(job)
-    card = model_card(job.spec, fetched.model_copy(update={"base_model": base}), prepared, FIGURES, "")
+    fetched = fetched.model_copy(update={"base_model": base})
+    card = model_card(job.spec, fetched, prepared, figures=FIGURES, quantization=QUANTIZATION, coverage="")
     _, front, text = card.split("---\n", 2)
     facts = yaml.safe_load(front)
     assert facts["library_name"] == "peft"
     assert facts["license"] == "mit"
     assert facts.get("base_model") == (base.id if base else None)
     assert "| held-out loss | 6 → – |" in text
+    assert f"for {'a made-up base model' if base is None else f'`{base.title}`'}" in text
 
 
 @pytest.mark.parametrize(

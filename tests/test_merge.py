@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import Heard, make_job, prepared_job, rows_of, tiny_base
+from tiny import Heard, make_job, of_the_first_format, prepared_job, rows_of, tiny_base
 
 from tuner.cli import main
 from tuner.errors import ConfigError, InputMissingError, TunerError
@@ -25,8 +25,9 @@ def adapter_of(directory: Path, base: Path, *, preset: str = "phi-3-mini-4k-inst
     method = config.pop("method", "qlora")
     sections = {"TrainingArguments": arguments, **config}
     job = make_job(directory, rows_of("messages", 30), sections, preset=preset, base_model=base, method=method)
-    trained = train(job.spec, *prepared_job(job), job.work_dir, Heard())
-    return job.work_dir / trained.adapter_dir
+    fetched, prepared = prepared_job(job)
+    fetched.save(job.work_dir / "fetched.json")
+    return job.work_dir / train(job.spec, fetched, prepared, job.work_dir, Heard()).adapter_dir
 
 
 def in_bf16(directory: Path) -> Path:
@@ -147,12 +148,38 @@ def test_the_command_prints_the_directory_and_says_the_drift(
     assert "most likely token at 100.0%" in said.err
 
 
-def test_the_base_that_the_adapter_names_is_found_without_being_told(adapter: Path, tmp_path: Path) -> None:
+def test_a_base_without_a_hub_id_is_found_by_the_work_directory_s_records(adapter: Path, tmp_path: Path) -> None:
+    """The adapter itself has no path of a machine in it."""
     from tuner.pipeline.merge import merge
 
     named = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-    assert named == str(tiny_base())
+    assert named == tiny_base().name
     merge(adapter, tmp_path / "merged", None, Heard())
+    elsewhere = shutil.copytree(adapter, tmp_path / "elsewhere")
+    with pytest.raises(InputMissingError, match=f"{named}, is none of the hub's") as caught:
+        merge(elsewhere, tmp_path / "again", None, Heard())
+    assert caught.value.hint == "give --base-model DIR"
+
+
+def test_a_directory_that_has_the_base_s_name_by_chance_is_not_taken_for_it(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tuner.pipeline.merge import merge
+
+    shutil.copytree(tiny_base(), tmp_path / tiny_base().name)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputMissingError, match="none of the hub's"):
+        merge(shutil.copytree(adapter, tmp_path / "elsewhere"), tmp_path / "merged", None, Heard())
+
+
+def test_an_adapter_of_the_first_format_is_merged_with_the_base_whose_path_it_has(
+    adapter: Path, tmp_path: Path
+) -> None:
+    from tuner.pipeline.merge import merge
+
+    copy = of_the_first_format(shutil.copytree(adapter, tmp_path / "elsewhere"), base=str(tiny_base()))
+    merge(copy, tmp_path / "merged", None, Heard())
+    assert json.loads((tmp_path / "merged" / "run.lock.json").read_text())["version"] == 1
 
 
 # ── what is refused ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -226,6 +253,9 @@ def test_a_base_that_is_not_here_and_an_adapter_of_others_are_told_what_to_do(ad
     copy = shutil.copytree(adapter, tmp_path / "adapter")
     config = json.loads((copy / "adapter_config.json").read_text())
     (copy / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "nobody/nothing"}))
+    lock = json.loads((copy / "run.lock.json").read_text())
+    lock["base_model"]["id"] = "nobody/nothing"
+    (copy / "run.lock.json").write_text(json.dumps(lock))
     with pytest.raises(InputMissingError, match=r"nobody/nothing .* not in the hub's cache") as caught:
         merge(copy, tmp_path / "merged", None, Heard())
     assert caught.value.hint == "give --base-model DIR"
@@ -235,8 +265,8 @@ def test_a_base_that_is_not_here_and_an_adapter_of_others_are_told_what_to_do(ad
 
 
 def test_who_merges_a_smoke_run_is_told_where_its_base_is() -> None:
-    from tuner.pipeline.merge import _cached_base
+    from tuner.pipeline.merge import find_base
 
     with pytest.raises(InputMissingError) as caught:
-        _cached_base({"base_model_name_or_path": None})
+        find_base(Path("adapter"), {"base_model_name_or_path": None}, {"base_model": None})
     assert "smoke-model in its work directory" in (caught.value.hint or "")

@@ -301,3 +301,183 @@ def test_a_gpu_is_served_when_torch_has_kernels_for_it(
     if problem:
         assert f"{capability[0]}.{capability[1]}" in problem
         assert "Tesla V100" in problem
+
+
+# ── what lies in memory in which precision ───────────────────────────────────────────────────────────────────────────
+
+
+def moe_in(directory: Path, *, tied: bool = False) -> Path:
+    """A tiny mixture of experts: transformers keeps those of a layer in two tensors, which bitsandbytes passes over."""
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "vocab_size": 512, "tie_word_embeddings": tied}
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads, **experts))
+    model.to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+def test_weights_are_counted_as_they_lie_in_memory_and_not_as_asked_for(tmp_path: Path) -> None:
+    from tuner.pipeline.model import count_weights, load_base_model, pick_device
+
+    directory = moe_in(tmp_path / "moe")
+    counted = count_weights(load_base_model(directory, configured(), pick_device()))
+    weights = counted.weights
+    assert (counted.quant_type, counted.double_quant, counted.compute_dtype) == ("nf4", True, "float32")
+    assert {precision: count.tensors for precision, count in weights["linear"].items()} == {"nf4": 8}
+    assert weights["linear"]["nf4"].parameters == 2 * (64 * 64 + 2 * 64 * 32 + 64 * 64)
+    assert weights["experts"]["float32"].parameters == 2 * 4 * (2 * 64 * 64 + 64 * 64)
+    assert set(weights["experts"]) == {"float32"}
+    assert weights["head"]["float32"].parameters == weights["embeddings"]["float32"].parameters == 512 * 64
+    assert str(counted).startswith("24,576 of ")
+
+
+def test_a_head_that_is_the_embeddings_is_counted_once(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tuner.pipeline.model import count_weights
+
+    model = AutoModelForCausalLM.from_pretrained(moe_in(tmp_path / "moe", tied=True), dtype=torch.bfloat16)
+    counted = count_weights(model)
+    assert "head" not in counted.weights
+    assert counted.quant_type is None
+    assert counted.precision == counted.compute_dtype == "bfloat16"
+    total = sum(count.parameters for kinds in counted.weights.values() for count in kinds.values())
+    assert total == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_tensor_of_experts_that_is_quantized_by_itself_is_counted_as_such(tmp_path: Path) -> None:
+    """How bitsandbytes 0.49 quantizes what is no layer of its own; transformers does not ask for it yet."""
+    import torch
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+    from transformers import AutoModelForCausalLM
+
+    from tuner.pipeline.model import count_weights
+
+    model = AutoModelForCausalLM.from_pretrained(moe_in(tmp_path / "moe"), dtype=torch.bfloat16)
+    before = count_weights(model).weights["experts"]["bfloat16"].parameters
+    for layer in model.model.layers:
+        for name in ("gate_up_proj", "down_proj"):
+            replace_parameter_4bit(layer.mlp.experts, name, quant_type="nf4")
+    experts = count_weights(model).weights["experts"]
+    assert {precision: count.parameters for precision, count in experts.items()} == {"nf4": before}
+
+
+# ── the base in 16 bits ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_base_in_16_bits_is_the_checkpoint_s_own(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tuner.pipeline.model import load_sixteen_bit_base, pick_device
+
+    directory = moe_in(tmp_path / "moe")
+    model = load_sixteen_bit_base(directory, pick_device())
+    own = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    ids = torch.arange(3, 30)[None]
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, own(input_ids=ids).logits)
+
+
+@pytest.fixture
+def copies_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A device for where there is no GPU: what is put on the CPU is a copy that comes and goes all the same."""
+    import torch
+
+    device, to = torch.device("cpu"), torch.Tensor.to
+
+    def copied(tensor: Any, *arguments: Any, **options: Any) -> Any:
+        return tensor.clone() if arguments == (device,) else to(tensor, *arguments, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", copied)
+    return device
+
+
+@pytest.mark.parametrize("kind", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}])
+def test_blocks_that_come_to_the_device_one_at_a_time_compute_the_same_with_any_adapter(
+    kind: dict[str, Any], tmp_path: Path, copies_to_the_cpu: Any
+) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from tuner.pipeline.model import put_adapter, stream_blocks
+
+    def base() -> Any:
+        return AutoModelForCausalLM.from_pretrained(tiny_base("qwen2.5-coder-7b-instruct"), dtype=torch.bfloat16)
+
+    def logits(model: Any) -> Any:
+        with torch.no_grad():
+            return model.eval()(input_ids=torch.arange(3, 40)[None]).logits
+
+    torch.manual_seed(0)
+    lora = LoraConfig(target_modules=["o_proj", "down_proj"], init_lora_weights=False, **kind)
+    get_peft_model(base(), lora).save_pretrained(tmp_path / "adapter")
+    expected = logits(put_adapter(base(), tmp_path / "adapter", "it"))
+
+    streamed = base()
+    stream_blocks(streamed, copies_to_the_cpu)
+    tuned = put_adapter(streamed, tmp_path / "adapter", "it")
+    at_rest = [(tensor, tensor.data_ptr()) for tensor in tuned.parameters()]
+    layers = tuned.get_base_model().model.layers
+    away: list[int] = []
+    for layer in layers:
+        layer.self_attn.register_forward_pre_hook(
+            lambda *_: away.append(sum(tensor.data_ptr() != lying for tensor, lying in at_rest))
+        )
+    assert torch.equal(logits(tuned), expected)
+    assert away == [len(list(layer.parameters())) for layer in layers]  # one block's, its adapter with it
+    assert all(tensor.data_ptr() == lying for tensor, lying in at_rest)
+
+
+def test_a_block_that_fails_is_taken_back_too(copies_to_the_cpu: Any) -> None:
+    import torch
+    from torch import nn
+
+    from tuner.pipeline.model import stream_blocks
+
+    class Failing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2))
+
+        def forward(self, x: Any) -> Any:
+            raise RuntimeError("no")
+
+    model = nn.Module()
+    model.blocks = nn.ModuleList([Failing()])
+    lying = model.blocks[0].weight.data_ptr()
+    stream_blocks(model, copies_to_the_cpu)
+    with pytest.raises(RuntimeError, match="no"):
+        model.blocks[0](1)
+    assert model.blocks[0].weight.data_ptr() == lying
+
+
+def test_weights_that_are_converted_must_fit_the_memory_and_mapped_ones_need_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that kills the process would do so again each time that the run goes on."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tuner.pipeline import model as module
+
+    monkeypatch.setattr(module, "free_host_bytes", lambda: 1000)
+    device = module.pick_device()
+    with pytest.raises(ConfigError, match="weights in 16 bits do not fit this machine's memory"):
+        module.load_sixteen_bit_base(tiny_base(), device)  # fp32
+    AutoModelForCausalLM.from_pretrained(tiny_base(), dtype=torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    assert module.load_sixteen_bit_base(tmp_path / "bf16", device).dtype == torch.bfloat16
+
+
+def test_there_is_memory_left_here() -> None:
+    from tuner.pipeline.model import free_host_bytes
+
+    assert 0 < free_host_bytes() < 1 << 50

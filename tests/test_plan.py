@@ -31,6 +31,8 @@ def prepared(rows: int = 320, tokens: int = 54_400, longest: int = 400) -> Prepa
         evaluation=train.model_copy(update={"longest": longest + 100}),
         rows_read=rows,
         shapes={},
+        row_formats={},
+        sentences=(),
         bad_rows=0,
         over_length_rows=0,
         truncated_rows=0,

@@ -3,6 +3,7 @@
 import json
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from tests.test_registry_robustness import deliver
 from tuner.errors import ConfigError, DataError, InputMissingError, NotPushedError
 from tuner.open_files import OpenDirectory
 from tuner.reference import ImageReference, LayoutReference
-from tuner.registry.artifacts import modelpack_artifact, parse_lock, provenance_artifact, read_lock
-from tuner.registry.image import Image, canonical_json
+from tuner.registry.artifacts import Artifact, modelpack_artifact, parse_lock, provenance_artifact, read_lock
+from tuner.registry.image import Image, canonical_json, sha256_digest
 from tuner.registry.push import push_layout, push_referrer
 from tuner.registry.referrers import referrers_tag
 from tuner.registry.verify import verify_image
@@ -263,3 +264,40 @@ def test_an_image_of_another_program_has_no_lock_and_that_is_said(tmp_path: Path
 def test_a_broken_lock_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not the lock of a run"):
         verify(make_image(tmp_path, lock=[]), tmp_path)
+
+
+@pytest.mark.parametrize("says", ["the same", "another run", "other data", "another image", "another program's words"])
+def test_a_statement_beside_the_image_is_compared_with_its_lock(fake: FakeRegistry, tmp_path: Path, says: str) -> None:
+    image = make_image(tmp_path)
+    lock, subject = LOCK, image
+    if says == "another run":
+        lock = LOCK | {"run_digest": "sha256:" + "9" * 64}
+    elif says == "other data":
+        lock = LOCK | {"datasets": []}
+    elif says == "another image":
+        subject = make_image(tmp_path / "other")
+    artifact = provenance_artifact(subject, "a.b/phi", lock, git_commit="abc")
+    if says == "another image":  # a statement that is filed under this one
+        manifest = json.loads(artifact.manifest_bytes)
+        manifest["subject"] = {**manifest["subject"], "digest": image.digest, "size": len(image.manifest_bytes)}
+        artifact = replace(artifact, manifest_bytes=canonical_json(manifest), subject_digest=image.digest)
+    elif says == "another program's words":
+        artifact = with_statement(artifact, {"predicate": {"buildDefinition": {"buildType": "https://other/v1"}}})
+    push(image, fake.host)
+    with client(fake.host) as connected:
+        push_referrer(artifact, connected)
+        reference = ImageReference(fake.host, "adapters/phi", "v1")
+        if says in ("the same", "another program's words"):
+            assert verify_image(reference, tmp_path / "verified", connected, reporter=Silent()).digest == image.digest
+        else:
+            with pytest.raises(DataError, match="its provenance statement says other things than its run"):
+                verify_image(reference, tmp_path / "verified", connected, reporter=Silent())
+
+
+def with_statement(artifact: Artifact, statement: object) -> Artifact:
+    """The artifact with other content in its layer."""
+    content = canonical_json(statement)
+    blob = replace(artifact.blobs[1], digest=sha256_digest(content), size_bytes=len(content), parts=(content,))
+    manifest = json.loads(artifact.manifest_bytes)
+    manifest["layers"][0] |= {"digest": blob.digest, "size": blob.size_bytes}
+    return replace(artifact, manifest_bytes=canonical_json(manifest), blobs=(artifact.blobs[0], blob))

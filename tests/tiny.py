@@ -1,6 +1,7 @@
 """Tokenizers and models small enough for tests, of every preset's kind."""
 
 import atexit
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -168,3 +169,19 @@ def prepared_job(job: Job, reporter: Reporter | None = None) -> tuple[Fetched, P
     job.work_dir.mkdir(parents=True, exist_ok=True)
     fetched = fetch(job.spec, job.secrets, job.work_dir, Silent())
     return fetched, prepare(job.spec, fetched, job.work_dir, reporter or Silent())
+
+
+def of_the_first_format(adapter: Path, *, base: str | None = None) -> Path:
+    """The adapter directory as tuner wrote it before format 2: no canary, no digests, `base` wherever it lay."""
+    (adapter / "canary.json").unlink()
+    lock = json.loads((adapter / "run.lock.json").read_text(encoding="utf-8"))
+    for key in ("format", "files", "tensors_sha256", "lock_sha256", "row_formats", "quantization"):
+        del lock[key]
+    if lock["base_model"]:
+        del lock["base_model"]["title"]
+    (adapter / "run.lock.json").write_text(json.dumps(lock | {"version": 1}), encoding="utf-8")
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    (adapter / "adapter_config.json").write_text(
+        json.dumps(config | ({"base_model_name_or_path": base} if base else {})), encoding="utf-8"
+    )
+    return adapter

@@ -77,13 +77,15 @@ T = TypeVar("T")
 SOURCES_ANNOTATION = "tuner/sources-secret"  # names a Secret with the key sources.json
 REQUIRE_ANNOTATION = "tuner/require"  # gates, as --require has them
 DISABLE_ANNOTATION = "tuner/disable"  # levers that are turned off
+CANARY_ANNOTATION = "tuner/canary"  # "false" as --no-canary
 JOB_PATCH_ANNOTATION = "tuner/job-patch"  # <ConfigMap>/<key>
 RETRY_ANNOTATION = "tuner/retry"  # says nothing: with another value of it the same is run once more
 # Claims, as --results-volume and --weights-volume have them.
 RESULTS_VOLUME_ANNOTATION, WEIGHTS_VOLUME_ANNOTATION = "tuner/results-volume", "tuner/weights-volume"
 CHECKPOINTS_ANNOTATION, IN_REGISTRY = "tuner/checkpoints", "registry"  # as --registry-checkpoints
 _ANNOTATIONS = (
-    *(SOURCES_ANNOTATION, REQUIRE_ANNOTATION, DISABLE_ANNOTATION, JOB_PATCH_ANNOTATION, RETRY_ANNOTATION),
+    *(SOURCES_ANNOTATION, REQUIRE_ANNOTATION, DISABLE_ANNOTATION, CANARY_ANNOTATION, JOB_PATCH_ANNOTATION),
+    RETRY_ANNOTATION,
     *(RESULTS_VOLUME_ANNOTATION, WEIGHTS_VOLUME_ANNOTATION, CHECKPOINTS_ANNOTATION),
 )
 SMOKE_STEPS = 4
@@ -118,6 +120,7 @@ class Request:
     pushes_without_secret: bool = False
     image_volume: bool = False
     disable: tuple[str, ...] = ()
+    canary: bool = True
     only_checks: bool = False
     fetches: bool = True
 
@@ -187,7 +190,7 @@ def build_run(file: WorkspaceFile, request: Request, work_dir: Path, env: Mappin
         name=file.workspace.metadata.name,
         method=tuning.method,
         preset=preset,
-        preset_as_written=tuning.preset.name,
+        preset_as_written=preset.name if _model_directory(tuning) else tuning.preset.name,
         base_model=base_model,
         training=training,
         sources=sources,
@@ -199,6 +202,7 @@ def build_run(file: WorkspaceFile, request: Request, work_dir: Path, env: Mappin
         trust_remote_code=request.trust_remote_code,
         require=tuple(gate.text for gate in gates),
         disabled=disabled or (),
+        canary=request.canary and file.workspace.metadata.annotations.get(CANARY_ANNOTATION) != "false",
     )
     secrets = Secrets(
         queries=queries,
@@ -274,6 +278,10 @@ def _check_annotations(file: WorkspaceFile) -> None:
         path = f"metadata.annotations[{CHECKPOINTS_ANNOTATION}]"
         said = f"{cut(place, 60)!r} keeps no checkpoints"
         problems.append(Problem(said, path=path, hint=f"{IN_REGISTRY}, or leave it out"))
+    if (whether := written.get(CANARY_ANNOTATION, "true")) not in ("true", "false"):
+        path = f"metadata.annotations[{CANARY_ANNOTATION}]"
+        said = f"{cut(whether, 60)!r} is neither true nor false"
+        problems.append(Problem(said, path=path, hint='"false" as --no-canary'))
     if problems:
         raise ConfigError.of(problems)
 
@@ -284,7 +292,7 @@ def _check_annotations(file: WorkspaceFile) -> None:
 def _model_directory(tuning: Tuning) -> Path | None:
     """The base model's directory, when the preset is written as a path."""
     name = tuning.preset.name
-    return Path(name).expanduser().absolute() if name.startswith((".", "/", "~")) else None
+    return Path(name).expanduser().resolve() if name.startswith((".", "/", "~")) else None
 
 
 def _preset(tuning: Tuning, request: Request) -> Preset:
@@ -530,7 +538,7 @@ def _base_model(tuning: Tuning, preset: Preset, training: TrainingConfig, reques
     revision = training.model.revision
     directory = _model_directory(tuning)
     if request.base_model:
-        given = request.base_model.expanduser().absolute()
+        given = request.base_model.expanduser().resolve()  # its own name is what the adapter calls it
         model = LocalModel(path=str(given), sha256=model_digest(given, with_code=request.trust_remote_code))
         if directory is None and is_weights_of(preset, given):
             return model.model_copy(update={"id": preset.model_id, "revision": revision})

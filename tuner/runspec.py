@@ -166,6 +166,11 @@ class LocalModel(Contract):
     id: str | None = Field(default=None, description="the hub id that the preset says these weights are")
     revision: str | None = None
 
+    @property
+    def title(self) -> str:
+        """What the adapter calls its base: the hub id, else the directory's own name, never a path of the machine."""
+        return self.id or Path(self.path).name
+
 
 class ImageModel(Contract):
     """`presetOptions.image`: an OCI artifact with the weights, as KAITO ships them."""
@@ -238,6 +243,9 @@ class Network(Contract):
     ca_file: str | None = None
 
 
+_NOT_INPUTS = frozenset({"destination", "probe", "network", "preflight", "require", "canary"})
+
+
 class RunSpec(Contract):
     """All that a run needs to know but its secrets; equal digests mean equal runs."""
 
@@ -245,7 +253,9 @@ class RunSpec(Contract):
     name: str = Field(description="metadata.name of the Workspace")
     method: Literal["lora", "qlora"]
     preset: Preset
-    preset_as_written: str = Field(description="tuning.preset.name, for the annotation sh.kaito.model.name")
+    preset_as_written: str = Field(
+        description="tuning.preset.name, of a directory its own name, for the annotation sh.kaito.model.name"
+    )
     base_model: BaseModelSource
     training: TrainingConfig
     sources: tuple[Source, ...] = Field(min_length=1)
@@ -260,6 +270,9 @@ class RunSpec(Contract):
     require: tuple[str, ...] = Field(default=(), description="gates, as gates.py reads them")
     disabled: tuple[str, ...] = Field(
         default=(), description="levers (levers.py) turned off; in the digest, as they change last bits"
+    )
+    canary: bool = Field(
+        default=True, description="False: --no-canary, canary.json is without the base in 16 bits; not in the digest"
     )
 
     @field_validator("require")
@@ -279,12 +292,12 @@ class RunSpec(Contract):
     @property
     def digest(self) -> str:
         """`sha256:…` over everything that decides the adapter: not where it goes, nor how it is reached, nor what it
-        must reach to go there."""
+        must reach to go there, nor what is measured on it."""
         return f"sha256:{hashlib.sha256(json.dumps(self.inputs(), sort_keys=True).encode()).hexdigest()}"
 
     def inputs(self) -> dict[str, Any]:
         """What the digest is of."""
-        inputs = self.model_dump(mode="json", exclude={"destination", "probe", "network", "preflight", "require"})
+        inputs = self.model_dump(mode="json", exclude=set(_NOT_INPUTS))
         del inputs["training"]["notes"]
         del inputs["training"]["origins"]  # the same value is the same run wherever it was written
         # Whoever turns the watchdog off wants the run that it stopped to go on, not another.
@@ -292,6 +305,8 @@ class RunSpec(Contract):
         for place in (*inputs["sources"], inputs["base_model"]):
             if place["kind"] in ("file", "local"):
                 del place["path"]  # known by content
+        if isinstance(self.base_model, LocalModel) and self.base_model.id is None:
+            inputs["base_model"]["title"] = self.base_model.title  # stands in the adapter
         return inputs
 
 
@@ -340,6 +355,8 @@ class Secrets:
 
 # ── between the stages ───────────────────────────────────────────────────────────────────────────────────────────────
 
+FETCHED, PREPARED, TRAINED = "fetched.json", "prepared.json", "trained.json"  # in the work directory
+
 
 class FetchedFile(Contract):
     """A verified data file on disk. `path` is relative to the work directory unless the file lies elsewhere."""
@@ -357,6 +374,11 @@ class FetchedModel(Contract):
     id: str | None = None
     revision: str | None = None
     digest: str
+
+    @property
+    def title(self) -> str:
+        """As LocalModel.title."""
+        return self.id or Path(self.path).name
 
 
 class Fetched(Contract):
@@ -384,6 +406,17 @@ class Split(Contract):
     order_sha256: str = Field(description="over the rows' file and row numbers, in order")
 
 
+RowFormat = Literal["messages", "prompt/completion", "text"]
+
+
+class Sentence(Contract):
+    """One of the texts that canary.json asks base and adapter for."""
+
+    row: dict[str, Any] = Field(description="as in a data file: messages, prompt and completion, or text")
+    token_ids: tuple[int, ...]
+    prompt_tokens: int = Field(description="how many of them a model is given to go on from")
+
+
 class Prepared(Contract):
     """prepared.json"""
 
@@ -392,6 +425,8 @@ class Prepared(Contract):
     evaluation: Split | None
     rows_read: int
     shapes: dict[str, int] = Field(description="shape of row → how many")
+    row_formats: dict[RowFormat, int] = Field(description="how what is trained on was rendered → how many")
+    sentences: tuple[Sentence, ...] = Field(description="of the canary: four in the run's row format, two as text")
     bad_rows: int
     over_length_rows: int
     truncated_rows: int

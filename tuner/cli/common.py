@@ -82,6 +82,7 @@ def make_request(flags: RequestFlags) -> "Request":
         preflight=not flags.no_preflight,
         require=flags.require,
         disable=flags.disable,
+        canary=not flags.no_canary,
         trust_remote_code=flags.trust_remote_code,
     )
 

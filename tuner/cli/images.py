@@ -8,9 +8,9 @@ import typer
 
 from tuner.cli import completion
 from tuner.cli.common import check_digest_file, open_talk, print_result, push_options, registry_network
-from tuner.cli.flags import command, registry
+from tuner.cli.flags import command, other, registry
 from tuner.cli.options import BaseModel, LoginFlags, NoOverwrite, PushFlags
-from tuner.errors import UsageError
+from tuner.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from tuner.reference import ImageReference, LayoutReference
@@ -46,8 +46,9 @@ def push(
 ) -> None:
     """Package an adapter directory and push it; equal files give the digest that the run would have pushed."""
     from tuner.open_files import OpenDirectory
-    from tuner.pipeline.package import open_adapter
+    from tuner.pipeline.package import changed_files, open_adapter
     from tuner.pipeline.run import deliver, resume_push
+    from tuner.records import LOCK
     from tuner.request import docker_configs_for, parse_output
     from tuner.runspec import DirectoryDestination
 
@@ -69,6 +70,11 @@ def push(
         credentials = docker_configs_for(login.docker_config, os.environ)
         network = registry_network(login)
         pushed = deliver(adapter, beside, destination, network, credentials, talk, options=push_options(flags))
+        if changed := changed_files(adapter):
+            talk.warn(
+                f"{', '.join(changed)}: not as {LOCK} says, so `tuner verify` refuses the image; without that file it "
+                "is an adapter of your own"
+            )
         _say_pushed(pushed, talk)
     print_result(pushed.reference, flags.digest_file, None)
 
@@ -82,40 +88,57 @@ def _say_pushed(pushed: "Pushed", talk: "Talk") -> None:
     example="tuner verify myregistry.azurecr.io/adapter:1",
 )
 def verify(
-    image: Image,
+    image: Annotated[
+        str,
+        typer.Argument(
+            metavar="IMAGE|DIR",
+            help="registry/name:tag, oci:DIR:TAG or a directory",
+            autocompletion=completion.adapters,
+        ),
+    ],
     load: Annotated[
         Path | None, registry("--load", metavar="DIR", help="load it with PEFT on the base model in DIR too")
     ],
+    allow_unlocked: Annotated[
+        bool, other("--allow-unlocked", help="pass what has no run.lock.json, or one without digests of the files")
+    ],
     login: LoginFlags,
 ) -> None:
-    """Check an adapter image: every digest, what must be in it, that it agrees with its lock, and its weights."""
+    """Check an adapter: every file is the one that its run left, they agree with each other, the weights are sound."""
     from tempfile import TemporaryDirectory
 
     from tuner.content import check_model_directory
-    from tuner.open_files import OpenFile
-    from tuner.pipeline.adapter import ADAPTER_WEIGHTS, check_weights
-    from tuner.reference import LayoutReference
+    from tuner.pipeline.adapter import check_weights
+    from tuner.reference import LayoutReference, names_registry
     from tuner.registry import client_for
-    from tuner.registry.verify import verify_image
+    from tuner.registry.verify import verify_directory, verify_image
     from tuner.request import docker_configs_for
 
-    reference = _image_argument(image)
+    is_image = image.startswith("oci:") or names_registry(image) or not Path(image).is_dir()
+    reference = _image_argument(image) if is_image else None
     if load:
         load = load.expanduser()
         check_model_directory(load, f"--load {load}", trust_remote_code=False)
     with open_talk() as talk, TemporaryDirectory() as folder:
-        directory = Path(folder) / "adapter"
-        if isinstance(reference, LayoutReference):
-            verified = verify_image(reference, directory, reporter=talk)
+        directory = Path(folder) / "adapter" if reference else Path(image)
+        if reference is None:
+            verified = verify_directory(directory, digest_tensors=check_weights, reporter=talk)
+        elif isinstance(reference, LayoutReference):
+            verified = verify_image(reference, directory, digest_tensors=check_weights, reporter=talk)
         else:
             credentials = docker_configs_for(login.docker_config, os.environ)
             with client_for(reference, registry_network(login), credentials, reporter=talk) as client:
-                verified = verify_image(reference, directory, client, reporter=talk)
-        check_weights(OpenFile.at(directory / ADAPTER_WEIGHTS))
+                verified = verify_image(reference, directory, client, digest_tensors=check_weights, reporter=talk)
         if load:
             _load_with_peft(directory, load)
-        talk.note(f"{len(verified.files)} files are what they say" + (", and PEFT loads them" if load else ""))
-    print(reference.with_digest(verified.digest))
+        if verified.unchecked and not allow_unlocked:
+            raise DataError(
+                f"{image}: cannot be verified: {verified.unchecked}",
+                hint="--allow-unlocked passes it: nothing else is wrong with it",
+            )
+        what = "agree with each other" if verified.unchecked else "are those that the run left"
+        talk.note(f"{len(verified.files)} files {what}" + (", and PEFT loads them" if load else ""))
+    print(reference.with_digest(verified.digest) if reference and verified.digest else image)
 
 
 def _image_argument(image: str) -> "ImageReference | LayoutReference":

@@ -90,6 +90,9 @@ class TrainingFlags:
             autocompletion=completion.levers,
         ),
     ]
+    no_canary: Annotated[
+        bool, training("--no-canary", help="do not measure the adapter on the base in 16 bits, as others serve it")
+    ]
     trust_remote_code: Annotated[bool, training("--trust-remote-code", help="run Python from the model's repository")]
 
 

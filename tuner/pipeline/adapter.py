@@ -18,10 +18,12 @@ from tuner import __version__
 from tuner.durable import write_text
 from tuner.errors import DataError, GateError
 from tuner.open_files import OpenFile
+from tuner.records import LOCK, Figures, LockedBase, LockedData, LockedFile, LockedRows, Quantization, RunLock
 from tuner.runspec import Fetched, FetchedFile, FetchedModel, Prepared, RunSpec, perplexity
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
 
 # KAITO's transformers runtime pins peft 0.11.1, whose LoraConfig refuses keys it does not know.
 # https://github.com/huggingface/peft/blob/v0.11.1/src/peft/tuners/lora/config.py
@@ -40,9 +42,13 @@ TOKENIZER_FILES = frozenset(
         "special_tokens_map.json",
         "vocab.json",
         "merges.txt",
-        "chat_template.jinja",
+        CHAT_TEMPLATE,
     }
 )
+
+# Settings that say where files lie.
+_PLACES = frozenset({"TrainingArguments.output_dir"})
+_DATASET_PATH = "dataset_path"
 
 _MAX_SAFETENSORS_HEADER_BYTES = 100_000_000  # what the safetensors library itself accepts
 _PIECE_BYTES = 4 << 20  # a multiple of every word's size
@@ -53,7 +59,7 @@ def adapter_config(
 ) -> tuple[dict[str, Any], list[str]]:
     """What adapter_config.json says, and the keys in it that KAITO's transformers runtime will refuse.
 
-    The base is the hub id and revision, never a path of the training machine unless the base is only a path.
+    The base is the hub id and revision, of one that is only a directory its name: never a path of the machine.
     """
     config: dict[str, Any] = {}
     newer: list[str] = []
@@ -66,7 +72,7 @@ def adapter_config(
             config[key] = value
             newer.append(key)
     config |= {
-        "base_model_name_or_path": base and (base.id or base.path),
+        "base_model_name_or_path": base and base.title,
         "revision": base and base.revision,
         "inference_mode": True,
         "task_type": "CAUSAL_LM",
@@ -100,12 +106,20 @@ def vllm_problems(lora: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def check_weights(weights: OpenFile) -> None:
-    """Raises DataError for a file that is damaged, GateError for NaN, Inf or a lora_B that was nowhere updated."""
+def check_weights(weights: OpenFile) -> str:
+    """The sha256 of the tensors, in hexadecimal digits, whatever the order and metadata of the file that holds them.
+
+    Over each tensor in the order of their names: its name, dtype and shape as one line of JSON, then its bytes as they
+    are in the file. Raises DataError for a file that is damaged, GateError for NaN, Inf or a lora_B that was nowhere
+    updated.
+    """
     file_name = weights.path.name
+    digest = hashlib.sha256()
     updated = False
-    for name, tensor in _safetensors_header(weights).items():
+    for name, tensor in sorted(_safetensors_header(weights).items()):
+        digest.update(json.dumps([name, tensor.dtype, tensor.shape], separators=(",", ":")).encode() + b"\n")
         for words in _words(weights, tensor):
+            digest.update(words.data)
             if not _is_finite(words, tensor.dtype):
                 raise GateError(
                     f"{file_name}: {name} has NaN or infinite values", hint="lower TrainingArguments.learning_rate"
@@ -117,10 +131,12 @@ def check_weights(weights: OpenFile) -> None:
             f"{file_name}: every lora_B is zero, so the adapter changes nothing",
             hint="raise TrainingArguments.learning_rate, or train for more steps",
         )
+    return digest.hexdigest()
 
 
 class _Tensor(NamedTuple):
     dtype: str
+    shape: list[int]
     begin: int  # in the file
     end: int
 
@@ -135,22 +151,25 @@ def _safetensors_header(weights: OpenFile) -> dict[str, _Tensor]:
     try:
         header = json.loads(_read(weights, 8, header_bytes))
         tensors = {
-            key: _Tensor(value["dtype"], first + value["data_offsets"][0], first + value["data_offsets"][1])
+            key: _Tensor(value["dtype"], value["shape"], *(first + offset for offset in value["data_offsets"]))
             for key, value in header.items()
             if key != "__metadata__"
         }
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        sizes = {key: math.prod(tensor.shape) for key, tensor in tensors.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{name} has no safetensors header") from error
+    unknown = sorted({str(tensor.dtype) for tensor in tensors.values()} - set(_EXPONENTS))
+    if unknown:
+        raise DataError(f"{name}: adapter weights in {', '.join(unknown)} cannot be checked")
     end = first
-    for tensor in sorted(tensors.values(), key=lambda tensor: tensor.begin):
+    for key, tensor in sorted(tensors.items(), key=lambda item: item[1].begin):
         if tensor.begin != end or tensor.end < end:
             raise DataError(f"{name}: its tensors overlap or leave gaps")
+        if tensor.end - tensor.begin != sizes[key] * np.dtype(_EXPONENTS[tensor.dtype][0]).itemsize:
+            raise DataError(f"{name}: {key} is not as long as its shape says")
         end = tensor.end
     if end != weights.size_bytes:
         raise DataError(f"{name} is cut short or too long: its tensors do not cover the file")
-    unknown = sorted({tensor.dtype for tensor in tensors.values()} - set(_EXPONENTS))
-    if unknown:
-        raise DataError(f"{name}: adapter weights in {', '.join(unknown)} cannot be checked")
     return tensors
 
 
@@ -182,40 +201,72 @@ def source_label(file: FetchedFile) -> str:
     return Path(file.path).name if Path(file.source).is_absolute() else file.source
 
 
-def run_lock(spec: RunSpec, fetched: Fetched, prepared: Prepared, versions: Mapping[str, str]) -> dict[str, Any]:
-    """What run.lock.json says: all that is needed to make the same adapter again."""
+def run_lock(
+    spec: RunSpec,
+    fetched: Fetched,
+    prepared: Prepared,
+    *,
+    figures: Figures,
+    quantization: Quantization,
+    versions: Mapping[str, str],
+    tensors_sha256: str,
+    files: Mapping[str, LockedFile],
+) -> RunLock:
+    """run.lock.json: all that is needed to make the same adapter again, and to know this one by.
+
+    `files` are all that it is packaged with.
+    """
     base = fetched.base_model
-    return {
-        "version": 1,
-        "run_digest": spec.digest,
-        "smoke": spec.smoke,
-        "method": spec.method,
-        "preset": spec.preset_as_written,
-        "base_model": base and {"id": base.id, "revision": base.revision, "digest": base.digest},
-        "datasets": [
-            {"source": source_label(file), "sha256": file.sha256, "size_bytes": file.size_bytes}
+    return RunLock(
+        name=spec.name,
+        run_digest=spec.digest,
+        smoke=spec.smoke,
+        method=spec.method,
+        preset=spec.preset_as_written,
+        base_model=base and LockedBase(title=base.title, id=base.id, revision=base.revision, digest=base.digest),
+        quantization=quantization,
+        datasets=tuple(
+            LockedData(source=source_label(file), sha256=file.sha256, size_bytes=file.size_bytes)
             for file in fetched.files
-        ],
-        "rows": {
-            "read": prepared.rows_read,
-            "train": prepared.train.rows,
-            "evaluation": prepared.eval_rows,
-            "smoke_unused": prepared.smoke_unused_rows,
-            "bad": prepared.bad_rows,
-            "over_length": prepared.over_length_rows,
-            "truncated": prepared.truncated_rows,
-            "unsupervised": prepared.unsupervised_rows,
-            "train_order_sha256": prepared.train.order_sha256,
-        },
-        "max_length": prepared.max_length,
-        "seed": spec.training.arguments.seed,
-        "config": spec.training.sections(),
-        "versions": {"tuner": __version__, **versions},
-    }
+        ),
+        rows=LockedRows(
+            read=prepared.rows_read,
+            train=prepared.train.rows,
+            evaluation=prepared.eval_rows,
+            smoke_unused=prepared.smoke_unused_rows,
+            bad=prepared.bad_rows,
+            over_length=prepared.over_length_rows,
+            truncated=prepared.truncated_rows,
+            unsupervised=prepared.unsupervised_rows,
+            train_order_sha256=prepared.train.order_sha256,
+        ),
+        row_formats=prepared.row_formats,
+        chat_template_sha256=files[CHAT_TEMPLATE].sha256 if "messages" in prepared.row_formats else None,
+        max_length=prepared.max_length,
+        seed=spec.training.arguments.seed,
+        config={section: _without_places(section, values) for section, values in spec.training.sections().items()},
+        figures=figures,
+        versions={"tuner": __version__, **versions},
+        tensors_sha256=tensors_sha256,
+        files=dict(files),
+    )
+
+
+def _without_places(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The section's values, without where files lie: that is no part of the run, and names directories of somebody."""
+    kept = {key: value for key, value in values.items() if f"{section}.{key}" not in _PLACES}
+    path = kept.get(_DATASET_PATH) if section == "DatasetConfig" else None
+    return kept | ({_DATASET_PATH: Path(path).name} if path and Path(path).is_absolute() else {})
 
 
 def model_card(
-    spec: RunSpec, fetched: Fetched, prepared: Prepared, figures: Mapping[str, float | int | None], coverage: str
+    spec: RunSpec,
+    fetched: Fetched,
+    prepared: Prepared,
+    *,
+    figures: Figures,
+    quantization: Quantization,
+    coverage: str,
 ) -> str:
     """README.md of the adapter, with the front matter that PEFT and the Hub read."""
     base = fetched.base_model
@@ -227,7 +278,7 @@ def model_card(
     lines = [
         f"# {spec.name}",
         "",
-        f"A LoRA adapter for {f'`{name}`' if name else 'a base model without a hub id'}"
+        f"A LoRA adapter for {_base_in_words(base)}"
         + (f" at revision `{base.revision}`" if base and base.revision else "")
         + f", trained with {spec.method}."
         + (" **Smoke run: a tiny random model; this adapter is good for nothing but tests.**" if spec.smoke else ""),
@@ -236,15 +287,14 @@ def model_card(
         "|---|---|",
         f"| LoRA | r {lora.r}, alpha {lora.lora_alpha}, dropout {lora.lora_dropout} |",
         f"| covers | {coverage} |",
+        f"| base in training | {quantization} |",
         f"| learning rate | {arguments.learning_rate}, {arguments.lr_scheduler_type} |",
-        f"| steps | {figures['steps']}, {_figure(figures['epochs'])} epochs; the adapter is of step "
-        f"{figures['kept_step']} |",
+        f"| steps | {figures.steps}, {_figure(figures.epochs)} epochs; the adapter is of step {figures.kept_step} |",
         f"| rows | {prepared.train.rows:,} trained on, {prepared.eval_rows:,} held out |",
         f"| tokens | {prepared.train.tokens:,} in the training rows, {prepared.train.supervised_tokens:,} learnt |",
-        f"| training loss | {_figure(figures['first_train_loss'])} → {_figure(figures['last_train_loss'])} |",
-        f"| held-out loss | {_figure(figures['eval_loss_before'])} → {_figure(figures['eval_loss_after'])} |",
-        f"| held-out perplexity | {_perplexity(figures['eval_loss_before'])} → "
-        f"{_perplexity(figures['eval_loss_after'])} |",
+        f"| training loss | {_figure(figures.first_train_loss)} → {_figure(figures.last_train_loss)} |",
+        f"| held-out loss | {_figure(figures.eval_loss_before)} → {_figure(figures.eval_loss_after)} |",
+        f"| held-out perplexity | {_perplexity(figures.eval_loss_before)} → {_perplexity(figures.eval_loss_after)} |",
         f"| row order | `{prepared.train.order_sha256}` |",
         f"| run | `{spec.digest}` |",
         "",
@@ -254,8 +304,17 @@ def model_card(
         "",
         "Every value of the configuration is in `run.lock.json`, every logged step in `metrics.jsonl`.",
         "",
+        "`canary.json` has what base and adapter make of six fixed sentences: a server that makes something else of",
+        "them does not serve this adapter.",
+        "",
     ]
     return "\n".join(front + lines)
+
+
+def _base_in_words(base: FetchedModel | None) -> str:
+    if base is None:
+        return "a made-up base model"
+    return f"`{base.title}`" if base.id else f"`{base.title}`, a base model without a hub id"
 
 
 def _figure(value: float | None) -> str:
@@ -274,6 +333,15 @@ def file_digests(directory: Path) -> dict[str, str]:
             with path.open("rb") as file:
                 digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return digests
+
+
+def locked_files(directory: Path) -> dict[str, LockedFile]:
+    """As the run lock has them: every file directly in the directory but that lock."""
+    return {
+        name: LockedFile(sha256=sha256, size_bytes=(directory / name).stat().st_size)
+        for name, sha256 in file_digests(directory).items()
+        if name != LOCK
+    }
 
 
 def write_json(path: Path, value: Any) -> None:

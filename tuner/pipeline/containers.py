@@ -39,8 +39,6 @@ from tuner.pipeline.hub import HubRepository
 from tuner.pipeline.prepare import prepare
 from tuner.pipeline.registry_checkpoints import Uploads, restore
 from tuner.pipeline.run import (
-    FETCHED,
-    TRAINED,
     check_destination,
     check_space,
     fetched_values,
@@ -61,6 +59,8 @@ from tuner.registry.push_state import PushOptions
 from tuner.request import HF_TOKEN
 from tuner.retry import Backoff
 from tuner.runspec import (
+    FETCHED,
+    TRAINED,
     Destination,
     DirectoryDestination,
     Fetched,

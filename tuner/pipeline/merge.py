@@ -8,6 +8,7 @@ adapter added to that. What remains is the rounding of the sum to the checkpoint
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ from tuner.open_files import OpenFile
 from tuner.pipeline.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER_FILES, check_weights, write_json
 from tuner.pipeline.download import format_bytes
 from tuner.pipeline.model import Device, load_base_model, pick_device
-from tuner.pipeline.package import LOCK
-from tuner.runspec import Reporter
+from tuner.records import LOCK
+from tuner.runspec import FETCHED, Fetched, Reporter
 from tuner.training_settings import TrainingConfig
 
 MERGE = "merge.json"  # the drift, for programs; the card says it to people
@@ -78,7 +79,7 @@ def merge(adapter: Path, target: Path, base: Path | None, reporter: Reporter) ->
     config, lock = _read(adapter / ADAPTER_CONFIG), _read(adapter / LOCK)
     check_weights(OpenFile.at(adapter / ADAPTER_WEIGHTS))
     _check_mergeable(config, lock)
-    directory = base or _cached_base(config)
+    directory = base or find_base(adapter, config, lock)
     base_config = _read(directory / "config.json")
     _check_tied(config, base_config)
     _check_base(directory, lock)
@@ -111,7 +112,7 @@ def merge(adapter: Path, target: Path, base: Path | None, reporter: Reporter) ->
     del model, tuned, dense, merged
     # Of what is on the disk, not of what was in memory.
     drift = _drift(before, _logits(_load(partial, device, dtype), probes))
-    _write_card(partial, config, lock, dtype, drift)
+    _write_card(partial, lock, dtype, drift)
     move(partial, target)
     reporter.note(f"merged: {drift}")
     return drift
@@ -157,8 +158,11 @@ def _check_tied(config: dict[str, Any], base_config: dict[str, Any]) -> None:
         raise ConfigError(f"an adapter on {found[0]} cannot be merged: this base shares it with the embeddings")
 
 
-def _cached_base(config: dict[str, Any]) -> Path:
-    """The base that the adapter names, from the hub's cache."""
+def find_base(adapter: Path, config: Mapping[str, Any], lock: Mapping[str, Any]) -> Path:
+    """The base that an adapter was trained on: from the hub's cache, or where its work directory says that it lies.
+
+    Raises InputMissingError where it is neither.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -168,14 +172,27 @@ def _cached_base(config: dict[str, Any]) -> Path:
         raise InputMissingError(
             "the adapter names no base model", hint=f"{hint}; that of a smoke run is smoke-model in its work directory"
         )
-    if Path(name).is_dir():
-        return Path(name)
+    locked = lock.get("base_model") or {}
+    if not locked.get("id"):  # no name of the hub's, whatever it looks like
+        directory = _recorded_base(adapter.parent, locked.get("digest")) or Path(name)
+        if directory.is_absolute() and directory.is_dir():  # as locks of the first format had it
+            return directory
+        raise InputMissingError(f"the base model, {Path(name).name}, is none of the hub's", hint=hint)
     try:
         return Path(snapshot_download(name, revision=revision, local_files_only=True))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
         raise InputMissingError(
             f"{name} at {revision or 'main'}: is not in the hub's cache on this machine", hint=hint
         ) from error
+
+
+def _recorded_base(work_dir: Path, digest: str | None) -> Path | None:
+    """Where the run in this work directory had the base of this digest."""
+    try:
+        base = Fetched.load(work_dir / FETCHED).base_model
+    except (InputMissingError, ConfigError):
+        return None
+    return (work_dir / base.path).absolute() if base and base.digest == digest else None
 
 
 def _check_base(directory: Path, lock: dict[str, Any]) -> None:
@@ -276,19 +293,16 @@ def _save(model: Any, directory: Path, adapter: Path) -> None:
     shutil.copyfile(adapter / LOCK, directory / LOCK)
 
 
-def _write_card(
-    directory: Path, config: dict[str, Any], lock: dict[str, Any], dtype: torch.dtype, drift: Drift
-) -> None:
-    base = str(config.get("base_model_name_or_path") or "")
-    is_hub_id = bool(base) and not Path(base).is_absolute()
+def _write_card(directory: Path, lock: dict[str, Any], dtype: torch.dtype, drift: Drift) -> None:
+    base = (lock["base_model"] or {}).get("id")
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    front += [f"base_model: {base}", "base_model_relation: finetune"] if is_hub_id else []
+    front += [f"base_model: {base}", "base_model_relation: finetune"] if base else []
     front += ["tags:", "- tuner", "---", ""]
     how = "as its 4-bit form is decoded, which is what it was trained on" if lock["method"] == "qlora" else "as it is"
     lines = [
         f"# {lock['name']}, merged",
         "",
-        f"{f'`{base}`' if is_hub_id else 'A base model without a hub id'} with the LoRA adapter of run "
+        f"{f'`{base}`' if base else 'A base model without a hub id'} with the LoRA adapter of run "
         f"`{lock['run_digest']}` added to its weights, in {str(dtype).removeprefix('torch.')}."
         + (" **Smoke run: a tiny random model.**" if lock["smoke"] else ""),
         "",

@@ -8,13 +8,14 @@ from typing import Any
 from tuner.errors import ConfigError, InputMissingError, TunerError
 from tuner.open_files import OpenDirectory
 from tuner.pipeline.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER_FILES, check_weights
+from tuner.records import CANARY, LOCK, lock_format
 from tuner.registry.compression import Compression
 from tuner.registry.image import Image, build_image
 
-LOCK = "run.lock.json"
-
 # An allow-list: optimizer states, data, environment files and docker configs can never be in an image.
-PACKAGED_FILES = frozenset({ADAPTER_CONFIG, ADAPTER_WEIGHTS, "README.md", "metrics.jsonl", LOCK}) | (TOKENIZER_FILES)
+PACKAGED_FILES = (
+    frozenset({ADAPTER_CONFIG, ADAPTER_WEIGHTS, "README.md", "metrics.jsonl", LOCK, CANARY}) | TOKENIZER_FILES
+)
 
 
 _ADAPTERS = "a run leaves its adapter in adapter-… of its work directory, tuner-work/NAME"
@@ -54,6 +55,20 @@ def _directories_with(name: str, adapter: OpenDirectory) -> list[str]:
     return found
 
 
+def changed_files(adapter: OpenDirectory) -> list[str]:
+    """Names of what is packaged and is not, or no more, as run.lock.json says; none without a lock that says it."""
+    lock = _read(adapter, LOCK) if adapter.has(LOCK) else {}
+    locked = lock.get("files", {})
+    if lock_format(lock) != 2 or not isinstance(locked, dict):
+        return []
+    there = {name: adapter.file(name).sha256() for name in adapter.names() if name in PACKAGED_FILES - {LOCK}}
+    return sorted(
+        name
+        for name in {*there, *locked}
+        if not isinstance(locked.get(name), dict) or there.get(name) != locked[name].get("sha256")
+    )
+
+
 def annotations(adapter: OpenDirectory) -> dict[str, str]:
     """The manifest's annotations, from what the directory itself says: `tuner push` needs no RunSpec."""
     config = _read(adapter, ADAPTER_CONFIG)
@@ -81,6 +96,8 @@ def _of_lock(lock: dict[str, Any]) -> dict[str, Any]:
         "sh.kaito.model.name": lock["preset"],
         "tuner.method": lock["method"],
         "tuner.run-digest": lock["run_digest"],
+        "tuner.base-model.id": base.get("id"),
+        "tuner.base-model.title": None if base.get("id") else base.get("title"),
         "tuner.base-model.digest": base.get("digest"),
         "tuner.dataset-digests": ",".join(f"sha256:{data['sha256']}" for data in lock["datasets"]),
         "tuner.eval-loss": lock["figures"]["eval_loss_after"],

@@ -4,6 +4,7 @@ import hashlib
 import json
 import platform
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from tuner.content import hash_file
 from tuner.durable import make_directories, sync_tree
 from tuner.errors import ConfigError, DataError, InputMissingError
+from tuner.pipeline.adapter import write_json
 from tuner.pipeline.dataset import (
     HELD_OUT_ROWS_AT_MOST,
     BadRow,
@@ -31,8 +34,9 @@ from tuner.pipeline.dataset import (
 from tuner.pipeline.dataset import Split as RowSplit
 from tuner.pipeline.labels import FALLBACK_CHAT_TEMPLATE, Labeller, TokenRow
 from tuner.pipeline.libraries import quiet
+from tuner.pipeline.sentences import canary_sentences, row_format
 from tuner.plan import count_evaluations, evaluation_share
-from tuner.runspec import Contract, Fetched, Prepared, Progress, Reporter, RowProblem, RunSpec, Split
+from tuner.runspec import Contract, Fetched, Prepared, Progress, Reporter, RowFormat, RowProblem, RunSpec, Split
 
 LONGEST_DEFAULT = 8192
 EVALUATION_WORTH_SAYING = 0.25  # of what training costs
@@ -41,6 +45,7 @@ SMOKE_TRAIN_ROWS = 64
 SMOKE_EVALUATION_ROWS = 16
 _SHOWN_PROBLEMS = 20
 _CACHE = "cache.json"
+_OWN_CODE = ("prepare", "labels", "dataset", "sentences")
 # The last three, where they are there, turn a tokenizer without tokenizer.json into a fast one.
 _DECIDE_TOKENS = ("transformers", "tokenizers", "jinja2", "pyarrow", "sentencepiece", "tiktoken", "protobuf")
 
@@ -77,6 +82,7 @@ def make_tokens(spec: RunSpec, fetched: Fetched, work_dir: Path, reporter: Repor
     base_dir = _base_model_dir(spec, fetched, gathered.rows, work_dir)
     tokenizer = load_tokenizer(spec, work_dir / base_dir, conversations=any(isinstance(r, Conversation) for r in train))
     tokenizer.save_pretrained(directory / "tokenizer")
+    _leave_places_out(directory / "tokenizer" / "tokenizer_config.json")
     labeller = Labeller(tokenizer)
     if labeller.end_of_turn.token is None and any(isinstance(row, Conversation) for row in train):
         reporter.warn("the chat template closes no turn with a special token: EOS is learnt after the last answer")
@@ -115,7 +121,10 @@ def make_tokens(spec: RunSpec, fetched: Fetched, work_dir: Path, reporter: Repor
     if straddles:
         reporter.warn(f"in {straddles:,} answers the first token begins in the prompt: the template ends it mid-word")
     held_out = tallies["held-out"].rows
-    _check_vocabulary([*rows, *held_out], work_dir / base_dir)
+    row_formats = dict(sorted(tallies["training"].formats.items()))
+    sentences = canary_sentences(labeller, row_formats)
+    _check_vocabulary((row.input_ids for row in (*rows, *held_out)), work_dir / base_dir)
+    _check_vocabulary((np.array(sentence.token_ids) for sentence in sentences), work_dir / base_dir)
     needing = next((gate for gate in spec.gates if gate.needs_held_out_rows), None)
     if needing and not held_out:
         raise DataError(
@@ -128,6 +137,8 @@ def make_tokens(spec: RunSpec, fetched: Fetched, work_dir: Path, reporter: Repor
         evaluation=_write_split(held_out, directory / "evaluation.arrow", work_dir) if held_out else None,
         rows_read=len(gathered.rows) + len(gathered.bad),
         shapes=gathered.shapes,
+        row_formats=row_formats,
+        sentences=sentences,
         bad_rows=len(gathered.bad) + untold,
         over_length_rows=over if settings.over_length == "drop" else 0,
         truncated_rows=over if settings.over_length == "truncate" else 0,
@@ -196,7 +207,7 @@ def tokens_key(spec: RunSpec, fetched: Fetched) -> str | None:
         "preset": [spec.preset.chat_template, spec.preset.context_length],
         "template": spec.training.model.chat_template,
         "dataset": spec.training.dataset.values() | {"max_length": spec.training.arguments.max_length},
-        "code": [hash_file(Path(__file__).with_name(f"{name}.py")) for name in ("prepare", "labels", "dataset")],
+        "code": [hash_file(Path(__file__).with_name(f"{name}.py")) for name in _OWN_CODE],
         "trust_remote_code": spec.trust_remote_code,
         "libraries": {name: _version(name) for name in _DECIDE_TOKENS} | {"python": platform.python_version()},
     }
@@ -269,6 +280,18 @@ def load_tokenizer(spec: RunSpec, directory: Path, *, conversations: bool) -> An
     return tokenizer
 
 
+def _leave_places_out(config_file: Path) -> None:
+    """What says where the tokenizer was loaded from, here or by whoever published it, does not go into an image."""
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    write_json(config_file, {key: value for key, value in config.items() if not _is_place(key, value)})
+
+
+def _is_place(key: str, value: Any) -> bool:
+    if key in ("is_local", "local_files_only", "name_or_path"):
+        return True
+    return isinstance(value, str) and not key.endswith("_token") and Path(value).is_absolute()
+
+
 def context_length(spec: RunSpec, base_dir: Path) -> int:
     """Tokens the model can attend to: config.json's word, which a --base-model may have other than the preset."""
     config = _text_config(base_dir)
@@ -282,10 +305,10 @@ def _text_config(base_dir: Path) -> dict[str, Any]:
     return text
 
 
-def _check_vocabulary(rows: Sequence[TokenRow], base_dir: Path) -> None:
+def _check_vocabulary(token_ids: Iterable[npt.NDArray[Any]], base_dir: Path) -> None:
     """Raises ConfigError for a token that the model has no embedding of: on a GPU that ends a run without a word."""
     words = _text_config(base_dir).get("vocab_size")
-    largest = max(int(row.input_ids.max()) for row in rows)
+    largest = max(int(ids.max()) for ids in token_ids)
     if words is not None and largest >= words:
         raise ConfigError(
             f"{base_dir}: its tokenizer gives token {largest:,}, and its config.json has a vocab_size of {words:,}",
@@ -299,6 +322,7 @@ class _Tally:
     a template makes of one."""
 
     rows: list[TokenRow]
+    formats: Counter[RowFormat]
     problems: list[RowProblem]
     bad: int
     over_length: int
@@ -309,6 +333,7 @@ def _tokenize(
     rows: Sequence[Row], labeller: Labeller, limit: int, over_length: str, task: str, reporter: Reporter
 ) -> _Tally:
     kept: list[TokenRow] = []
+    formats: Counter[RowFormat] = Counter()
     problems: list[RowProblem] = []
     bad, over, unsupervised = set[Origin](), set[Origin](), set[Origin]()
 
@@ -319,6 +344,7 @@ def _tokenize(
     for begin in range(0, len(rows), 1024):
         batch = rows[begin : begin + 1024]
         examples = []
+        format_of = {row.origin: row_format(row) for row in batch}
         for row in batch:
             rendered = labeller.examples(row)
             if isinstance(rendered, BadRow):
@@ -337,10 +363,11 @@ def _tokenize(
                 tokens = tokens.truncated(limit)
             if tokens.supervised.any():
                 kept.append(tokens)
+                formats[format_of[tokens.origin]] += 1
             else:
                 put_aside(unsupervised, tokens.origin, "no token of it is learnt")
         reporter.progress(Progress("prepare", f"tokenizing {task} rows", begin + len(batch), len(rows), "rows"))
-    return _Tally(kept, problems, len(bad), len(over), len(unsupervised))
+    return _Tally(kept, formats, problems, len(bad), len(over), len(unsupervised))
 
 
 def _write_split(rows: Sequence[TokenRow], path: Path, work_dir: Path) -> Split:

@@ -29,9 +29,11 @@ from tuner.open_files import OpenDirectory, OpenFile
 from tuner.pipeline.adapter import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    TOKENIZER_FILES,
     adapter_config,
     check_weights,
     file_digests,
+    locked_files,
     model_card,
     run_lock,
     write_json,
@@ -41,12 +43,13 @@ from tuner.pipeline.download import format_bytes
 from tuner.pipeline.fetch import check_stores, fetch
 from tuner.pipeline.launch import by_itself, end_with_parent, is_worker, rank, train_in_processes, world_size
 from tuner.pipeline.libraries import check_packages, quiet
-from tuner.pipeline.package import LOCK, PACKAGED_FILES, adapter_image
+from tuner.pipeline.package import PACKAGED_FILES, adapter_image
 from tuner.pipeline.prepare import prepare
 from tuner.pipeline.registry_checkpoints import Uploads, restore
 from tuner.pipeline.startup import TOTAL, StartUp
 from tuner.pipeline.tracking import check_trackers, tracked
 from tuner.pod import SENTINEL
+from tuner.records import CANARY, LOCK, Canary, Figures
 from tuner.reference import ImageReference
 from tuner.registry import client_for
 from tuner.registry.credentials import parse_credentials
@@ -56,6 +59,9 @@ from tuner.registry.push import Pushed, push_layout
 from tuner.registry.push_state import PushOptions, load_push_state, push_resumably
 from tuner.request import all_at_once
 from tuner.runspec import (
+    FETCHED,
+    PREPARED,
+    TRAINED,
     Destination,
     DirectoryDestination,
     Fetched,
@@ -76,7 +82,6 @@ from tuner.runspec import (
     Trained,
 )
 
-FETCHED, PREPARED, TRAINED = "fetched.json", "prepared.json", "trained.json"
 _SPARE_DISK_BYTES = 2 * 2**30  # tokens, checkpoints, adapter
 
 
@@ -465,10 +470,12 @@ def train(
     done = finished_adapter(inputs, work_dir)
     if done:
         reporter.note(f"already trained: {work_dir / done.adapter_dir}")
+        _note_canary(spec, work_dir / done.adapter_dir / CANARY, reporter)
         return done
     startup = startup or StartUp()
     with startup.part("imports"):
         quiet()
+        from tuner.pipeline.canary import measure
         from tuner.pipeline.model import gpu_count
         from tuner.pipeline.train import Stop, optimise
 
@@ -490,25 +497,38 @@ def train(
         reporter.warn(
             f"KAITO's transformers runtime (peft 0.11.1) cannot load this adapter: it does not know {', '.join(newer)}"
         )
-    figures: dict[str, float | int | None] = {
-        "steps": outcome.steps,
-        "epochs": outcome.epochs,
-        "kept_step": outcome.kept_step,
-        "first_train_loss": outcome.first_train_loss,
-        "last_train_loss": outcome.last_train_loss,
-        "eval_loss_before": outcome.eval_loss_before,
-        "eval_loss_after": outcome.eval_loss_after,
-    }
-    write_json(adapter_dir / ADAPTER_CONFIG, config)
-    write_json(
-        adapter_dir / LOCK,
-        run_lock(spec, fetched, prepared, outcome.versions) | {"figures": figures, "name": spec.name},
+    figures = Figures(
+        steps=outcome.steps,
+        epochs=outcome.epochs,
+        kept_step=outcome.kept_step,
+        first_train_loss=outcome.first_train_loss,
+        last_train_loss=outcome.last_train_loss,
+        eval_loss_before=outcome.eval_loss_before,
+        eval_loss_after=outcome.eval_loss_after,
     )
-    card = model_card(spec, fetched, prepared, figures, str(outcome.coverage))
+    write_json(adapter_dir / ADAPTER_CONFIG, config)
+    quantization = outcome.coverage.quantization
+    card = model_card(
+        spec, fetched, prepared, figures=figures, quantization=quantization, coverage=str(outcome.coverage)
+    )
     (adapter_dir / "README.md").write_text(card, encoding="utf-8")
-    for path in sorted((work_dir / prepared.tokenizer_dir).iterdir()):
-        shutil.copyfile(path, adapter_dir / path.name)
-    check_weights(OpenFile.at(adapter_dir / ADAPTER_WEIGHTS))
+    for name in TOKENIZER_FILES:
+        if (work_dir / prepared.tokenizer_dir / name).is_file():
+            shutil.copyfile(work_dir / prepared.tokenizer_dir / name, adapter_dir / name)
+    tensors = check_weights(OpenFile.at(adapter_dir / ADAPTER_WEIGHTS))
+    canary = measure(spec, prepared, work_dir, adapter_dir, tensors, quantization, reporter)
+    write_json(adapter_dir / CANARY, canary.as_json())
+    lock = run_lock(
+        spec,
+        fetched,
+        prepared,
+        figures=figures,
+        quantization=quantization,
+        versions=outcome.versions,
+        tensors_sha256=tensors,
+        files=locked_files(adapter_dir),
+    )
+    write_json(adapter_dir / LOCK, lock.sealed())  # the last, as it says what the others are
     trained = Trained(
         run_digest=spec.digest,
         inputs_digest=inputs,
@@ -538,6 +558,11 @@ def train(
     # They were for getting here, and what a power cut would leave is the adapter.
     shutil.rmtree(checkpoints, ignore_errors=True)
     return trained
+
+
+def _note_canary(spec: RunSpec, file: Path, reporter: Reporter) -> None:
+    if spec.canary and file.is_file() and not Canary.model_validate_json(file.read_bytes()).has_sixteen_bits:
+        reporter.note(f"{file} is without 16 bits, as it was left when this was trained")
 
 
 def _help_train(spec: RunSpec, work_dir: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from tuner.errors import ConfigError, InputMissingError
 from tuner.open_files import OpenDirectory
+from tuner.records import LOCK
 from tuner.registry.image import (
     LAYER_TYPE,
     MANIFEST_TYPE,
@@ -35,10 +36,9 @@ IN_TOTO_TYPE = "application/vnd.in-toto+json"
 _STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 _PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
 _BUILD_TYPE = "tuner/fine-tune/v1"
+_SOURCE = "source"  # the repository of the code that trained
 _EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
 _EMPTY = b"{}"
-
-LOCK_FILE = "run.lock.json"
 
 
 @dataclass(frozen=True)
@@ -103,19 +103,39 @@ def provenance_artifact(
     git_commit: str | None = None,
 ) -> Artifact:
     """An unsigned in-toto statement on what the image called `name` was made of, from its run.lock.json."""
-    content = canonical_json(_statement(image, name, lock, runner_image, git_commit))
+    content = canonical_json(_statement(image.digest, name, lock, runner_image, git_commit))
     statement = _small_blob(IN_TOTO_TYPE, content)
     layer = {**statement.descriptor, "annotations": {"in-toto.io/predicate-type": _PREDICATE_TYPE}}
     empty = _small_blob(_EMPTY_TYPE, _EMPTY)
     return _artifact(IN_TOTO_TYPE, empty, [layer], {}, image, (empty, statement))
 
 
+def contradicts_lock(statement: object, digest: str, lock: Mapping[str, Any]) -> bool:
+    """Whether a provenance statement is one of tuner's, and says of the image what its lock does not."""
+    try:
+        definition = statement["predicate"]["buildDefinition"]  # type: ignore[index]
+        if definition["buildType"] != _BUILD_TYPE:
+            return False
+        expected = _statement(digest, "", lock, None, None)
+        materials = [each for each in definition["resolvedDependencies"] if each["name"] != _SOURCE]
+        said = (
+            [each["digest"] for each in statement["subject"]],  # type: ignore[index]
+            statement["predicate"]["runDetails"]["metadata"],  # type: ignore[index]
+            definition | {"resolvedDependencies": materials},
+        )
+    except (KeyError, TypeError):
+        return False
+    predicate = expected["predicate"]
+    wanted = ([each["digest"] for each in expected["subject"]], predicate["runDetails"]["metadata"])
+    return said != (*wanted, predicate["buildDefinition"])
+
+
 def read_lock(adapter: OpenDirectory) -> dict[str, Any]:
     """run.lock.json of an adapter that tuner trained. Raises InputMissingError, ConfigError, DataError for a link."""
-    path = adapter.path / LOCK_FILE
-    if not adapter.has(LOCK_FILE):
+    path = adapter.path / LOCK
+    if not adapter.has(LOCK):
         raise InputMissingError(f"{path}: not there, so nothing is known about how the adapter was made")
-    return parse_lock(adapter.file(LOCK_FILE).content(), str(path))
+    return parse_lock(adapter.file(LOCK).content(), str(path))
 
 
 def parse_lock(content: bytes, place: str) -> dict[str, Any]:
@@ -130,7 +150,7 @@ def parse_lock(content: bytes, place: str) -> dict[str, Any]:
 
 
 def _statement(
-    image: Image, name: str, lock: Mapping[str, Any], runner_image: str | None, git_commit: str | None
+    image_digest: str, name: str, lock: Mapping[str, Any], runner_image: str | None, git_commit: str | None
 ) -> dict[str, Any]:
     base = lock.get("base_model")
     materials = [{"name": data["source"], "digest": {"sha256": data["sha256"]}} for data in lock.get("datasets", [])]
@@ -138,14 +158,15 @@ def _statement(
         # every weight file's sha256 goes into this digest
         weights = str(base["digest"]).removeprefix("sha256:")
         revision = {"gitCommit": base["revision"]} if base.get("revision") else {}
-        materials.append({"name": base.get("id") or "base model", "digest": {"sha256": weights, **revision}})
+        title = base.get("id") or base.get("title") or "base model"
+        materials.append({"name": title, "digest": {"sha256": weights, **revision}})
     versions = lock.get("versions", {})
     builder: dict[str, Any] = {"id": runner_image or "tuner", "version": versions}
     if git_commit:
-        materials.append({"name": "source", "digest": {"gitCommit": git_commit}})
+        materials.append({"name": _SOURCE, "digest": {"gitCommit": git_commit}})
     return {
         "_type": _STATEMENT_TYPE,
-        "subject": [{"name": name, "digest": {"sha256": image.digest.removeprefix("sha256:")}}],
+        "subject": [{"name": name, "digest": {"sha256": image_digest.removeprefix("sha256:")}}],
         "predicateType": _PREDICATE_TYPE,
         "predicate": {
             "buildDefinition": {

@@ -1,4 +1,4 @@
-"""Which manifests say something about an image, where a registry does not know: the tag that stands for that.
+"""Which manifests say something about an image: a registry's referrers, or the tag that stands for them.
 
 https://github.com/opencontainers/distribution-spec/blob/main/spec.md#referrers-tag-schema
 """
@@ -10,6 +10,14 @@ from tuner.errors import DataError
 from tuner.registry.artifacts import Artifact
 from tuner.registry.image import canonical_json
 from tuner.registry.transport import INDEX_TYPE, RegistryClient
+
+
+def find_referrers(client: RegistryClient, digest: str) -> list[dict[str, Any]]:
+    """Descriptors of the manifests whose subject is `digest`, from either place. Not verified."""
+    content = client.get_referrers(digest)
+    if content is None:
+        content = _tagged_index(client, digest)
+    return [] if content is None else _entries(content, digest)
 
 
 def add_to_referrers_tag(client: RegistryClient, artifact: Artifact) -> None:

@@ -209,6 +209,12 @@ class RegistryClient:
             return False
         return bool(response.status_code != 405)
 
+    def get_referrers(self, digest: str) -> bytes | None:
+        """The index of the manifests that have `digest` as their subject; None when the registry keeps none."""
+        response = self._call("GET", self._url("referrers", digest), ok=(200, 404), stream=True)
+        content = _read_at_most(response, MANIFEST_BYTES)
+        return content if response.status_code == 200 else None
+
     # ── blobs ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def has_blob(self, digest: str) -> bool:

@@ -1,0 +1,164 @@
+"""What base and adapter answer to the canary's sentences, measured on the files that are pushed.
+
+    trained   the base as it was quantized in training    likelihoods, and the tokens that each goes on with
+    served    the base in 16 bits                          likelihoods; --no-canary leaves them out
+
+Not the model that was trained but the base loaded anew, with the adapter as PEFT reads it from its directory: what is
+served is rounded, and is without levers. A server that gives a sentence another likelihood than was measured here does
+not serve this adapter (docs/artifact.md).
+"""
+
+import math
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from tuner.errors import GateError, TunerError
+from tuner.pipeline.model import (
+    Device,
+    dtype_name,
+    free_gpu_memory,
+    load_base_model,
+    load_sixteen_bit_base,
+    pick_device,
+    put_adapter,
+)
+from tuner.pipeline.sentences import main_format
+from tuner.records import Canary, CanarySentence, Continuation, Likelihood, Quantization
+from tuner.runspec import Prepared, Reporter, RunSpec
+
+CONTINUED_TOKENS = 16
+_DIGITS = 4  # of a log-likelihood; the next ones are the machine's
+
+
+def measure(
+    spec: RunSpec,
+    prepared: Prepared,
+    work_dir: Path,
+    adapter_dir: Path,
+    tensors_sha256: str,
+    quantization: Quantization,
+    reporter: Reporter,
+) -> Canary:
+    """canary.json of the adapter in the directory. Equal adapters give equal ones on one machine.
+
+    Raises GateError when PEFT cannot load what was saved, as nobody else could. What the memory does not hold, or an
+    architecture cannot be asked in 16 bits, is a warning: a trained adapter is not lost to it.
+    """
+    began = time.monotonic()
+    device = pick_device()
+    base_dir, trusts = work_dir / prepared.base_model_dir, spec.trust_remote_code
+    asked = [list(sentence.token_ids) for sentence in prepared.sentences]
+    prompts = [list(sentence.token_ids[: sentence.prompt_tokens]) for sentence in prepared.sentences]
+    likelihoods: dict[str, list[Likelihood]] = {}
+    compute_dtypes: dict[str, str] = {}
+    continuations: list[Continuation | None] = [None] * len(asked)
+
+    def as_trained() -> None:
+        model = load_base_model(base_dir, spec.training, device, trust_remote_code=trusts, attention=None)
+        base, base_goes_on = log_likelihoods(model, asked, device), go_on(model, prompts, device)
+        tuned_model = _adapted(model, adapter_dir)
+        tuned, tuned_goes_on = log_likelihoods(tuned_model, asked, device), go_on(tuned_model, prompts, device)
+        likelihoods[quantization.precision] = _pairs(base, tuned)
+        compute_dtypes[quantization.precision] = quantization.compute_dtype
+        continuations[:] = [
+            Continuation(base=one, tuned=other) for one, other in zip(base_goes_on, tuned_goes_on, strict=True)
+        ]
+
+    def as_served() -> None:
+        model = load_sixteen_bit_base(base_dir, device, trust_remote_code=trusts)
+        base = log_likelihoods(model, asked, device)
+        precision = dtype_name(model.dtype)
+        tuned = log_likelihoods(_adapted(model, adapter_dir), asked, device)
+        likelihoods[precision] = _pairs(base, tuned)
+        compute_dtypes[precision] = precision
+
+    try:
+        free_gpu_memory()  # of the model that was trained
+        as_trained()
+    except TunerError as error:
+        raise GateError(f"the adapter was saved, and cannot be used: {error.message}", hint=error.hint) from error
+    except (torch.OutOfMemoryError, ArithmeticError) as error:
+        reporter.warn(f"the canary is without the precision of the training: {_words(error)}")
+    if spec.canary and quantization.quant_type:
+        try:
+            free_gpu_memory()
+            as_served()
+        except Exception as error:  # whatever an architecture's own code, or a full memory, raises
+            reporter.warn(f"the canary is without 16 bits: {_words(error)}")
+    canary = Canary(
+        run_digest=spec.digest,
+        tensors_sha256=tensors_sha256,
+        row_format=main_format(prepared.row_formats),
+        trained_in=quantization.precision,
+        compute_dtypes=compute_dtypes,
+        sentences=tuple(
+            CanarySentence(
+                **sentence.model_dump(),
+                log_likelihood={precision: found[number] for precision, found in likelihoods.items()},
+                greedy_token_ids=continuations[number],
+            )
+            for number, sentence in enumerate(prepared.sentences)
+        ),
+    )
+    if any(all(each.base == each.tuned for each in found) for found in likelihoods.values()):
+        reporter.warn("the adapter changes the likelihood of none of the canary's sentences")
+    reporter.note(f"canary: {canary}; {time.monotonic() - began:.1f} s")
+    return canary
+
+
+def _adapted(base: PreTrainedModel, adapter_dir: Path) -> PeftModel:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what PEFT has to say of the configuration it has said in training
+        return put_adapter(base, adapter_dir, "its base")
+
+
+def _pairs(base: Sequence[float], tuned: Sequence[float]) -> list[Likelihood]:
+    """Raises FloatingPointError for what is no number, as fp16 may give."""
+    if not all(map(math.isfinite, (*base, *tuned))):
+        raise FloatingPointError("a likelihood is not finite")
+    return [
+        Likelihood(base=round(one, _DIGITS), tuned=round(other, _DIGITS))
+        for one, other in zip(base, tuned, strict=True)
+    ]
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def log_likelihoods(model: PreTrainedModel, rows: Sequence[Sequence[int]], device: Device) -> list[float]:
+    """Each row's mean log-likelihood in nats, over every token but the first."""
+    with torch.no_grad():
+        logits = model(input_ids=_side_by_side(rows, device), use_cache=False).logits
+        means = []
+        for row, of_row in zip(rows, logits, strict=True):
+            scores = torch.log_softmax(of_row[: len(row) - 1].float(), dim=-1)
+            following = torch.tensor(row[1:], device=scores.device)
+            means.append(float(scores.gather(1, following[:, None]).double().mean()))
+    return means
+
+
+def go_on(model: PreTrainedModel, prompts: Sequence[Sequence[int]], device: Device) -> list[tuple[int, ...]]:
+    """The CONTINUED_TOKENS tokens that each prompt is most likely gone on with, one after the other.
+
+    Computed without a cache, which not every architecture has in the same place: it would save little here.
+    """
+    rows = [list(prompt) for prompt in prompts]
+    with torch.no_grad():
+        for _ in range(CONTINUED_TOKENS):
+            logits = model(input_ids=_side_by_side(rows, device), use_cache=False).logits
+            for row, of_row in zip(rows, logits, strict=True):
+                row.append(int(of_row[len(row) - 1].argmax()))
+    return [tuple(row[len(prompt) :]) for row, prompt in zip(rows, prompts, strict=True)]
+
+
+def _side_by_side(rows: Sequence[Sequence[int]], device: Device) -> torch.Tensor:
+    """(rows, longest): the shorter ones go on with a token that nothing before it sees, as attention is causal."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device.device)
