@@ -130,10 +130,8 @@ class TestEveryTemplate:
     def test_system_prompt_is_not_learnt(self, name: str, preset: str, real: bool) -> None:
         labeller = _labeller(name, preset, real)
         examples = labeller.examples(WITH_SYSTEM)
-        if isinstance(examples, BadRow):
-            assert name == "gemma"  # the first Gemma's template refuses the system role
-            assert "template fails" in examples.reason
-            return
+        assert not isinstance(examples, BadRow)
+        assert "brief" in examples[-1].text
         (answer,) = learnt(labeller, WITH_SYSTEM)
         assert "brief" not in answer
         assert "It is 4." in answer
@@ -256,14 +254,25 @@ def test_a_model_without_a_template_gets_one_that_ends_answers_with_its_eos() ->
     assert learnt(Labeller(tokenizer), MULTI) == ["A number.</s>", "It too.</s>"]
 
 
-def test_a_template_that_closes_no_turn_gets_eos_after_the_last_answer() -> None:
+def test_a_template_that_closes_no_turn_gets_eos_after_every_answer() -> None:
     template = (
         "{% for m in messages %}{{ m.role }}:\n{{ m.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant:\n{% endif %}"
     )
     labeller = Labeller(tiny_tokenizer("mistral-7b", template))
     assert labeller.end_of_turn.token is None
-    assert learnt(labeller, MULTI) == ["A number.", "It too.</s>"]
+    assert learnt(labeller, MULTI) == ["A number.</s>", "It too.</s>"]
+    assert labeller.remarks() == [
+        "the chat template closes no turn with a special token: EOS is learnt as an answer's end"
+    ]
+
+
+def test_words_that_close_a_turn_are_learnt_before_eos() -> None:
+    """A model's `</s>` that is no token of this tokenizer: the history of every later prompt has it."""
+    template = "{% for m in messages %}{{ m.role + ':\n' + m.content + '[end]\n' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
+    labeller = Labeller(tiny_tokenizer("mistral-7b", template))
+    assert learnt(labeller, MULTI) == ["A number.[end]</s>", "It too.[end]</s>"]
 
 
 def test_of_several_templates_rows_with_tools_take_the_one_for_tools() -> None:
@@ -287,14 +296,17 @@ def test_a_template_that_tells_the_date_gives_equal_tokens_on_every_day() -> Non
     assert example.text.startswith("26 Jul 2024, Friday<|im_start|>")
 
 
-def test_a_generation_prompt_that_opens_a_thought_still_finds_the_answer() -> None:
+def test_a_thought_that_the_generation_prompt_opens_stays_in_the_prompt() -> None:
+    """As DeepSeek-R1-Distill's: every server sends it, and the finished conversation does not show it."""
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
     )
     labeller = Labeller(tiny_tokenizer("qwen3-4b", template))
-    assert labeller.end_of_turn.forced == "<think>\n"
-    assert learnt(labeller, SINGLE) == ["It is 4.<|im_end|>"]
+    first, second = labeller.examples(MULTI)
+    assert first.text.endswith("<|im_start|>assistant\n<think>\nA number.<|im_end|>\n")
+    assert second.text.count("<think>") == 1  # as the served history: the first answer stands there without
+    assert learnt(labeller, MULTI) == ["A number.<|im_end|>", "It too.<|im_end|>"]
 
 
 def test_an_answer_that_contains_the_end_of_turn_token_is_a_bad_row() -> None:

@@ -10,7 +10,7 @@ from tiny import Heard, make_job, prepared_job, rows_of, tiny_base
 
 from tuner.errors import ConfigError, DataError
 from tuner.pipeline.adapter import file_digests
-from tuner.pipeline.labels import FALLBACK_CHAT_TEMPLATE
+from tuner.pipeline.chat_template import FALLBACK_CHAT_TEMPLATE
 from tuner.runspec import Prepared
 
 pytestmark = pytest.mark.train
@@ -55,6 +55,15 @@ def test_a_smoke_run_of_few_rows_takes_them_all_and_says_nothing(tmp_path: Path)
     result, _ = prepared(tmp_path, rows_of("messages", 40), reporter=heard, smoke=True)
     assert (result.train.rows + result.eval_rows, result.smoke_unused_rows) == (40, 0)
     assert not [line for line in heard.notes if "smoke run takes" in line]
+
+
+def test_a_smoke_run_says_that_its_chat_template_is_a_copy(tmp_path: Path) -> None:
+    said = "the chat template is our copy of that of phi-3-mini-4k-instruct; a run takes the model's own"
+    mine = {"ModelConfig": {"chat_template": FALLBACK_CHAT_TEMPLATE}}
+    for count, (shape, config) in ((1, ("messages", {})), (0, ("messages", mine)), (0, ("text", {}))):
+        heard = Heard()
+        prepared(tmp_path / shape / str(count), rows_of(shape, 40), config, reporter=heard, smoke=True)
+        assert heard.notes.count(said) == count
 
 
 # ── what evaluating costs ────────────────────────────────────────────────────────────────────────────────────────────

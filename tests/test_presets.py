@@ -228,9 +228,10 @@ def _render(template: str, preset: Preset, messages: list[dict[str, object]], **
 @each_preset
 def test_chat_template_keeps_every_word_in_order(preset: Preset) -> None:
     assert preset.chat_template
-    whole = _render(preset.chat_template, preset, TURNS)
+    turns = TURNS[preset.name == SYSTEM_BEFORE_AN_OPEN_QUESTION :]
+    whole = _render(preset.chat_template, preset, turns)
     position = 0
-    for turn in TURNS:
+    for turn in turns:
         position = whole.index(turn["content"], position)
 
 
@@ -238,8 +239,9 @@ def test_chat_template_keeps_every_word_in_order(preset: Preset) -> None:
 @each_preset
 def test_generation_prompt_is_where_the_answer_begins(preset: Preset) -> None:
     assert preset.chat_template
-    prompt = _render(preset.chat_template, preset, TURNS[:-1], add_generation_prompt=True)
-    assert _render(preset.chat_template, preset, TURNS).startswith(prompt)
+    turns = TURNS[preset.name == SYSTEM_BEFORE_AN_OPEN_QUESTION :]
+    prompt = _render(preset.chat_template, preset, turns[:-1], add_generation_prompt=True)
+    assert _render(preset.chat_template, preset, turns).startswith(prompt)
 
 
 @pytest.mark.train
@@ -262,6 +264,44 @@ def test_chat_template_that_trl_does_not_package(name: str, expected: str) -> No
     preset = PRESETS[name]
     assert preset.chat_template
     assert _render(preset.chat_template, preset, TURNS[:3]) == expected
+
+
+# Its template shows a system prompt in the last message while that is the user's, and nowhere once it is answered.
+SYSTEM_BEFORE_AN_OPEN_QUESTION = "mistral-7b-instruct-v0.3"
+_FIRST_ANSWERED = "<s>[INST] What is 2 + 2?[/INST] 4</s>"
+
+
+@pytest.mark.train
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [
+        (2, "<s>[INST] Be brief.\n\nWhat is 2 + 2?[/INST]"),
+        (3, _FIRST_ANSWERED),
+        (4, _FIRST_ANSWERED + "[INST] Be brief.\n\nGrüße auf Deutsch?[/INST]"),
+        (5, _FIRST_ANSWERED + "[INST] Grüße auf Deutsch?[/INST] Grüß Gott</s>"),
+    ],
+)
+def test_mistrals_chat_template_renders_as_its_tokenizers(turns: int, expected: str) -> None:
+    preset = PRESETS[SYSTEM_BEFORE_AN_OPEN_QUESTION]
+    assert preset.chat_template
+    assert _render(preset.chat_template, preset, TURNS[:turns], add_generation_prompt=turns % 2 == 0) == expected
+
+
+@pytest.mark.train
+def test_mistrals_calls_render_as_its_tokenizers() -> None:
+    preset = PRESETS[SYSTEM_BEFORE_AN_OPEN_QUESTION]
+    assert preset.chat_template
+    messages = deepcopy(CALLS)
+    for number, (call, result) in enumerate(zip(messages[1]["tool_calls"], messages[2:4], strict=True)):  # type: ignore[arg-type]
+        call["id"] = result["tool_call_id"] = f"call{number:05}"
+    assert _render(preset.chat_template, preset, messages, tools=[TOOL]) == (
+        '<s>[AVAILABLE_TOOLS] [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", '
+        '"properties": {}}}}][/AVAILABLE_TOOLS][INST] Weather in Kyiv and Oslo?[/INST][TOOL_CALLS] '
+        '[{"name": "weather", "arguments": {"city": "Kyiv"}, "id": "call00000"}, '
+        '{"name": "weather", "arguments": {"city": "Oslo"}, "id": "call00001"}]</s>'
+        '[TOOL_RESULTS] {"content": 12, "call_id": "call00000"}[/TOOL_RESULTS]'
+        '[TOOL_RESULTS] {"content": 7, "call_id": "call00001"}[/TOOL_RESULTS] 12 and 7.</s>'
+    )
 
 
 @pytest.mark.train

@@ -286,6 +286,10 @@ class TestSummary:
         assert "only a rough guide" in load(path).tokenizer
         assert load(path, base_model=base_model).tokenizer == f"that of {base_model}; chat template: its own"
 
+    def test_says_that_the_chat_template_of_a_preset_is_a_copy(self, tmp_path: Path) -> None:
+        described = load(write_data(tmp_path / "a.jsonl", message_rows(2))).tokenizer
+        assert described.endswith(f"chat template: our copy of that of {PHI}; a run takes the model's own")
+
     def test_counts_are_nearest_ranks(self, tmp_path: Path, base_model: Path) -> None:
         path = write_data(tmp_path / "a.txt", [{"text": "a" * (2 * number)} for number in range(1, 21)])
         counts = load(path, base_model=base_model).counts

@@ -4,16 +4,19 @@
     Completion   ├─ render ──►│ one row may become several examples        ├─ tokenize ─►│ supervised (a mask)
     PlainText    ┘            └────────────────────────────────────────────┘             └
 
-No `{% generation %}` marker is needed. For each assistant turn the template is rendered twice more: up to the turn
-with the generation prompt (what the model sees when it must answer) and up to the end of the turn. The difference is
-the answer; it ends with the template's end-of-turn token, which is learnt too, and nothing after it is.
-A template that rewrites history (Qwen3 drops earlier thoughts, Mistral moves the system prompt to the last turn) would
-show the model an earlier answer in another form than it has to produce: such a row becomes one example a turn.
+No `{% generation %}` marker is needed. For each assistant turn the template is rendered twice: up to the turn with the
+generation prompt, which is what a server shows the model, and up to the end of the turn, which tells what it has to say
+then. An example is the one and after it the other, with the end of the turn; only the other is learnt.
+Turns share an example where the served prompt of the later one goes on from the earlier. A template that rewrites
+history (Qwen3 drops earlier thoughts, Mistral moves the system prompt to the last turn) would show the model an earlier
+answer in another form than it has to produce: there another example begins.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import date
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -21,36 +24,25 @@ import numpy as np
 import numpy.typing as npt
 
 from tuner.errors import ConfigError
+from tuner.pipeline.chat_template import (
+    THOUGHT_KEYS,
+    ChatTemplate,
+    Ending,
+    Message,
+    Produced,
+    TemplateFault,
+    Turn,
+    fallback_chat_template,
+    merged_turns,
+    opens_thought,
+    wrapped_tools,
+)
 from tuner.pipeline.dataset import BadRow, Completion, Conversation, Origin, PlainText, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 IGNORED = -100  # torch.nn.CrossEntropyLoss's ignore_index
-
-# For a base model without a template: words, and its own EOS after each answer, so that no token is new to it.
-FALLBACK_CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '### ' + message['role'].capitalize() + ':\\n' + message['content'] }}"
-    "{{ eos_token if message['role'] == 'assistant' else '' }}{{ '\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
-)
-
-# Llama 3.2's template writes the date of the day: equal rows would be other tokens tomorrow. It is always the day that
-# this template writes where there is no clock. A macro, as transformers lets no function into a template.
-_STOPPED_CLOCK = (
-    "{%- macro strftime_now(format) -%}{{ format"
-    + "".join(
-        f" | replace('{code}', '{date(2024, 7, 26).strftime(code)}')"
-        for code in ("%d", "%e", "%m", "%b", "%B", "%y", "%Y", "%a", "%A", "%j", "%H", "%I", "%M", "%S", "%p")
-    )
-    + " }}{%- endmacro -%}"
-)
-
-# Plain letters: no template trims, escapes or interprets them.
-_PROBE_QUESTION = "Tuner4question"
-_PROBE_ANSWER = "Tuner5answer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,153 +73,128 @@ class TokenRow:
         return TokenRow(self.origin, self.input_ids[:max_length], self.supervised[:max_length], self.straddles)
 
 
-@dataclass(frozen=True, slots=True)
-class EndOfTurn:
-    """How a chat template closes an assistant turn.
-
-    `token` is the first special token after the answer (None: the template writes none, EOS is appended),
-    `count` how often it stands in the closing text, `tail` that text, `forced` what the generation prompt adds that
-    a finished conversation does not show (`<think>\\n`).
-    """
-
-    token: str | None
-    count: int
-    tail: str
-    forced: str
-
-
-class TemplateFault(Exception):  # noqa: N818 - why one row is put aside, not an error of the run
-    """The chat template raised."""
-
-
 class Labeller:
     """Turns rows into examples and examples into token rows, for one tokenizer and its chat template."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
-        """Raises ConfigError for a tokenizer without character offsets, an EOS token, or a template that fails."""
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast", stops: frozenset[str] = frozenset()) -> None:
+        """`stops` are the tokens at which servers stop, as generation_config.json says; none where nothing does.
+
+        Raises ConfigError for a tokenizer without character offsets, an EOS token, or a template that fails.
+        """
         if not getattr(tokenizer, "is_fast", False):
             raise ConfigError(f"{type(tokenizer).__name__} cannot tell which characters a token covers")
         if tokenizer.eos_token is None:
             raise ConfigError("the tokenizer has no EOS token: the model could not learn to stop")
         self.tokenizer = tokenizer
-        self.end_of_turn = self._probe_end_of_turn()
+        self._remarks: Counter[str] = Counter()
+        self._conversations = 0
+        self._stops = stops
+        self._templates: dict[str, ChatTemplate] = {}
+        self.end_of_turn: Ending = self._template(None).answer_ending
 
     def template_for(self, tools: Any) -> str:
-        """The chat template of a row with these tools: some tokenizers have one for each case."""
-        if not self.tokenizer.chat_template:
-            return FALLBACK_CHAT_TEMPLATE
-        template = str(self.tokenizer.get_chat_template(tools=tools))
-        return _STOPPED_CLOCK + template if "strftime_now" in template else template
+        """The source of a row's chat template with these tools: some tokenizers have one for each case."""
+        return self._template(tools).source
 
-    def _render(self, messages: Sequence[dict[str, Any]], tools: Any = None, *, prompt: bool = False) -> str:
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    list(messages),
-                    tools=tools,
-                    chat_template=self.template_for(tools),
-                    add_generation_prompt=prompt,
-                    tokenize=False,
-                )
-            )
-        except Exception as error:  # a template is a program of its own: it may raise anything
-            raise TemplateFault(f"{type(error).__name__}: {error}") from error
+    def _template(self, tools: Any) -> ChatTemplate:
+        source = fallback_chat_template(self.tokenizer)
+        if self.tokenizer.chat_template:
+            source = str(self.tokenizer.get_chat_template(tools=tools))
+        if source not in self._templates:
+            self._templates[source] = ChatTemplate(self.tokenizer, source, self._stops)
+        return self._templates[source]
 
-    def _probe_end_of_turn(self) -> EndOfTurn:
-        question = [{"role": "user", "content": _PROBE_QUESTION}]
-        answered = [*question, {"role": "assistant", "content": _PROBE_ANSWER}]
-        try:
-            prompt, whole = self._render(question, prompt=True), self._render(answered)
-        except TemplateFault as error:
-            raise ConfigError(
-                f"the chat template fails on one question and one answer: {error}",
-                hint="set ModelConfig.chat_template to one that takes user and assistant turns",
-            ) from error
-        head, found, tail = whole.partition(_PROBE_ANSWER)
-        if not found or not prompt:
-            raise ConfigError(
-                "the chat template does not show the assistant's answer",
-                hint="set ModelConfig.chat_template to one that takes user and assistant turns",
-            )
-        shared = _common_prefix(prompt, head)
-        if _PROBE_QUESTION not in shared:
-            raise ConfigError("the chat template's generation prompt is not how its assistant turn begins")
-        token = min(
-            (word for word in self._special_tokens() if word in tail),
-            key=lambda word: (tail.index(word), -len(word)),
-            default=None,
-        )
-        return EndOfTurn(token, tail.count(token) if token else 0, tail, prompt[len(shared) :])
-
-    def _special_tokens(self) -> set[str]:
-        return {str(added.content) for added in self.tokenizer.added_tokens_decoder.values()} | set(
-            self.tokenizer.all_special_tokens
-        )
+    def remarks(self) -> list[str]:
+        """What somebody should know of the conversations so far, with the number of rows where not all are meant."""
+        found = [f"{count:,} {'row' if count == 1 else 'rows'}: {remark}" for remark, count in self._remarks.items()]
+        if self._conversations and self.end_of_turn.token is None:
+            ends = self.end_of_turn.next_role.strip() or "EOS"
+            found.append(f"the chat template closes no turn with a special token: {ends} is learnt as an answer's end")
+        return found
 
     def examples(self, row: Row) -> list[Example] | BadRow:
-        """What a row is trained as: one example, or one a turn where the template rewrites history."""
+        """What a row is trained as: one example, or several where the template rewrites history."""
         match row:
             case PlainText():
-                return [Example(row.origin, row.text, ((0, len(row.text)),), special_tokens=True, append_eos=True)]
+                return [self._as_written(row.origin, "", row.text)]
             case Completion():
-                text = row.prompt + row.completion
-                span = (len(row.prompt), len(text))
-                return [Example(row.origin, text, (span,), special_tokens=True, append_eos=True)]
+                return [self._as_written(row.origin, row.prompt, row.completion)]
             case Conversation():
                 try:
                     return self._conversation(row)
                 except TemplateFault as error:
                     return BadRow(row.origin, f"the chat template fails on it: {error}")
 
+    def _as_written(self, origin: Origin, prompt: str, learnt: str) -> Example:
+        """The two texts with one BOS and one EOS, theirs where they have them: many sets are written for a model."""
+        bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token
+        text = prompt + learnt
+        ended = text.rstrip()
+        while (once := ended.removesuffix(eos).rstrip()).endswith(eos):
+            ended = once
+        has_eos = ended.endswith(eos)
+        text = ended if has_eos else text
+        blank = len(text) - len(text.lstrip()) if bos and text.lstrip().startswith(bos) else 0
+        has_bos = bool(bos) and text.startswith(bos, blank)
+        return Example(
+            origin,
+            text[blank:],
+            ((max(0, len(prompt) - blank), len(text) - blank),),
+            special_tokens=not has_bos,
+            append_eos=not has_eos,
+        )
+
     def _conversation(self, row: Conversation) -> list[Example] | BadRow:
-        whole = self._render(row.messages, row.tools)
-        single: list[Example] = []
-        spans: list[tuple[int, int]] = []
-        as_history = True
-        for index, message in enumerate(row.messages):
-            if message["role"] != "assistant" or index < max(1, row.supervised_from):
-                continue  # a greeting that nothing asks for is what the user answers, not what is learnt
-            prompt = self._render(row.messages[:index], row.tools, prompt=True)
-            last = index == len(row.messages) - 1
-            turn = whole if last else self._render(row.messages[: index + 1], row.tools)
-            span = self._answer(prompt, turn)
-            if isinstance(span, str):
-                return BadRow(row.origin, f"message {index + 1}: {span}")
-            start, end = span
-            if hidden := _hidden(message, turn[start:end]):
-                return BadRow(row.origin, f"message {index + 1}: the chat template does not show its {hidden}")
-            single.append(self._example(row, turn, (span,)))
-            if whole[:end] == turn[:end]:
-                spans.append((start, end))
-            else:
-                as_history = False
-        if not single:
+        """Turns whose prompt goes on from the turn before share its example: that is how servers show them, too."""
+        tools = wrapped_tools(row.tools)
+        template = self._template(tools)
+        turns = merged_turns(
+            [
+                # A greeting that nothing asks for is what the user answers, not what is learnt.
+                Turn(message, index + 1, message["role"] == "assistant" and index >= max(1, row.supervised_from))
+                for index, message in enumerate(row.messages)
+            ]
+        )
+        messages = [turn.message for turn in turns]
+        examples: list[Example] = []
+        rest = ""
+        for index, turn in enumerate(turns):
+            if not turn.learnt:
+                continue
+            prompt = template.render(messages[:index], tools, prompt=True)
+            produced = self._produced(template, prompt, messages[: index + 1], tools)
+            if isinstance(produced, str):
+                return BadRow(row.origin, f"message {turn.number}: {produced}")
+            text = prompt + produced.text
+            spans: tuple[tuple[int, int], ...] = ((len(prompt), len(text)),)
+            if examples and not examples[-1].append_eos and prompt.startswith(examples[-1].text):
+                spans = (*examples.pop().spans, *spans)
+            elif examples and rest:
+                examples[-1] = replace(examples[-1], text=examples[-1].text + rest)
+            examples.append(Example(row.origin, text, spans, special_tokens=False, append_eos=produced.append_eos))
+            rest = produced.rest
+        if not examples:
             return BadRow(row.origin, "no assistant turn to learn")
-        return [self._example(row, whole, tuple(spans))] if as_history else single
+        if rest:
+            last = examples[-1]
+            examples[-1] = replace(last, text=_finished(template, messages, tools, last.text, rest))
+        self._conversations += 1
+        self._remarks.update(_remarks(template, messages, examples))
+        return examples
 
-    def _example(self, row: Conversation, text: str, spans: tuple[tuple[int, int], ...]) -> Example:
-        if self.end_of_turn.token:
-            return Example(row.origin, text, spans, special_tokens=False, append_eos=False)
-        # No token closes a turn, so EOS goes right after the last answer, where it can be learnt.
-        return Example(row.origin, text[: spans[-1][1]], spans, special_tokens=False, append_eos=True)
-
-    def _answer(self, prompt: str, turn: str) -> tuple[int, int] | str:
-        """Where the answer that ends `turn` stands in it, or why that cannot be told."""
-        closing = self.end_of_turn
-        start = len(prompt)
-        if not turn.startswith(prompt):
-            start -= len(closing.forced)
-            if not closing.forced or not prompt.endswith(closing.forced) or not turn.startswith(prompt[:start]):
-                return "the chat template shows the prompt differently once it is answered"
-        if closing.token is None:
-            end = len(turn) - len(closing.tail) if turn.endswith(closing.tail) else len(turn)
-            return (start, end) if end > start else "the chat template shows no answer"
-        found = turn.count(closing.token, start)
-        if found > closing.count:
-            return f"its content has the end-of-turn token {closing.token}"
-        if found == 0:
-            return f"the chat template does not close it with {closing.token}"
-        return start, turn.index(closing.token, start) + len(closing.token)
+    def _produced(self, template: ChatTemplate, prompt: str, messages: Sequence[Message], tools: Any) -> Produced | str:
+        """What the model must produce after `prompt` to have said the last message, or why that cannot be told."""
+        turn = template.render(messages, tools)
+        start = template.answer_start(prompt, turn, messages[:-1], tools)
+        if isinstance(start, str):
+            return start
+        answer = turn[start:]
+        hidden = _hidden(messages[-1], answer)
+        if hidden == "thought" and (written := template.written_answer(prompt, messages[-1])):
+            answer, hidden = written, None
+        return (
+            template.close(messages[-1], answer) if hidden is None else f"the chat template does not show its {hidden}"
+        )
 
     def tokenize(self, examples: Sequence[Example]) -> Iterator[TokenRow]:
         """The examples' token rows, in order. Texts are tokenized in batches, on all cores."""
@@ -268,23 +235,76 @@ class Labeller:
             yield TokenRow(example.origin, input_ids, supervised, straddles)
 
 
-def _hidden(message: Mapping[str, Any], shown: str) -> str | None:
-    """What an assistant turn has and its template does not show: a call, or a thought. Silence would be learnt, or to
-    answer without thinking."""
+def _finished(template: ChatTemplate, messages: Sequence[Message], tools: Any, text: str, rest: str) -> str:
+    """The text of the last example as the conversation goes on, where the template shows it so."""
+    if messages[-1]["role"] == "assistant":
+        return text + rest
+    whole = template.render(messages, tools)
+    return whole if whole.startswith(text) else text + rest
+
+
+_UNCLOSED = "the answer does not close the thought that the generation prompt opens"
+_MERGED = "the system prompt opens the user's turn, as the chat template has no system role: serve it in the same way"
+_NO_SYSTEM = "the chat template shows the system prompt neither here nor when it is served"
+
+
+def _remarks(template: ChatTemplate, messages: Sequence[Message], examples: Sequence[Example]) -> Iterator[str]:
+    if any(message["role"] == "system" for message in messages):
+        if not template.shows_system:
+            yield _NO_SYSTEM
+        elif not template.dialect.system_role:
+            yield _MERGED
+    if any(
+        opens_thought(example.text[:start]) and "</think>" not in example.text[start:end]
+        for example in examples
+        for start, end in example.spans
+    ):
+        yield _UNCLOSED
+
+
+def _hidden(message: Message, shown: str) -> str | None:
+    """What an assistant's message has and its template does not show. Silence would be learnt, or to answer without
+    thinking."""
     for call in message.get("tool_calls") or []:
-        function = call.get("function", call) if isinstance(call, Mapping) else {}
-        name = function.get("name") if isinstance(function, Mapping) else None
-        if isinstance(name, str) and name not in shown:
-            return f"call of {name}"
-    for key in ("reasoning_content", "thinking"):
-        thought = message.get(key)
-        if isinstance(thought, str) and thought.strip() not in shown:
+        function = call["function"]
+        if not _is_in(function["name"], shown):
+            return f"call of {function['name']}"
+        for word in _words(function["arguments"]):
+            if not any(_is_in(form, shown) for form in _forms(word)):
+                return f"call of {function['name']} with {word}"
+    for key in THOUGHT_KEYS:
+        if not _is_in(message.get(key) or "", shown):
             return key
-    return None
+    *thoughts, text = message["content"].split("</think>")
+    if not _is_in(text, shown):
+        return "content"
+    return None if all(_is_in(thought.replace("<think>", ""), shown) for thought in thoughts) else "thought"
 
 
-def _common_prefix(one: str, other: str) -> str:
-    length = next(
-        (index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
-    )
-    return one[:length]
+def _words(arguments: object) -> Iterator[object]:
+    """All names and values in a call's arguments."""
+    match arguments:
+        case dict():
+            for key, value in arguments.items():
+                yield key
+                yield from _words(value)
+        case list():
+            for value in arguments:
+                yield from _words(value)
+        case _:
+            yield arguments
+
+
+def _forms(word: object) -> tuple[str, ...]:
+    """How templates write it: as it is, or as JSON."""
+    return str(word), json.dumps(word, ensure_ascii=False, default=str), json.dumps(word, default=str)
+
+
+def _is_in(words: str, text: str) -> bool:
+    """Whether they are shown, however the template trims, escapes and quotes them."""
+    return words in text or _squeezed(words) in _squeezed(text)
+
+
+def _squeezed(text: str) -> str:
+    """Without what templates trim, escape or put around: blanks, quotes, backslashes."""
+    return re.sub(r"""[\s\\"']+""", "", text)

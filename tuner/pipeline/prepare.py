@@ -18,6 +18,7 @@ from tuner.content import hash_file
 from tuner.durable import make_directories, sync_tree
 from tuner.errors import ConfigError, DataError, InputMissingError
 from tuner.pipeline.adapter import write_json
+from tuner.pipeline.chat_template import fallback_chat_template, stop_tokens
 from tuner.pipeline.dataset import (
     HELD_OUT_ROWS_AT_MOST,
     BadRow,
@@ -32,7 +33,7 @@ from tuner.pipeline.dataset import (
     split_rows,
 )
 from tuner.pipeline.dataset import Split as RowSplit
-from tuner.pipeline.labels import FALLBACK_CHAT_TEMPLATE, Labeller, TokenRow
+from tuner.pipeline.labels import Labeller, TokenRow
 from tuner.pipeline.libraries import quiet
 from tuner.pipeline.sentences import canary_sentences, row_format
 from tuner.plan import count_evaluations, evaluation_share
@@ -45,7 +46,7 @@ SMOKE_TRAIN_ROWS = 64
 SMOKE_EVALUATION_ROWS = 16
 _SHOWN_PROBLEMS = 20
 _CACHE = "cache.json"
-_OWN_CODE = ("prepare", "labels", "dataset", "sentences")
+_OWN_CODE = ("prepare", "labels", "chat_template", "dataset", "sentences")
 # The last three, where they are there, turn a tokenizer without tokenizer.json into a fast one.
 _DECIDE_TOKENS = ("transformers", "tokenizers", "jinja2", "pyarrow", "sentencepiece", "tiktoken", "protobuf")
 
@@ -80,12 +81,11 @@ def make_tokens(spec: RunSpec, fetched: Fetched, work_dir: Path, reporter: Repor
     split = split_rows(gathered.rows, settings)
     train, evaluation = split.train, split.evaluation
     base_dir = _base_model_dir(spec, fetched, gathered.rows, work_dir)
-    tokenizer = load_tokenizer(spec, work_dir / base_dir, conversations=any(isinstance(r, Conversation) for r in train))
+    conversations = any(isinstance(row, Conversation) for row in train)
+    tokenizer = load_tokenizer(spec, work_dir / base_dir, conversations=conversations)
     tokenizer.save_pretrained(directory / "tokenizer")
     _leave_places_out(directory / "tokenizer" / "tokenizer_config.json")
-    labeller = Labeller(tokenizer)
-    if labeller.end_of_turn.token is None and any(isinstance(row, Conversation) for row in train):
-        reporter.warn("the chat template closes no turn with a special token: EOS is learnt after the last answer")
+    labeller = Labeller(tokenizer, stop_tokens(tokenizer, work_dir / base_dir))
     if spec.smoke:
         train, evaluation = train[:SMOKE_TRAIN_ROWS], evaluation[:SMOKE_EVALUATION_ROWS]
     context = context_length(spec, work_dir / base_dir)
@@ -96,6 +96,10 @@ def make_tokens(spec: RunSpec, fetched: Fetched, work_dir: Path, reporter: Repor
         name: _tokenize(rows, labeller, limit, settings.over_length, name, reporter)
         for name, rows in (("training", train), ("held-out", evaluation))
     }
+    for remark in labeller.remarks():
+        reporter.warn(remark)
+    if conversations and fetched.base_model is None and tokenizer.chat_template == spec.preset.chat_template:
+        reporter.note(f"the chat template is our copy of that of {spec.preset.name}; a run takes the model's own")
     problems = [
         *(RowProblem(file=bad.origin.file, row=bad.origin.row, reason=bad.reason) for bad in gathered.bad),
         *(problem for tally in tallies.values() for problem in tally.problems),
@@ -276,7 +280,7 @@ def load_tokenizer(spec: RunSpec, directory: Path, *, conversations: bool) -> An
     if written:
         tokenizer.chat_template = written
     elif conversations and not tokenizer.chat_template:
-        tokenizer.chat_template = spec.preset.chat_template or FALLBACK_CHAT_TEMPLATE
+        tokenizer.chat_template = spec.preset.chat_template or fallback_chat_template(tokenizer)
     return tokenizer
 
 

@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.text import Text
 
 from tuner.errors import ConfigError, DataError, InputMissingError
+from tuner.pipeline.chat_template import fallback_chat_template, stop_tokens
 from tuner.pipeline.dataset import BadRow, Conversation, DataFile, Origin, Row, read_shaped_rows
-from tuner.pipeline.labels import FALLBACK_CHAT_TEMPLATE, Example, Labeller
+from tuner.pipeline.labels import Example, Labeller
 from tuner.pipeline.libraries import check_packages, quiet
 from tuner.pipeline.prepare import LONGEST_DEFAULT, MOST_OVER_LENGTH, texts_of
 from tuner.presets import Preset, find_preset, preset_from_directory
@@ -123,7 +124,7 @@ def load_preview(
     data_files = _data_files(files)
     read = _read(data_files, settings)
     tokenizer, described = _tokenizer(facts, base_model, template, read.rows)
-    labeller = Labeller(tokenizer)
+    labeller = Labeller(tokenizer, stop_tokens(tokenizer, base_model) if base_model else frozenset())
     limit = training.arguments.max_length or min(LONGEST_DEFAULT, facts.context_length or LONGEST_DEFAULT)
     tally = _tally(read.rows, labeller, limit, settings, -(-rows // len(read.shapes)), reporter)
     if not tally.lengths:
@@ -141,7 +142,7 @@ def load_preview(
         trained_tokens=tally.trained_tokens,
         learnt_tokens=tally.learnt_tokens,
         stops=tuple(_stops(read, tally, settings, exact=base_model is not None)),
-        warnings=tuple(_warnings(read, tally, labeller)),
+        warnings=tuple(_warnings(tally, labeller)),
         shown=tuple(shown for row in tally.shown[: max(rows, 0)] for shown in _show(labeller, row, limit, settings)),
     )
 
@@ -246,8 +247,10 @@ def _tokenizer(preset: Preset, base_model: Path | None, written: str | None, row
         return tokenizer, f"{described}; chat template: ModelConfig.chat_template"
     if base_model and tokenizer.chat_template:
         return tokenizer, f"{described}; chat template: its own"
-    tokenizer.chat_template = preset.chat_template or FALLBACK_CHAT_TEMPLATE
+    tokenizer.chat_template = preset.chat_template or fallback_chat_template(tokenizer)
     whose = f"that of {preset.name}" if preset.chat_template else "a plain one of ours, as none is known"
+    if not base_model and preset.chat_template:
+        whose = f"our copy of that of {preset.name}; a run takes the model's own"
     return tokenizer, f"{described}; chat template: {whose}"
 
 
@@ -337,7 +340,7 @@ def _stops(read: _Read, tally: _Tally, settings: DatasetSettings, *, exact: bool
     return found
 
 
-def _warnings(read: _Read, tally: _Tally, labeller: Labeller) -> list[str]:
+def _warnings(tally: _Tally, labeller: Labeller) -> list[str]:
     """What somebody should know before a run."""
     texts = len(tally.lengths)
     found: list[str] = []
@@ -347,11 +350,9 @@ def _warnings(read: _Read, tally: _Tally, labeller: Labeller) -> list[str]:
         found.append(f"in {tally.straddles:,} answers the first token begins in the prompt")
     if tally.split_rows:
         found.append(
-            f"{tally.split_rows:,} rows become one text a turn, as the chat template shows earlier turns differently"
+            f"{tally.split_rows:,} rows become several texts, as the chat template shows earlier turns differently"
         )
-    if labeller.end_of_turn.token is None and any(isinstance(row, Conversation) for row in read.rows):
-        found.append("the chat template closes no turn with a special token: EOS is learnt after the last answer")
-    return found
+    return [*found, *labeller.remarks()]
 
 
 def _show(labeller: Labeller, examples: Sequence[Example], limit: int, settings: DatasetSettings) -> list[ShownText]:
