@@ -71,8 +71,8 @@ def measure(rows: Path) -> list[tuple[int, int]]:
     """The lengths of every row, by total length."""
     import pyarrow.parquet as pq
 
-    from tuner.pipeline.dataset import Conversation, Origin
     from tuner.pipeline.labels import Labeller
+    from tuner.pipeline.rows import Conversation, Origin
     from tuner.pipeline.tiny_model import make_tiny_tokenizer
     from tuner.presets import find_preset
 
@@ -83,7 +83,7 @@ def measure(rows: Path) -> list[tuple[int, int]]:
     examples = []
     for number, row in enumerate(table, start=1):
         turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
-        made = labeller.examples(Conversation(Origin(str(rows), number), turns, None, 0))
+        made = labeller.examples(Conversation(Origin(str(rows), number), turns))
         assert isinstance(made, list)
         examples.extend(made)
     counted = []

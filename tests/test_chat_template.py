@@ -17,8 +17,8 @@ from tiny import WORDS, tiny_tokenizer
 from tokenizers import processors
 
 from tuner.pipeline.chat_template import FALLBACK_CHAT_TEMPLATE, fallback_chat_template, stop_tokens
-from tuner.pipeline.dataset import BadRow, Completion, Conversation, Origin, PlainText
 from tuner.pipeline.labels import Example, Labeller
+from tuner.pipeline.rows import BadRow, Completion, Conversation, Origin, PlainText
 from tuner.presets import find_preset
 
 pytestmark = pytest.mark.train
@@ -248,9 +248,11 @@ LEARNT_WORDS = ("ANSWER", "REPLY", "THOUGHT", "BONN", "ROME", "NOON", "LOOKING")
 OTHERS_WORDS = ("QUESTION", "ANOTHER", "SYSTEM", "RESULT")
 
 
-def _row(kind: str) -> Conversation:
+def _row(kind: str, source: str) -> Conversation:
+    """The row, with its tool where a call is in it and the template shows tools: another one takes no such row."""
     messages = deepcopy(KINDS[kind])
-    return Conversation(HERE, messages, [TOOL] if any("tool_calls" in m for m in messages) else None, 0)
+    calls = any("tool_calls" in message for message in messages)
+    return Conversation(HERE, messages, [TOOL] if calls and "tools" in source else None)
 
 
 def _labeller(written: Written) -> Labeller:
@@ -292,7 +294,7 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 
 def _examples(labellers: dict[str, Labeller], name: str, kind: str) -> Sequence[Example]:
     """Of a row that is learnt; the others are put aside for the reason that the table has."""
-    examples = labellers[name].examples(_row(kind))
+    examples = labellers[name].examples(_row(kind, TEMPLATES[name].source))
     reason = TEMPLATES[name].aside.get(kind)
     if reason:
         assert isinstance(examples, BadRow), examples
@@ -377,7 +379,7 @@ def _two_calls(ids: Sequence[str | None]) -> Conversation:
             call["id"] = result["tool_call_id"] = name
     results = results[::-1] if all(ids) else results
     said = {"role": "assistant", "content": "", "tool_calls": calls}
-    return Conversation(HERE, [dict(ASKED), said, *results, dict(ANSWERED)], None, 0)
+    return Conversation(HERE, [dict(ASKED), said, *results, dict(ANSWERED)])
 
 
 def _ids(template: str, row: Conversation) -> tuple[list[str], list[str]]:
@@ -430,7 +432,7 @@ _WRAPPED = {"type": "function", "function": TOOL}
 )
 def test_tools_of_every_form_are_shown_as_servers_show_them(tool: dict[str, Any]) -> None:
     labeller = Labeller(tiny_tokenizer("qwen2.5-7b-instruct", "{{ tools | tojson }}\n" + _CHATML))
-    (example,) = labeller.examples(Conversation(HERE, [ASKED, ANSWERED], [tool], 0))
+    (example,) = labeller.examples(Conversation(HERE, [ASKED, ANSWERED], [tool]))
     assert json.loads(example.text.partition("\n")[0]) == [_WRAPPED]
 
 
@@ -438,7 +440,7 @@ def test_a_text_and_the_call_that_follows_it_are_one_turn() -> None:
     """As ShareGPT has them: gpt, then function_call."""
     labeller = Labeller(tiny_tokenizer("qwen2.5-7b-instruct"))
     turns = [ASKED, {"role": "assistant", "content": "LOOKING"}, _call("BONN"), _result("RESULT"), ANSWERED]
-    (example,) = labeller.examples(Conversation(HERE, turns, None, 0))
+    (example,) = labeller.examples(Conversation(HERE, turns))
     first, second = _learnt(example, "")
     assert first.startswith("LOOKING")
     assert "BONN" in first
@@ -449,13 +451,13 @@ def test_a_text_and_the_call_that_follows_it_are_one_turn() -> None:
 def test_a_call_that_is_learnt_is_not_put_into_a_turn_that_is_not() -> None:
     labeller = Labeller(tiny_tokenizer("qwen2.5-7b-instruct"))
     turns = [ASKED, _call("BONN"), _call("ROME"), _result("RESULT"), ANSWERED]
-    (example,) = labeller.examples(Conversation(HERE, turns, None, 2))
+    (example,) = labeller.examples(Conversation(HERE, turns, None, frozenset({0, 1})))
     assert [("BONN" in learnt, "ROME" in learnt) for learnt in _learnt(example, "")] == [(False, True), (False, False)]
 
 
 def test_what_a_template_does_to_a_system_prompt_is_said() -> None:
     system = [{"role": "system", "content": "SYSTEM"}]
-    row = Conversation(HERE, [*system, ASKED, ANSWERED], None, 0)
+    row = Conversation(HERE, [*system, ASKED, ANSWERED])
     silent = _CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + _CHATML
     said = {}
@@ -478,7 +480,7 @@ def test_what_a_template_does_to_a_system_prompt_is_said() -> None:
 def test_a_hidden_thought_is_learnt_after_the_prompt_that_opens_it(
     labellers: dict[str, Labeller], content: str
 ) -> None:
-    row = Conversation(HERE, [ASKED, {"role": "assistant", "content": content}], None, 0)
+    row = Conversation(HERE, [ASKED, {"role": "assistant", "content": content}])
     (example,) = labellers["thought opened in the prompt"].examples(row)
     assert example.text.endswith("<|A|><think>\nTHOUGHT\n</think>\n\nANSWER</s>")
     assert _learnt(example, "") == ["THOUGHT\n</think>\n\nANSWER</s>"]
@@ -487,7 +489,7 @@ def test_a_hidden_thought_is_learnt_after_the_prompt_that_opens_it(
 def test_an_answer_that_leaves_the_prompts_thought_open_is_counted() -> None:
     labeller = _labeller(TEMPLATES["thought opened in the prompt"])
     for kind in ("one turn", "two turns", "thought in content"):
-        labeller.examples(_row(kind))
+        labeller.examples(_row(kind, labeller.template_for(None)))
     assert labeller.remarks() == ["2 rows: the answer does not close the thought that the generation prompt opens"]
 
 
@@ -496,7 +498,7 @@ def test_an_answer_that_leaves_the_prompts_thought_open_is_counted() -> None:
 def test_a_thought_is_shown_whichever_key_the_row_and_the_template_have(key: str, shown: str) -> None:
     template = _CHATML.replace("+ m.content", f"+ (m.{shown} | default('')) + '</think>' + m.content")
     labeller = Labeller(tiny_tokenizer("qwen2.5-7b-instruct", template))
-    (example,) = labeller.examples(Conversation(HERE, [ASKED, ANSWERED | {key: "THOUGHT"}], None, 0))
+    (example,) = labeller.examples(Conversation(HERE, [ASKED, ANSWERED | {key: "THOUGHT"}]))
     assert "THOUGHT</think>ANSWER" in _learnt(example, "")[0]
 
 
@@ -521,7 +523,7 @@ def _with_bos() -> Any:
         Completion(HERE, "What is 2 + 2?", " It is 4."),
         Completion(HERE, "<s>[INST] What is 2 + 2? [/INST]", " It is 4. </s>"),
         Completion(HERE, "\n<s>What is 2 + 2?", " It is 4.</s> \n"),
-        Conversation(HERE, [ASKED, ANSWERED], None, 0),
+        Conversation(HERE, [ASKED, ANSWERED]),
     ],
 )
 @pytest.mark.parametrize("adds_bos", [True, False])

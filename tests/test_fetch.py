@@ -110,7 +110,9 @@ def url_sources(*urls: str) -> tuple[tuple[Source, ...], Secrets]:
     for index, url in enumerate(urls):
         parts = split_url(url)
         name = source_name(index, url)
-        sources.append(UrlSource(name=name, url=parts.url, query_sha256=parts.query_sha256, sha256=parts.sha256))
+        sources.append(
+            UrlSource(name=name, url=parts.url, query_sha256=parts.query_sha256, sha256=parts.options.sha256)
+        )
         queries[name] = parts.query
     return tuple(sources), Secrets(queries=queries)
 
@@ -847,6 +849,59 @@ def test_every_data_file_of_a_volume_is_used_in_order(tmp_path: Path, reporter: 
         path.write_bytes(JSON_LINES if not name.endswith(".gz") else b"\x1f\x8b0000")
     files = fetch_sources(a_spec(VolumeSource(path=str(volume))), Secrets(), tmp_path / "work", reporter)
     assert [file.path for file in files] == [str(volume / name) for name in ("a.jsonl", "b/1.jsonl.gz", "b/2.jsonl")]
+    assert [file.source for file in files] == [file.path for file in files]  # and not the directory's name
+
+
+def test_what_of_a_volume_is_not_trained_on_is_said(tmp_path: Path, reporter: Recording) -> None:
+    for name in ("train.jsonl", "test.jsonl", "dev.jsonl", "old/adapter_config.json", "old/metrics.jsonl"):
+        path = tmp_path / "d" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(JSON_LINES)
+    files = fetch_sources(a_spec(VolumeSource(path=str(tmp_path / "d"))), Secrets(), tmp_path / "work", reporter)
+    assert [(Path(file.path).name, file.use) for file in files] == [
+        ("dev.jsonl", "validation"),
+        ("train.jsonl", "training"),
+    ]
+    assert reporter.notes == [
+        f"{tmp_path}/d: dev.jsonl is evaluated on and not trained on (a validation split)",
+        f"{tmp_path}/d: old is not read (an adapter)",
+        f"{tmp_path}/d: test.jsonl is not read (a test split)",
+    ]
+
+
+def test_a_work_directory_within_the_data_is_no_data(tmp_path: Path, reporter: Recording) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(JSON_LINES)
+    work_dir = tmp_path / "tuner-work"
+    (work_dir / "data").mkdir(parents=True)
+    (work_dir / "data" / "0001-rows.jsonl").write_bytes(JSON_LINES)
+    files = fetch_sources(a_spec(VolumeSource(path=str(tmp_path))), Secrets(), work_dir, reporter)
+    assert [file.source for file in files] == [str(tmp_path / "rows.jsonl")]
+
+
+def test_a_volume_of_a_test_split_only_is_a_missing_input(tmp_path: Path, reporter: Recording) -> None:
+    (tmp_path / "test.jsonl").write_bytes(JSON_LINES)
+    with pytest.raises(InputMissingError, match=r"no file in it to train on: test\.jsonl is not read \(a test split\)"):
+        fetch_sources(a_spec(VolumeSource(path=str(tmp_path))), Secrets(), tmp_path / "work", reporter)
+
+
+def test_a_file_that_is_named_itself_is_used_and_a_test_splits_name_warned_of(
+    tmp_path: Path, reporter: Recording
+) -> None:
+    path = tmp_path / "test.jsonl"
+    path.write_bytes(JSON_LINES)
+    source = FileSource(name="x", path=str(path), sha256=hashlib.sha256(JSON_LINES).hexdigest())
+    assert len(fetch_sources(a_spec(source), Secrets(), tmp_path / "work", reporter)) == 1
+    assert reporter.warnings == [f"{path}: is named as a test split, and is trained on, as it was named itself"]
+
+
+def test_an_empty_part_of_a_volume_is_fetched_and_an_empty_file_is_not(tmp_path: Path, reporter: Recording) -> None:
+    (tmp_path / "part-0.jsonl").write_bytes(JSON_LINES)
+    (tmp_path / "part-1.jsonl").write_bytes(b"")
+    files = fetch_sources(a_spec(VolumeSource(path=str(tmp_path))), Secrets(), tmp_path / "work", reporter)
+    assert [(file.size_bytes, file.is_part) for file in files] == [(len(JSON_LINES), True), (0, True)]
+    alone = FileSource(name="x", path=str(tmp_path / "part-1.jsonl"), sha256=hashlib.sha256(b"").hexdigest())
+    with pytest.raises(DataError, match=r"part-1\.jsonl: the file is empty"):
+        fetch_sources(a_spec(alone), Secrets(), tmp_path / "work", reporter)
 
 
 def test_a_volume_of_files_without_endings_is_used_whole(tmp_path: Path, reporter: Recording) -> None:
@@ -884,7 +939,7 @@ def test_the_data_files_of_an_image_arrive(tmp_path: Path, reporter: Recording) 
     reference = a_layout(tmp_path, {"b.jsonl": JSON_LINES, "a.jsonl": b"{}\n", "README.md": b"hello"})
     files = fetch_sources(a_spec(ImageSource(reference=reference)), Secrets(), tmp_path / "work", reporter)
     assert [file.path for file in files] == ["data/0000-image/a.jsonl", "data/0000-image/b.jsonl"]
-    assert {file.source for file in files} == {reference}
+    assert [file.source for file in files] == [f"{reference}/a.jsonl", f"{reference}/b.jsonl"]
     assert (tmp_path / "work" / files[1].path).read_bytes() == JSON_LINES
 
 

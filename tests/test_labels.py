@@ -1,5 +1,6 @@
 """Which tokens are learnt, for real chat templates (TRL's copies of the models' own) and shapes of rows."""
 
+import re
 from copy import copy
 from dataclasses import replace
 from importlib.resources import files
@@ -9,8 +10,8 @@ import pytest
 from tiny import tiny_tokenizer
 
 from tuner.errors import ConfigError
-from tuner.pipeline.dataset import BadRow, Completion, Conversation, Origin, PlainText
 from tuner.pipeline.labels import IGNORED, Labeller, TokenRow
+from tuner.pipeline.rows import BadRow, Completion, Conversation, Origin, PlainText
 from tuner.presets import load_presets
 
 pytestmark = pytest.mark.train
@@ -60,8 +61,8 @@ def _labeller(name: str, preset: str, real: bool) -> Labeller:
     return Labeller(tiny_tokenizer(preset, template))
 
 
-def conversation(*turns: tuple[str, str], supervised_from: int = 0, tools: Any = None) -> Conversation:
-    return Conversation(HERE, [{"role": role, "content": text} for role, text in turns], tools, supervised_from)
+def conversation(*turns: tuple[str, str], not_learnt: tuple[int, ...] = (), tools: Any = None) -> Conversation:
+    return Conversation(HERE, [{"role": role, "content": text} for role, text in turns], tools, frozenset(not_learnt))
 
 
 SINGLE = conversation(("user", "What is 2 + 2?"), ("assistant", "It is 4."))
@@ -80,7 +81,6 @@ WITH_TOOLS = Conversation(
         {"role": "assistant", "content": "It rains."},
     ],
     [TOOL],
-    0,
 )
 SHOW_TOOLS = ("qwen2_5", "qwen3", "qwen3_instruct_2507", "llama3_1")
 TRAILING_USER = conversation(("user", "What is 2?"), ("assistant", "A number."), ("user", "Thanks"))
@@ -197,7 +197,7 @@ class TestEveryTemplate:
         labeller = _labeller(name, preset, real)
         examples = labeller.examples(WITH_TOOLS)
         if isinstance(examples, BadRow):
-            assert "does not show its call of get_weather" in examples.reason or "template fails" in examples.reason
+            assert re.search("does not show its (tools|call of get_weather)|template fails", examples.reason)
             assert name not in SHOW_TOOLS
             return
         called, answered = learnt(labeller, WITH_TOOLS)
@@ -209,10 +209,43 @@ class TestEveryTemplate:
 
 def test_only_the_completion_of_a_prompt_in_messages_is_learnt() -> None:
     row = conversation(
-        ("user", "a"), ("assistant", "shown before"), ("user", "b"), ("assistant", "learn"), supervised_from=3
+        ("user", "a"), ("assistant", "shown before"), ("user", "b"), ("assistant", "learn"), not_learnt=(1,)
     )
     (answer,) = learnt(_labeller("phi3", "phi-3-mini-4k-instruct", True), row)
     assert answer == "learn<|end|>"
+
+
+def test_a_turn_in_the_middle_that_is_not_to_be_learnt_is_not() -> None:
+    turns = [(role, f"{role} {number}") for number in range(3) for role in ("user", "assistant")]
+    row = conversation(*turns, not_learnt=(3,))
+    assert learnt(_labeller("phi3", "phi-3-mini-4k-instruct", True), row) == [
+        "assistant 0<|end|>",
+        "assistant 2<|end|>",
+    ]
+
+
+def test_a_template_is_rendered_with_a_rows_own_arguments() -> None:
+    template = (
+        "{% for m in messages %}[{{ m.role }}{{ mood }}]{{ m.content }}<|end|>{% endfor %}"
+        "{% for d in documents or [] %}{{ d.text }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant{{ mood }}]{% endif %}"
+    )
+    labeller = Labeller(tiny_tokenizer("phi-3-mini-4k-instruct", template))
+    (example,) = labeller.examples(replace(SINGLE, template_arguments={"mood": "!"}))
+    assert example.text == "[user!]What is 2 + 2?<|end|>[assistant!]It is 4.<|end|>"
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        (replace(SINGLE, tools=[TOOL]), "tools"),
+        (replace(SINGLE, template_arguments={"documents": [{"text": "w"}]}), "documents"),
+    ],
+)
+def test_a_row_with_what_the_template_does_not_take_is_put_aside(row: Conversation, name: str) -> None:
+    found = _labeller("phi3", "phi-3-mini-4k-instruct", True).examples(row)
+    assert isinstance(found, BadRow)
+    assert found.reason == f"the chat template does not show its {name}"
 
 
 def test_a_template_that_rewrites_history_gives_one_example_a_turn() -> None:
@@ -331,7 +364,7 @@ def test_a_thought_that_the_template_does_not_show_is_a_bad_row() -> None:
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b", "reasoning_content": "\nLet me see.\n"},
     ]
-    row = Conversation(HERE, turns, None, 0)
+    row = Conversation(HERE, turns)
     bad = _labeller("phi3", "phi-3-mini-4k-instruct", True).examples(row)
     assert isinstance(bad, BadRow)
     assert bad.reason == "message 2: the chat template does not show its reasoning_content"

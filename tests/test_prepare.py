@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from data_files import write_data
 from tiny import Heard, make_job, prepared_job, rows_of, tiny_base
 
 from tuner.errors import ConfigError, DataError
@@ -218,10 +219,103 @@ def test_rows_with_nothing_left_to_learn_are_counted_and_listed(tmp_path: Path) 
     assert [problem["reason"] for problem in problems(result, work_dir)][-1] == "no token of it is learnt"
 
 
+SHARD_TEMPLATE = {"ModelConfig": {"chat_template": NO_TOOLS}}
+
+
+def sharded(directory: Path, bad_of_ten: int) -> Path:
+    """Six shards of ten rows, in each of which the template refuses the first ones: the same numbers in all of them."""
+    (directory / "d").mkdir(parents=True)
+    for shard in range(6):
+        rows = [
+            {
+                "messages": [
+                    {"role": "user", "content": f"{'pig' if row < bad_of_ten else 'cow'} {shard}.{row}"},
+                    {"role": "assistant", "content": "Yes."},
+                ]
+            }
+            for row in range(10)
+        ]
+        write_data(directory / "d" / f"part-{shard}.jsonl", rows)
+    return directory / "d"
+
+
+def test_bad_rows_of_several_files_of_a_directory_are_all_counted_each_with_its_file(tmp_path: Path) -> None:
+    data = sharded(tmp_path, 1)
+    config = SHARD_TEMPLATE | {"DatasetConfig": {"bad_row_share": 0.2}}
+    result, work_dir = prepared(tmp_path, data, config)
+    assert result.bad_rows == 6
+    assert sorted((problem["file"], problem["row"]) for problem in problems(result, work_dir)) == [
+        (str(data / f"part-{shard}.jsonl"), 1) for shard in range(6)
+    ]
+
+
+def test_the_limit_of_bad_rows_counts_those_of_all_files_of_a_directory(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"the chat template serves 36 of 60 rows"):
+        prepared(tmp_path, sharded(tmp_path, 4), SHARD_TEMPLATE)
+
+
+def test_a_file_that_is_given_twice_has_its_bad_rows_counted_twice(tmp_path: Path) -> None:
+    shard = sharded(tmp_path, 1) / "part-0.jsonl"
+    result, _ = prepared(tmp_path, [shard, shard], SHARD_TEMPLATE)
+    assert (result.rows_read, result.bad_rows) == (20, 2)
+
+
 def test_a_run_with_nothing_to_learn_stops(tmp_path: Path) -> None:
     config = {"TrainingArguments": {"max_length": 4}, "DatasetConfig": {"over_length": "truncate"}}
     with pytest.raises(DataError, match="no row has a token to learn"):
         prepared(tmp_path, rows_of("messages", 24), config)
+
+
+# ── what is evaluated ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_own_validation_file_is_what_is_evaluated_and_its_leaks_are_warned_of(tmp_path: Path) -> None:
+    train = write_data(tmp_path / "rows.jsonl", rows_of("messages", 30))
+    own = write_data(tmp_path / "own.jsonl", rows_of("messages", 6, first=28))
+    heard = Heard()
+    result, _ = prepared(tmp_path, [train, Path(f"{own}#use=validation")], reporter=heard)
+    assert (result.train.rows, result.eval_rows, result.has_validation_split) == (30, 6, True)
+    assert any("2 of 6 validation rows are trained on word for word" in line for line in heard.warnings)
+
+
+def test_the_validation_split_of_a_directory_is_what_is_evaluated(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    for name, first, count in (("train", 0, 30), ("validation", 30, 4), ("test", 40, 9)):
+        write_data(tmp_path / "d" / f"{name}-00000-of-00001.parquet", rows_of("messages", count, first=first))
+    result, _ = prepared(tmp_path, tmp_path / "d")
+    assert (result.rows_read, result.train.rows, result.eval_rows) == (34, 30, 4)
+
+
+def test_of_a_source_as_many_rows_are_trained_on_as_it_says(tmp_path: Path) -> None:
+    path = write_data(tmp_path / "rows.jsonl", rows_of("messages", 30))
+    heard = Heard()
+    result, _ = prepared(tmp_path, Path(f"{path}#rows=10"), reporter=heard)
+    assert (result.rows_read, result.train.rows, result.eval_rows, result.rows_not_taken) == (30, 10, 0, 20)
+    assert f"{path}: 10 of 30 rows are taken" in heard.notes
+
+
+# ── what is said of columns ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_columns_that_are_not_read_are_named(tmp_path: Path) -> None:
+    heard = Heard()
+    prepared(tmp_path, [row | {"topic": "animals"} for row in rows_of("messages", 24)], reporter=heard)
+    assert "columns not read: topic (24 rows)" in heard.notes
+
+
+@pytest.mark.parametrize(("raw", "shown"), [({}, True), ({"raw_text": True}, False)])
+def test_named_columns_are_trained_with_the_models_chat_template_unless_raw_text_is_asked_for(
+    tmp_path: Path, raw: dict[str, Any], shown: bool
+) -> None:
+    from transformers import AutoTokenizer
+
+    rows = [{"mail": f"How many {number}?", "reply": "Two."} for number in range(24)]
+    config = {"DatasetConfig": {"context_column": "mail", "response_column": "reply", **raw}}
+    result, work_dir = prepared(tmp_path, rows, config)
+    tokenizer = AutoTokenizer.from_pretrained(work_dir / result.tokenizer_dir)
+    text = tokenizer.decode(tokens_of(result, work_dir)[0]["input_ids"])
+    assert ("<|user|>" in text) is shown
+    assert "Two." in text
 
 
 # ── which chat template ──────────────────────────────────────────────────────────────────────────────────────────────

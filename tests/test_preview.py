@@ -15,7 +15,6 @@ from tiny import WORDS, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from tuner.errors import ConfigError, DataError, InputMissingError
-from tuner.pipeline.dataset import Completion, Origin
 from tuner.pipeline.labels import Labeller
 from tuner.pipeline.prepare import prepare
 from tuner.pipeline.preview import (
@@ -27,6 +26,7 @@ from tuner.pipeline.preview import (
     print_preview,
     token_pieces,
 )
+from tuner.pipeline.rows import Completion, Origin
 from tuner.presets import find_preset
 from tuner.request import Request, build_run
 from tuner.runspec import Fetched, FetchedFile, FetchedModel, Silent
@@ -304,6 +304,17 @@ class TestSummary:
         assert [counts.shortest, counts.median, counts.percentile_95, counts.longest] == lengths
 
 
+class TestFolders:
+    def test_of_a_directory_the_files_are_shown_that_a_run_would_read(self, tmp_path: Path) -> None:
+        for name in ("train.jsonl", "test.jsonl", "README.md"):
+            write_data(tmp_path / "rows.jsonl", message_rows(3)).rename(tmp_path / name)
+        assert [file.source for file in load(tmp_path).files] == [str(tmp_path / "train.jsonl")]
+
+    def test_an_empty_directory_is_a_missing_input(self, tmp_path: Path) -> None:
+        with pytest.raises(InputMissingError, match="no data file in it"):
+            load(tmp_path)
+
+
 class TestConfig:
     def test_messages_column_is_honoured(self, tmp_path: Path) -> None:
         path = write_data(tmp_path / "a.jsonl", [{"chat": conversation("q", "yes")["messages"], "messages": "no"}])
@@ -371,8 +382,8 @@ class TestConfig:
 
 class TestBadInput:
     def test_names_all_files_that_are_not_there(self, tmp_path: Path) -> None:
-        with pytest.raises(InputMissingError, match=r"one\.jsonl: not there; .*: a directory"):
-            load(tmp_path / "one.jsonl", tmp_path)
+        with pytest.raises(InputMissingError, match=r"one\.jsonl: not there; .*two\.jsonl: not there"):
+            load(tmp_path / "one.jsonl", tmp_path / "two.jsonl")
 
     def test_names_the_column_that_is_not_there(self, tmp_path: Path) -> None:
         path = write_data(tmp_path / "a.jsonl", message_rows(1))

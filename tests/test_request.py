@@ -496,6 +496,38 @@ def test_paths_and_file_urls_are_known_by_content_and_a_directory_stands_for_its
     )
 
 
+def test_what_stands_after_a_source_is_how_much_of_it_is_taken_and_what_for(build: Build, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("{}")
+    (tmp_path / "d").mkdir()
+    urls = [f"{URL}#rows=10", "a.jsonl#weight=2", "d#use=validation&rows=5", "hf://datasets/a/b#use=validation"]
+    sources = build(tuning={"input": {"urls": urls}}).spec.sources
+    assert [(source.kind, source.use, source.rows, source.weight) for source in sources] == [
+        ("url", "training", 10, None),
+        ("file", "training", None, 2.0),
+        ("volume", "validation", 5, None),
+        ("url", "validation", None, None),
+    ]
+    assert [getattr(source, "path", "") for source in sources[1:3]] == [str(tmp_path / "a.jsonl"), str(tmp_path / "d")]
+
+
+def test_what_the_workspace_has_for_validation_is_evaluated(build: Build) -> None:
+    sources = build(tuning={"input": {"urls": [URL], "validation": [f"{URL}?sig=SECRET#rows=5"]}}).spec.sources
+    assert [(source.use, source.rows) for source in sources] == [("training", None), ("validation", 5)]
+
+
+def test_a_run_with_nothing_to_train_on_is_refused(build: Build) -> None:
+    with pytest.raises(ConfigError, match="every source is for validation, and none is trained on"):
+        build(tuning={"input": {"urls": [f"{URL}#use=validation"]}})
+
+
+def test_data_to_evaluate_on_stand_beside_the_workspaces_own(build: Build, tmp_path: Path) -> None:
+    file = WorkspaceFile(make_workspace("phi-3-mini-4k-instruct", [URL], "out"))
+    beside = with_data(file, [f"{URL}#use=validation"], Allowed())
+    assert beside.workspace.tuning.input.urls == (URL, f"{URL}#use=validation")  # type: ignore[union-attr]
+    instead = with_data(file, ["x.jsonl", f"{URL}#use=validation"], Allowed())
+    assert instead.workspace.tuning.input.urls == ("x.jsonl", f"{URL}#use=validation")  # type: ignore[union-attr]
+
+
 def test_a_file_that_is_not_what_was_pinned_is_refused(build: Build, data: Path) -> None:
     right = f"file://{data}#sha256={hash_file(data)}"
     wrong = f"file://{data}#sha256={'0' * 64}"

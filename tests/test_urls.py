@@ -1,13 +1,17 @@
+import re
+
 import pytest
 
 from tuner.errors import ConfigError
 from tuner.urls import (
     Allowed,
     ConnectionPolicy,
+    SourceOptions,
     address_problem,
     is_hub_url,
     redacted,
     source_name,
+    split_options,
     split_url,
     url_problem,
 )
@@ -274,9 +278,9 @@ def test_the_hub_is_known_by_its_scheme_and_address(url: str, is_hub: bool) -> N
 
 
 def test_a_pin_is_read_in_any_case_and_beside_other_words() -> None:
-    assert split_url(f"https://h.example/t#sha256={'AB' * 32}").sha256 == "ab" * 32
-    assert split_url(f"https://h.example/t#x=1&sha256={'ab' * 32}").sha256 == "ab" * 32
-    assert split_url("https://h.example/t#heading").sha256 is None
+    assert split_url(f"https://h.example/t#sha256={'AB' * 32}").options.sha256 == "ab" * 32
+    assert split_url(f"https://h.example/t#rows=1&sha256={'ab' * 32}").options.sha256 == "ab" * 32
+    assert split_url("https://h.example/t#heading").options.sha256 is None
 
 
 @pytest.mark.parametrize("pin", ["", "abc", "g" * 64, "a" * 65])
@@ -319,3 +323,36 @@ def test_a_long_name_keeps_its_ending() -> None:
     assert name.startswith("0012-xxx")
     assert name.endswith(".jsonl.gz")
     assert len(name) < 120
+
+
+@pytest.mark.parametrize(
+    ("text", "bare", "options"),
+    [
+        ("https://h.example/t#rows=1000", "https://h.example/t", SourceOptions(rows=1000)),
+        ("https://h.example/t#weight=0.5&rows=9", "https://h.example/t", SourceOptions(rows=9, weight=0.5)),
+        ("hf://datasets/a/b#use=validation", "hf://datasets/a/b", SourceOptions(use="validation")),
+        ("data/train.jsonl#rows=7", "data/train.jsonl", SourceOptions(rows=7)),
+        ("data/a#b.jsonl", "data/a#b.jsonl", SourceOptions()),
+        ("data/a#b=c.jsonl", "data/a#b=c.jsonl", SourceOptions()),
+    ],
+)
+def test_what_stands_after_a_source_says_how_much_of_it_is_taken(text: str, bare: str, options: SourceOptions) -> None:
+    assert split_options(text) == (bare, options)
+
+
+@pytest.mark.parametrize(
+    ("fragment", "said"),
+    [
+        ("rows=0", "#rows= wants a whole number"),
+        ("rows=some", "#rows= wants a whole number"),
+        ("weight=0", "#weight= wants a number above 0"),
+        ("weight=nan", "#weight= wants a number above 0"),
+        ("use=test", "#use= is training or validation"),
+        ("use=validation&weight=2", "a weight is of rows that are trained on"),
+        ("row=10", "what stands after its # is not known there"),
+    ],
+)
+def test_what_stands_after_a_source_and_makes_no_sense_is_refused(fragment: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)) as caught:
+        split_url(f"https://h.example/t?sig=SECRET#{fragment}")
+    assert "SECRET" not in f"{caught.value.message}{caught.value.hint}"

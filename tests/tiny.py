@@ -4,13 +4,13 @@ import atexit
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -97,7 +97,7 @@ class Job:
 
 def make_job(
     directory: Path,
-    rows: Rows,
+    data: Rows | Path | Sequence[Path],
     config: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     *,
     preset: str = "phi-3-mini-4k-instruct",
@@ -107,12 +107,14 @@ def make_job(
 ) -> Job:
     """What `tuner run --model preset --data …` builds, with the work directory `directory`/work.
 
-    The base is `tiny_base(preset)` unless `request` asks for a smoke run or names another. `config` are the sections
-    of training_config.yaml.
+    `data` are rows, or paths to them. The base is `tiny_base(preset)` unless `request` asks for a smoke run or names
+    another. `config` are the sections of training_config.yaml.
     """
     one_thread()
     directory.mkdir(parents=True, exist_ok=True)
-    data = write_data(directory / "train.parquet", rows)
+    paths = [data] if isinstance(data, Path) else [each for each in data if isinstance(each, Path)]
+    if not paths:
+        paths = [write_data(directory / "train.parquet", cast(Rows, data))]
     if config:
         path = directory / "training_config.yaml"
         path.write_text(yaml.safe_dump({"training_config": {key: dict(value) for key, value in config.items()}}))
@@ -120,7 +122,7 @@ def make_job(
     if not request.get("smoke") and "base_model" not in request:
         request["base_model"] = tiny_base(preset)
     destination = output or str(directory / "adapter")
-    file = WorkspaceFile(make_workspace(preset, [str(data)], destination, method, "tiny-run"))
+    file = WorkspaceFile(make_workspace(preset, [str(path) for path in paths], destination, method, "tiny-run"))
     work_dir = directory / "work"
     run = build_run(file, Request(output=destination, **request), work_dir, {})
     return Job(run.spec, run.secrets, work_dir)

@@ -37,39 +37,17 @@ def _hash_unchanged(path: Path, _size: int, _mtime_ns: int, _inode: int) -> str:
 # ── data files ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def plain_name(name: str) -> str:
-    """In lower case and without the ending of a compression."""
-    lower = name.lower()
-    return lower.removesuffix(".gz").removesuffix(".zst")
-
-
-_DATA_ENDINGS = (".parquet", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".arrow", ".feather", ".txt", ".text")
-_SIDECARS = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
-
-
-def is_data_name(path: str) -> bool:
-    """Whether a file at this path below a directory of data may be data: not hidden, not what describes them."""
-    *_, name = parts = path.split("/")
-    return (
-        name not in _SIDECARS
-        and not any(part.startswith((".", "_")) for part in parts)
-        and not name.lower().startswith(("readme", "license", "licence"))
-    )
-
-
-def named_as_data(paths: Sequence[str]) -> list[str]:
-    """Those whose ending is one of data."""
-    return [path for path in paths if plain_name(path).endswith(_DATA_ENDINGS)]
-
-
-def check_readable(path: Path, name: str, source: str) -> None:
+def check_readable(path: Path, name: str, source: str, *, may_be_empty: bool = False) -> None:
     """DataError when the file's content is not what its name says, or no data at all. `source` is for messages."""
     with path.open("rb") as file:
         head = file.read(4096)
         file.seek(max(0, path.stat().st_size - 4))
         tail = file.read()
+    if not head and may_be_empty:
+        return
     if not head:
         raise DataError(f"{source}: the file is empty")
+    refuse_foreign(head, source)
     if _text_of(head).lower().startswith((b"<!doctype", b"<html")):
         raise DataError(f"{source}: it is a web page", hint=WEB_PAGE_HINT)
     kind = _kind_of(head)
@@ -86,14 +64,43 @@ def _text_of(head: bytes) -> bytes:
     return head.removeprefix(b"\xef\xbb\xbf").lstrip()
 
 
+_UNPACK = "unpack it, and name the data files in it"
+_AGAIN = "unpack it; .gz and .zst are read as they are"
+_FOREIGN: tuple[tuple[bytes, str, str], ...] = (
+    (
+        b"version https://git-lfs",
+        "a Git LFS pointer, and not the file it stands for",
+        "git lfs pull fetches the file; of a URL use the one that downloads it (/resolve/ on Hugging Face)",
+    ),
+    (b"PK\x03\x04", "a zip archive", _UNPACK),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
+    (b"Rar!", "a rar archive", _UNPACK),
+    (b"\xfd7zXZ\x00", "compressed by xz", _AGAIN),
+    (b"BZh", "compressed by bzip2", _AGAIN),
+    (b"\x04\x22\x4d\x18", "compressed by lz4", _AGAIN),
+    (b"%PDF-", "a PDF document", "take its text out first"),
+    (b"SQLite format 3", "an SQLite database", "export its table as parquet or CSV"),
+    (b"\x89HDF", "an HDF5 file", "save its rows as parquet"),
+    (b"Obj\x01", "an Avro file", "save its rows as parquet"),
+    (b"ORC", "an ORC file", "save its rows as parquet"),
+    (b"\xd0\xcf\x11\xe0", "an old Office document", "save the sheet as CSV"),
+    (b"\x80\x04\x95", "a Python pickle, which can run code when it is read", "save its rows as parquet"),
+)
+
+
+def refuse_foreign(head: bytes, source: str) -> None:
+    """DataError for what begins as an archive or a kind of file that is not read: in words, and what to do."""
+    for magic, what, hint in _FOREIGN:
+        if head.startswith(magic):
+            if b"xl/" in head or b"[Content_Types].xml" in head:
+                what, hint = "an Excel workbook", "save the sheet as CSV (UTF-8)"
+            raise DataError(f"{source}: {what}", hint=hint)
+    if head[257:262] == b"ustar":
+        raise DataError(f"{source}: a tar archive", hint=_UNPACK)
+
+
 def _kind_of(head: bytes) -> str:
-    for magic, kind in (
-        (b"PAR1", "parquet"),
-        (b"\x1f\x8b", "gzip"),
-        (b"\x28\xb5\x2f\xfd", "zstandard"),
-        (b"PK\x03\x04", "a zip archive"),
-        (b"version https://git-lfs", "a Git LFS pointer"),
-    ):
+    for magic, kind in ((b"PAR1", "parquet"), (b"\x1f\x8b", "gzip"), (b"\x28\xb5\x2f\xfd", "zstandard")):
         if head.startswith(magic):
             return kind
     text = _text_of(head)

@@ -53,7 +53,7 @@ from tuner.runspec import (
 from tuner.source_headers import SOURCES_KEY, parse_source_headers
 from tuner.training_config import ConfigSource, resolve_training_config
 from tuner.training_settings import TYPED, TrainingConfig
-from tuner.urls import Allowed, redacted, source_name, split_url
+from tuner.urls import Allowed, SourceOptions, redacted, source_name, split_options, split_url
 from tuner.workspace import (
     ImageInput,
     ImageOutput,
@@ -182,7 +182,7 @@ def build_run(file: WorkspaceFile, request: Request, work_dir: Path, env: Mappin
     pull = _attempt(errors, _pull_credentials, file, tuning, sources, base_model, request, env)
     hub = _attempt(errors, _hub_token, file, tuning, sources, base_model, request, env)
     headers = _attempt(errors, _source_headers, file, request)
-    gates = _attempt(errors, _gates, file, request, training) or ()
+    gates = _attempt(errors, _gates, file, request, training, sources) or ()
     disabled = _attempt(errors, _disabled, file, request)
     if errors or not (preset and training and base_model and destination and push and pull and hub and headers):
         raise all_at_once(errors)
@@ -426,8 +426,18 @@ def with_template_text(training: TrainingConfig, beside: Path, work_dir: Path) -
 
 
 def with_data(file: WorkspaceFile, data: Sequence[str], allowed: Allowed, *, local_files: bool = True) -> WorkspaceFile:
-    """The file with `--data` in the place of its input. Raises ConfigError as for a Workspace's urls."""
+    """The file with `--data` in the place of its input; without a source to train on, beside it.
+
+    Raises ConfigError as for a Workspace's urls, and where a volume or image has nothing beside it.
+    """
     tuning = require_tuning(file)
+    if all(split_options(each)[1].use == "validation" for each in data):
+        if not isinstance(tuning.input, UrlInput):
+            raise ConfigError(
+                "--eval-data: the Workspace's input is no urls, beside which it could stand",
+                hint="give --data, too, or put the rows into a folder validation/ of the volume or image",
+            )
+        data = [*tuning.input.urls, *map(evaluated_on, tuning.input.validation), *data]
     workspace = make_workspace(tuning.preset.name, data, None, allowed=allowed, local_files=local_files)
     typed = require_tuning(WorkspaceFile(workspace))
     workspace = file.workspace.model_copy(update={"tuning": tuning.model_copy(update={"input": typed.input})})
@@ -437,8 +447,8 @@ def with_data(file: WorkspaceFile, data: Sequence[str], allowed: Allowed, *, loc
 def _sources(tuning: Tuning, request: Request) -> tuple[tuple[Source, ...], dict[str, str]]:
     """What to fetch, and the secret queries by the sources' names."""
     match tuning.input:
-        case UrlInput(urls=urls):
-            return _url_sources(urls)
+        case UrlInput(urls=urls, validation=validation):
+            return _url_sources([*urls, *(evaluated_on(url) for url in validation)])
         case ImageInput(image=image) if request.image_volume:
             volume = {"image": {"reference": str(image)}}
             return (VolumeSource(path=str(pod.DATA_DIR / "data"), source=volume),), {}
@@ -462,12 +472,31 @@ def _url_sources(urls: Sequence[str]) -> tuple[tuple[Source, ...], dict[str, str
             continue
         parts = split_url(url)
         name = source_name(index, url)
-        sources.append(UrlSource(name=name, url=parts.url, query_sha256=parts.query_sha256, sha256=parts.sha256))
+        sources.append(
+            UrlSource(
+                name=name,
+                url=parts.url,
+                query_sha256=parts.query_sha256,
+                sha256=parts.options.sha256,
+                **_sampling(parts.options),
+            )
+        )
         if parts.query:
             queries[name] = parts.query
     if errors:
         raise _missing(errors)
+    if sources and all(source.use == "validation" for source in sources):
+        raise ConfigError("tuning.input: every source is for validation, and none is trained on")
     return tuple(sources), queries
+
+
+def evaluated_on(url: str) -> str:
+    """The source as one that is for validation."""
+    return f"{url}{'&' if '#' in url else '#'}use=validation"
+
+
+def _sampling(options: SourceOptions) -> dict[str, Any]:
+    return {"use": options.use, "rows": options.rows, "weight": options.weight}
 
 
 def _shortened(sources: Sequence[Source], queries: Mapping[str, str]) -> Iterator[str]:
@@ -486,24 +515,26 @@ def _missing(errors: Sequence[TunerError]) -> TunerError:
 
 def _local_source(index: int, url: str) -> FileSource | VolumeSource:
     """A path or file:// URL, known by its content; a directory stands for the files in it."""
-    path, pinned = Path(url), None
+    written, options = split_options(url)
+    path, pinned = Path(written), options.sha256
     if url.lower().startswith("file:"):
         parts = urlsplit(url)
         if parts.netloc not in ("", "localhost"):
             raise InputMissingError(f"{url}: names a file of the machine {parts.netloc}", hint="write file:///path")
-        path, pinned = Path(unquote(parts.path)), split_url(url).sha256
+        path = Path(unquote(parts.path))
     path = path.expanduser().absolute()
     try:
         if path.is_dir():
-            return VolumeSource(path=str(path))
+            return VolumeSource(path=str(path), **_sampling(options))
         if not path.is_file():
-            raise _no_such_file(url, path)
+            raise _no_such_file(written, path)
         sha256 = hash_file(path)
     except OSError as error:
         raise InputMissingError(f"{path}: cannot be read: {error.strerror}") from error
     if pinned and pinned != sha256:
         raise DataError(f"{path}: its sha256 is {sha256}, not {pinned} as pinned")
-    return FileSource(name=source_name(index, f"file://{path}"), path=str(path), sha256=sha256)
+    name = source_name(index, f"file://{path}")
+    return FileSource(name=name, path=str(path), sha256=sha256, **_sampling(options))
 
 
 def _no_such_file(written: str, path: Path) -> InputMissingError:
@@ -890,7 +921,9 @@ def _reason(error: OSError | UnicodeDecodeError) -> str:
 # ── gates ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _gates(file: WorkspaceFile, request: Request, training: TrainingConfig | None) -> tuple[Gate, ...]:
+def _gates(
+    file: WorkspaceFile, request: Request, training: TrainingConfig | None, sources: Sequence[Source]
+) -> tuple[Gate, ...]:
     """What `--require` says, else the Workspace's annotation."""
     written = file.workspace.metadata.annotations.get(REQUIRE_ANNOTATION, "")
     texts, origin = split_gates(written), f"metadata.annotations[{REQUIRE_ANNOTATION}]"
@@ -898,7 +931,8 @@ def _gates(file: WorkspaceFile, request: Request, training: TrainingConfig | Non
         texts, origin = request.require, "--require"
     gates = parse_gates(texts, origin)
     needing = next((gate for gate in gates if gate.needs_held_out_rows), None)
-    if needing and training and training.dataset.train_fraction == 1:
+    has_validation = any(source.use == "validation" for source in sources)
+    if needing and training and training.dataset.train_fraction == 1 and not has_validation:
         raise ConfigError(
             f"{origin}: {needing.text!r} needs held-out rows, and DatasetConfig.train_test_split holds none out",
             hint="leave train_test_split out, or write less than 1",

@@ -29,6 +29,7 @@ from pydantic import (
 
 from tuner.durable import replacing
 from tuner.errors import ConfigError, InputMissingError
+from tuner.folder import Use
 from tuner.gates import Gate, parse_gates
 from tuner.open_files import OpenDirectory
 from tuner.presets import Preset
@@ -107,7 +108,15 @@ ImageLocation = Annotated[
 # ── sources ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class UrlSource(Contract):
+class _Sampled(Contract):
+    """A source of which not every row need be taken once."""
+
+    use: Use = "training"
+    rows: int | None = Field(default=None, description="how many of its rows are taken at most")
+    weight: float | None = Field(default=None, description="how often each row is taken; below 1, what share of them")
+
+
+class UrlSource(_Sampled):
     """One of `tuning.input.urls`. `url` has neither query nor fragment: those may carry a signature."""
 
     kind: Literal["url"] = "url"
@@ -119,7 +128,7 @@ class UrlSource(Contract):
     sha256: str | None = Field(default=None, description="what the user pinned with #sha256=")
 
 
-class FileSource(Contract):
+class FileSource(_Sampled):
     """A path or file:// URL on this machine, known by its content."""
 
     kind: Literal["file"] = "file"
@@ -128,14 +137,14 @@ class FileSource(Contract):
     sha256: str
 
 
-class ImageSource(Contract):
+class ImageSource(_Sampled):
     """`tuning.input.image`: the data files are under /data of an OCI image."""
 
     kind: Literal["image"] = "image"
     reference: ImageLocation
 
 
-class VolumeSource(Contract):
+class VolumeSource(_Sampled):
     """`tuning.input.volumeSource`; on a box `path` is the directory it stands for."""
 
     kind: Literal["volume"] = "volume"
@@ -361,10 +370,13 @@ FETCHED, PREPARED, TRAINED = "fetched.json", "prepared.json", "trained.json"  # 
 class FetchedFile(Contract):
     """A verified data file on disk. `path` is relative to the work directory unless the file lies elsewhere."""
 
-    source: str = Field(description="the URL without query, path or image reference it came from")
+    source: str = Field(description="where it came from: a URL without query, a path, a path in an image")
     path: str
     sha256: str
     size_bytes: int
+    source_index: int = Field(default=0, description="of which of RunSpec.sources it is")
+    use: Use = "training"
+    is_part: bool = Field(default=False, description="found in a folder, of whose files some may be empty")
 
 
 class FetchedModel(Contract):
@@ -423,7 +435,12 @@ class Prepared(Contract):
     run_digest: str
     train: Split
     evaluation: Split | None
+    has_validation_split: bool = Field(
+        default=False,
+        description="`evaluation` is rows that the data say are for it, not held out of the training rows",
+    )
     rows_read: int
+    rows_not_taken: int = Field(default=0, description="good rows that a source's #rows or #weight leaves out")
     shapes: dict[str, int] = Field(description="shape of row → how many")
     row_formats: dict[RowFormat, int] = Field(description="how what is trained on was rendered → how many")
     sentences: tuple[Sentence, ...] = Field(description="of the canary: four in the run's row format, two as text")

@@ -10,12 +10,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from string import Formatter
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 from tuner.errors import MOST_PROBLEMS, ConfigError, Problem, cut, did_you_mean
 from tuner.training_fields import CHOICES, TYPES
-from tuner.training_settings import ALL_LINEAR, PRESET, TYPED, Method, TrainingConfig
+from tuner.training_settings import ALL_LINEAR, PRESET, TYPED, ColumnRole, Method, TrainingConfig
 from tuner.yaml_lines import Document, Fault, Location, YamlValue, field_path, read_documents
 
 DOCUMENTS_PER_STEP = 16  # as in the QLoRA paper (https://arxiv.org/abs/2305.14314)
@@ -27,14 +28,18 @@ OWN_TYPES: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "ModelConfig": {"chat_template": "str", "dtype": "str", "revision": "str", "trust_remote_code": "bool"},
         "DatasetConfig": {
             "bad_row_share": "float",
+            "columns": "dict",
             "context_column": "str",
             "dataset_extension": "str",
             "dataset_path": "str",
             "messages_column": "str",
             "over_length": "str",
+            "prompt_template": "str",
+            "raw_text": "bool",
             "response_column": "str",
             "shuffle_dataset": "bool",
             "shuffle_seed": "int",
+            "system_prompt": "str",
             "train_test_split": "float",
         },
         "TrainingArguments": {
@@ -576,6 +581,8 @@ _OTHER_WORDS: Mapping[str, str] = MappingProxyType(
         "batch_size": "TrainingArguments.per_device_train_batch_size",
         "micro_batch_size": "TrainingArguments.per_device_train_batch_size",
         "sequence_len": "TrainingArguments.max_length",
+        "column_mapping": "DatasetConfig.columns",
+        "default_system": "DatasetConfig.system_prompt",
         "max_sequence_length": "TrainingArguments.max_length",
     }
 )
@@ -687,6 +694,10 @@ def _checked(path: str, value: Any) -> Any:
         kind, words = _ITEMS[path]
         if not all(type(item) is kind for item in value):
             raise ValueError(f"must be a list of {words}, not {_show(value)}")
+    if path == "DatasetConfig.columns":
+        return _column_roles(value)
+    if path == "DatasetConfig.prompt_template":
+        _check_prompt_template(value)
     if path == "LoraConfig.target_modules":
         return _module_names(value)
     if path == "LoraConfig.init_lora_weights":
@@ -696,6 +707,36 @@ def _checked(path: str, value: Any) -> Any:
     if path == "TrainingArguments.output_dir":
         return _under_mnt(value)
     return value
+
+
+def _column_roles(value: dict[str, Any]) -> dict[str, Any]:
+    """Column → what it holds; only context may be several columns, and what is left out."""
+    roles = get_args(ColumnRole)
+    for column, role in value.items():
+        if role not in roles:
+            near = did_you_mean(role, roles) if isinstance(role, str) else None
+            raise ValueError(f"{column}: {_show(role)} is none of {', '.join(roles)}{f'; {near}' if near else ''}")
+    written = list(value.values())
+    for role in roles:
+        if role not in ("context", "ignored") and written.count(role) > 1:
+            columns = ", ".join(column for column, each in value.items() if each == role)
+            ways = "; prompt_template puts several columns together" if role == "prompt" else ""
+            raise ValueError(f"several columns are said to be the {role}: {columns}{ways}")
+    return value
+
+
+def _check_prompt_template(value: str) -> None:
+    try:
+        fields = [(name, form, how) for _, name, form, how in Formatter().parse(value) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"is no template: {error}; a brace itself is written {{{{ or }}}}") from None
+    if not fields:
+        raise ValueError("names no column: write one in braces, as {question}")
+    for name, form, how in fields:
+        if not name or form or how:
+            raise ValueError(
+                f"{_show(name)}: a column's name alone stands in braces; a brace itself is written {{{{ or }}}}"
+            )
 
 
 def _module_names(value: str | list[Any]) -> str | list[str]:

@@ -5,6 +5,7 @@ the library's own class (`passthrough`). None: nobody decided, and the run follo
 """
 
 from collections.abc import Iterator, Mapping
+from string import Formatter
 from types import MappingProxyType
 from typing import Any, Literal, Self
 
@@ -13,6 +14,24 @@ from pydantic import BaseModel, ConfigDict, Field
 Method = Literal["lora", "qlora"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 OverLength = Literal["drop", "truncate", "error"]
+# What a column may be said to hold.
+ColumnRole = Literal[
+    "messages",
+    "prompt",
+    "response",
+    "context",
+    "text",
+    "system",
+    "history",
+    "tools",
+    "choices",
+    "reasoning",
+    "documents",
+    "chat_template_kwargs",
+    "label",
+    "split",
+    "ignored",
+]
 
 DEFAULT, PRESET, TYPED = "default", "preset", "--set"  # origins that are no place in a file
 ALL_LINEAR = "all-linear"
@@ -134,6 +153,10 @@ class DatasetSettings(Section):
     shuffle: bool = Field(default=True, alias="shuffle_dataset")
     shuffle_seed: int = 42
     train_fraction: float | None = Field(default=None, alias="train_test_split")
+    columns: dict[str, ColumnRole] = Field(default_factory=dict)
+    prompt_template: str | None = None
+    system_prompt: str | None = None
+    raw_text: bool | None = None
     messages_column: str | None = None
     context_column: str | None = None
     response_column: str | None = None
@@ -141,6 +164,36 @@ class DatasetSettings(Section):
     dataset_extension: str | None = None
     over_length: OverLength = "drop"
     bad_row_share: float = 0.1
+
+    @property
+    def named_columns(self) -> dict[str, ColumnRole]:
+        """Column → what the user says it is: in `columns`, or in KAITO's keys, of which context_column alone goes with
+        a column `text`."""
+        named = dict(self.columns)
+        if self.messages_column is not None:
+            named[self.messages_column] = "messages"
+        elif self.context_column is not None:
+            named[self.context_column] = "prompt"
+            named[self.response_column or "text"] = "response"
+        elif self.response_column is not None:
+            has_prompt = bool(self.prompt_template) or "prompt" in named.values()
+            named[self.response_column] = "response" if has_prompt else "text"
+        return named
+
+    @property
+    def prompt_columns(self) -> tuple[str, ...]:
+        """The columns that `prompt_template` puts together."""
+        parts = Formatter().parse(self.prompt_template or "")
+        return tuple(dict.fromkeys(name for _, name, _, _ in parts if name))
+
+    def naming(self, column: str) -> str:
+        """The key that names this column."""
+        keys = {
+            self.messages_column: "messages_column",
+            self.context_column: "context_column",
+            self.response_column: "response_column",
+        } | dict.fromkeys(self.prompt_columns, "prompt_template")
+        return "columns" if column in self.columns else keys.get(column, "response_column")
 
 
 class TrainingConfig(BaseModel):

@@ -11,9 +11,11 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from typing import Any
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
-from tuner.errors import ConfigError
+from tuner.errors import ConfigError, did_you_mean
+from tuner.folder import Use
 from tuner.redaction import hide_url, is_secret_parameter, is_signed_in_path
 
 Address = IPv4Address | IPv6Address
@@ -82,7 +84,7 @@ STORE_PACKAGES = {
 HUB_DATASET = re.compile(r"hf://datasets/(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/@]+))?(?:/(?P<path>.*))?")
 
 _HUB_HOST = "huggingface.co"
-
+_MOST_WEIGHT = 100
 _PIN = re.compile(r"[0-9a-f]{64}")
 # What the guard says. `{}` is filled in here, and by CEL in tuner/cluster/rules.py: the CRD says the same words.
 INVALID = "invalid data source URL"
@@ -328,8 +330,72 @@ def _unwrapped(address: Address) -> Address:
 
 
 @dataclass(frozen=True)
+class SourceOptions:
+    """What stands after the `#` of a source: `sha256=HEX`, `rows=1000`, `weight=0.5`, `use=validation`, with & between.
+
+    `rows` is how many of its rows are taken at most; `weight` how often each of them is.
+    """
+
+    sha256: str | None = None
+    rows: int | None = None
+    weight: float | None = None
+    use: Use = "training"
+
+
+_OPTION = re.compile(r"(sha256|rows|weight|use)=", re.IGNORECASE)
+
+
+def split_options(text: str) -> tuple[str, SourceOptions]:
+    """A source without its options, and these. Raises ConfigError for one that is malformed or not known."""
+    bare, hash_sign, fragment = text.partition("#")
+    if not hash_sign or "=" not in fragment:
+        return (bare if "://" in text else text), SourceOptions()
+    if "://" not in text and not _OPTION.match(fragment):
+        return text, SourceOptions()  # a # in the name of a file
+    return bare, _options(fragment, redacted(text))
+
+
+def _options(fragment: str, shown: str) -> SourceOptions:
+    found: dict[str, Any] = {}
+    for part in fragment.split("&"):
+        name, _, value = part.partition("=")
+        name = name.lower()
+        if name == "sha256":
+            found[name] = _pin(value, shown)
+        elif name == "rows":
+            if not value.isdecimal() or not int(value):
+                raise ConfigError(f"{shown}: #rows= wants a whole number of rows, at least 1")
+            found[name] = int(value)
+        elif name == "weight":
+            found[name] = _weight(value, shown)
+        elif name == "use":
+            if value not in ("training", "validation"):
+                raise ConfigError(f"{shown}: #use= is training or validation")
+            found[name] = value
+        else:
+            known = ("sha256", "rows", "weight", "use")
+            raise ConfigError(
+                f"{shown}: what stands after its # is not known there",  # nor shown: it may be secret
+                hint=did_you_mean(name, known) or "known are sha256=HEX, rows=NUMBER, weight=NUMBER and use=validation",
+            )
+    if found.get("use") == "validation" and found.get("weight") is not None:
+        raise ConfigError(f"{shown}: a weight is of rows that are trained on", hint="#rows=… takes some of them")
+    return SourceOptions(**found)
+
+
+def _weight(value: str, shown: str) -> float:
+    try:
+        weight = float(value)
+    except ValueError:
+        weight = 0.0
+    if not 0 < weight <= _MOST_WEIGHT:
+        raise ConfigError(f"{shown}: #weight= wants a number above 0, up to {_MOST_WEIGHT}")
+    return weight
+
+
+@dataclass(frozen=True)
 class SplitUrl:
-    """A URL taken apart by who may see what. Only `url`, `sha256` and `name` may be shown.
+    """A URL taken apart by who may see what. Only `url`, `options` and `name` may be shown.
 
     `query` is secret. `public_query` lacks the parameters of a signature and decides, as a digest, what is fetched.
     """
@@ -337,7 +403,7 @@ class SplitUrl:
     url: str
     query: str = field(repr=False)
     public_query: str = field(repr=False)
-    sha256: str | None
+    options: SourceOptions
     name: str
 
     @property
@@ -358,7 +424,7 @@ def split_url(text: str) -> SplitUrl:
         url=redacted(text),
         query=parts.query,
         public_query=_without_signature(parts.query),
-        sha256=_pin(parts.fragment, redacted(text)),
+        options=split_options(text)[1],
         name=unquote(parts.path.rstrip("/").rsplit("/", 1)[-1]),
     )
 
@@ -400,14 +466,10 @@ def _without_signature(query: str) -> str:
     )
 
 
-def _pin(fragment: str, shown_url: str) -> str | None:
-    for part in fragment.split("&"):
-        name, _, value = part.partition("=")
-        if name.lower() == "sha256":
-            if not _PIN.fullmatch(value.lower()):
-                raise ConfigError(
-                    f"{shown_url}: #sha256= wants 64 hexadecimal digits, not these {len(value)} characters",
-                    hint="`sha256sum FILE` prints them",
-                )
-            return value.lower()
-    return None
+def _pin(value: str, shown: str) -> str:
+    if not _PIN.fullmatch(value.lower()):
+        raise ConfigError(
+            f"{shown}: #sha256= wants 64 hexadecimal digits, not these {len(value)} characters",
+            hint="`sha256sum FILE` prints them",
+        )
+    return value.lower()

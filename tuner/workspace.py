@@ -267,9 +267,14 @@ class PresetSpec(_FromYaml):
 
 
 class UrlInput(_FromYaml):
-    """`urls` are as written: URLs with their queries (which may be secret) and, on a box, paths and file:// URLs."""
+    """`urls` are as written: URLs with their queries (which may be secret) and, on a box, paths and file:// URLs.
+
+    `validation` are evaluated and not trained on: Tuner's own field, which KAITO's CRD drops (there `#use=validation`
+    after an entry of `urls` says the same).
+    """
 
     urls: tuple[Url, ...] = Field(repr=False)
+    validation: tuple[Url, ...] = Field(default=(), repr=False)
     name: OptionalName = None
 
 
@@ -503,8 +508,9 @@ def cluster_problems(workspace: Workspace) -> list[Problem]:
     problems = []
     if isinstance(tuning.input, UrlInput):
         problems += [
-            Problem(LOCAL_FILE, path=f"tuning.input.urls[{index}]")
-            for index, url in enumerate(tuning.input.urls)
+            Problem(LOCAL_FILE, path=f"tuning.input.{field}[{index}]")
+            for field, urls in (("urls", tuning.input.urls), ("validation", tuning.input.validation))
+            for index, url in enumerate(urls)
             if is_local_file(url)
         ]
     if isinstance(tuning.output, ImageOutput) and tuning.output.image_push_secret is None:
@@ -940,7 +946,10 @@ def _faults_of(detail: ErrorDetails, model: type[_FromYaml]) -> Iterator[Fault]:
                 hint = f"write a ConfigMap's name; the settings stand in it, under the key {TRAINING_CONFIG_KEY}"
             elif isinstance(value, dict) and "name" in value:
                 hint = "write the name alone, without name:"
-            elif isinstance(value, dict) and location[:3] == ("tuning", "input", "urls"):
+            elif isinstance(value, dict) and location[:3] in (
+                ("tuning", "input", "urls"),
+                ("tuning", "input", "validation"),
+            ):
                 hint = "write the address alone"
             elif isinstance(value, list):
                 hint = "write one alone, without [ ] or -"
@@ -1081,6 +1090,7 @@ def _example_hosts(tuning: Tuning) -> Iterator[Fault]:
     places: list[tuple[Location, str]] = []
     if isinstance(tuning.input, UrlInput):
         places += [(("tuning", "input", "urls", index), url) for index, url in enumerate(tuning.input.urls)]
+        places += [(("tuning", "input", "validation", index), url) for index, url in enumerate(tuning.input.validation)]
     elif isinstance(tuning.input, ImageInput):
         places.append((("tuning", "input", "image"), str(tuning.input.image)))
     if isinstance(tuning.output, ImageOutput):

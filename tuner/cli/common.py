@@ -88,10 +88,15 @@ def make_request(flags: RequestFlags) -> "Request":
 
 
 def read_workspace_file(
-    workspace: Path | None, model: str | None, data: Sequence[str], method: str | None, request: "Request"
+    workspace: Path | None,
+    model: str | None,
+    data: Sequence[str],
+    method: str | None,
+    request: "Request",
+    eval_data: Sequence[str] = (),
 ) -> "WorkspaceFile":
     """The file that was named, or the one that --model and its fellows stand for."""
-    from tuner.request import all_at_once, flag_errors, with_data
+    from tuner.request import all_at_once, evaluated_on, flag_errors, with_data
     from tuner.urls import Allowed
     from tuner.workspace import WorkspaceFile, load_workspace_file, make_workspace
 
@@ -121,13 +126,14 @@ def read_workspace_file(
             + (f"; missing: {', '.join(missing)}" if len(missing) < 3 else ""),
             hint="tuner run --model phi-3-mini-4k-instruct --data train.jsonl --output ./adapter",
         )
+    sources = [*data, *map(evaluated_on, eval_data)]
     try:
         allowed = Allowed.of(request.network.allow_cidrs, request.network.allow_private_urls)
         if workspace:
             on_box = not request.in_pod
             file = load_workspace_file(workspace, allowed=allowed, local_files=on_box, output_given=output_given)
-            return with_data(file, data, allowed, local_files=on_box) if data else file
-        made = make_workspace(str(model), data, None, method or "qlora", allowed=allowed)
+            return with_data(file, sources, allowed, local_files=on_box) if sources else file
+        made = make_workspace(str(model), sources, None, method or "qlora", allowed=allowed)
         return WorkspaceFile(made, is_typed=True)
     except (ConfigError, InputMissingError) as error:
         raise all_at_once([error, *flag_errors(request)]) from error
@@ -135,7 +141,7 @@ def read_workspace_file(
 
 def _is_data(path: Path) -> bool:
     """By its name, as what people take for the first argument is data.jsonl; JSON may be a Workspace, too."""
-    from tuner.content import named_as_data
+    from tuner.folder import named_as_data
 
     if path.is_dir():
         names = [each.name for each in path.iterdir()]

@@ -84,6 +84,10 @@ class RunFlags(BoxFlags, PushFlags):
         tuple[str, ...],
         data("--data", metavar="FILE", help="URL, file or directory instead of the file's; repeatable"),
     ]
+    eval_data: Annotated[
+        tuple[str, ...],
+        data("--eval-data", metavar="FILE", help="what to evaluate on and not to train on; as --data"),
+    ]
     registry_checkpoints: RegistryCheckpoints
 
 
@@ -98,7 +102,7 @@ def run(workspace: OptionalWorkspace, flags: RunFlags) -> None:
     from tuner.runspec import ImageDestination
 
     request = _request(flags)
-    file = read_workspace_file(workspace, flags.model, flags.data, flags.method, request)
+    file = read_workspace_file(workspace, flags.model, flags.data, flags.method, request, flags.eval_data)
     built, directory = build(file, request, flags.work_dir)
     check_digest_file(flags.digest_file, built.spec.destination)
     pushes = isinstance(built.spec.destination, ImageDestination)

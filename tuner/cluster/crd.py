@@ -90,7 +90,11 @@ DESCRIPTIONS = {
         "signed query holds is kept in a Secret and shown nowhere. Loopback, link-local and metadata addresses are "
         "never fetched from, private ones only where whoever installed the controller allows it."
     ),
-    "tuning.input.urls[]": "An http:// or https:// URL; #sha256=… after it pins the content.",
+    "tuning.input.urls[]": (
+        "An http:// or https:// URL; #sha256=… after it pins the content, #rows=… and #weight=… take a part."
+    ),
+    "tuning.input.validation": "Files like those of urls, which are evaluated and not trained on.",
+    "tuning.input.validation[]": "An http:// or https:// URL; #sha256=… after it pins the content.",
     "tuning.input.image": "An OCI image with the data files under /data.",
     "tuning.input.imagePullSecrets": "Secrets of that image's registry, of type kubernetes.io/dockerconfigjson.",
     "tuning.input.volumeSource": "A volume with the data files, as a pod's volumes have it, without its name.",
@@ -129,7 +133,7 @@ _RULES: dict[str, Sequence[Rule]] = {
 _NAMES_BESIDE_AN_IMAGE = ("tuning.input.imagePullSecrets[]", "tuning.output.imagePushSecret")
 _ALTERNATIVES = ("tuning.input.image", "tuning.output.image")  # "" is as good as not written
 _DEFAULTS = {".".join(map(str, location)): value for location, value in workspace.SERVER_DEFAULTS.items()}
-_LIST_LENGTHS = {"tuning.input.urls": rules.MAX_URLS}
+_LIST_LENGTHS = {"tuning.input.urls": rules.MAX_URLS, "tuning.input.validation": rules.MAX_VALIDATION_URLS}
 
 
 def custom_resource_definition(*, opened: bool = False) -> dict[str, Any]:

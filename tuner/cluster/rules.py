@@ -28,7 +28,8 @@ Cel = str  # an expression
 
 # So much that the rules on so many URLs of that length stay within what the server spends on one object. More files
 # go into an image or a volume; `tuner submit`, which makes no Workspace object, has no such limit.
-MAX_URLS = 32
+MAX_URLS = 28
+MAX_VALIDATION_URLS = 4
 MAX_LABELS, MAX_LABEL_CHARACTERS = 64, 317  # a key has a prefix of up to 253 characters
 
 

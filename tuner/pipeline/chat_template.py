@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from datetime import date
 from itertools import product
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from tuner.errors import ConfigError
@@ -334,22 +335,27 @@ class ChatTemplate:
         # Longest first: a shorter one may be the end of it.
         self.forced = sorted({forced, *self._probe_forced()} - {""}, key=len, reverse=True)
 
-    def render(self, messages: Sequence[Message], tools: Any = None, *, prompt: bool = False) -> str:
-        """The text of the messages, with the generation prompt where the model is to answer. Raises TemplateFault."""
+    def render(
+        self, messages: Sequence[Message], given: Mapping[str, Any] = MappingProxyType({}), *, prompt: bool = False
+    ) -> str:
+        """The text of the messages, with the generation prompt where the model is to answer. Raises TemplateFault.
+
+        `given` is what the template gets beside messages: tools, documents, enable_thinking, …
+        """
         try:
             return str(
                 self._tokenizer.apply_chat_template(
                     self.dialect.messages(messages),
-                    tools=tools,
                     chat_template=self.source,
                     add_generation_prompt=prompt,
                     tokenize=False,
+                    **given,
                 )
             )
         except Exception as error:  # a template is a program of its own: it may raise anything
             raise TemplateFault(f"{type(error).__name__}: {error}") from error
 
-    def answer_start(self, prompt: str, turn: str, before: Sequence[Message], tools: Any) -> int | str:
+    def answer_start(self, prompt: str, turn: str, before: Sequence[Message], given: Mapping[str, Any]) -> int | str:
         """Where in `turn`, the messages `before` and the answer, what the model said begins, or why that is not told.
 
         `prompt` is what it saw. Usually `turn` goes on from there. Else the template shows the prompt differently once
@@ -363,7 +369,7 @@ class ChatTemplate:
             if prompt.endswith(forced) and turn.startswith(prompt[:start]):
                 again = self._shared(forced, turn[start:])
                 return start + again if not forced[again:].strip() else _THOUGHT_IS_OVER if again else start
-        head, found, _ = self.render([*before, _REPLY], tools).partition(_ANSWER)
+        head, found, _ = self.render([*before, _REPLY], given).partition(_ANSWER)
         context = head.removesuffix(self._lead)
         if found and head.endswith(self._lead) and turn.startswith(context):
             return len(context)

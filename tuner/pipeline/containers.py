@@ -32,11 +32,11 @@ from tuner.errors import (
     TunerError,
 )
 from tuner.open_files import OpenDirectory
-from tuner.pipeline.dataset import DataFile, gather_rows
+from tuner.pipeline.dataset import gather_rows
 from tuner.pipeline.download import format_bytes
 from tuner.pipeline.fetch import announced_bytes, check_stores, fetch, wait_until_alone
 from tuner.pipeline.hub import HubRepository
-from tuner.pipeline.prepare import prepare
+from tuner.pipeline.prepare import data_files, has_chat_template, prepare
 from tuner.pipeline.registry_checkpoints import Uploads, restore
 from tuner.pipeline.run import (
     check_destination,
@@ -350,11 +350,16 @@ class Container:
         values = {"checked": True} | fetched_values(fetched)
         self.on_stage("prepare")
         if fetched.base_model is None and not spec.smoke:
-            files = [DataFile(work_dir / file.path, file.source) for file in fetched.files]
-            gathered = gather_rows(files, spec.training.dataset)
+            gathered = gather_rows(
+                data_files(spec, fetched, work_dir),
+                spec.training.dataset,
+                chat=has_chat_template(spec, fetched, work_dir),
+            )
+            for remark in gathered.remarks:
+                reporter.note(remark)
             said = "the base model is in an image, so rows were read but not tokenized"
             reporter.note(said)
-            return values | {"rows": len(gathered.rows), "bad_rows": len(gathered.bad)}, said
+            return values | {"rows": gathered.good_rows, "bad_rows": len(gathered.bad)}, said
         return values | prepared_values(prepare(spec, fetched, work_dir, reporter)), ""
 
     # at work

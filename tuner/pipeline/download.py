@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from tuner.content import check_readable, hash_file
 from tuner.durable import sync_tree
 from tuner.errors import ConfigError, DataError, InterruptedRunError, ServiceError, TunerError
+from tuner.folder import Use
 from tuner.pipeline.web import Answer, StaleError, Transfer, TransientError, Version
 from tuner.retry import Retries
 from tuner.runspec import Contract, FetchedFile, Progress, Reporter
@@ -96,13 +97,18 @@ class Origin(Protocol):
 
 @dataclass(frozen=True)
 class Wanted:
-    """One file to download as `name`. `url` and `query_sha256` say which data it is, and may be shown."""
+    """One file to download as `name`. `url` and `query_sha256` say which data it is, and may be shown.
+
+    `is_part`: one of the files that a folder or a pattern stands for, of which some may be empty.
+    """
 
     name: str
     url: str
     query_sha256: str
     sha256: str | None
     origin: Origin
+    use: Use = "training"
+    is_part: bool = False
 
 
 class _Space:
@@ -497,10 +503,10 @@ class _Download:
         try:
             if size != self._size:
                 raise DataError(f"{url}: {size} bytes are on the disk, {self._size} arrived")
-            if size == 0:
+            if size == 0 and not wanted.is_part:
                 raise DataError(f"{url}: the file is empty")
             whole = self._decoded()
-            check_readable(whole, wanted.name, url)
+            check_readable(whole, wanted.name, url, may_be_empty=wanted.is_part)
             digest = hash_file(whole)
             if wanted.sha256 and digest != wanted.sha256:
                 raise DataError(

@@ -5,7 +5,6 @@ fetch ─┬─ fetch_sources ──── URLs and stores (in parallel, resumab
 """
 
 import fcntl
-import os
 import shutil
 import threading
 import time
@@ -22,12 +21,11 @@ from tuner.content import (
     check_model_directory,
     check_readable,
     hash_file,
-    is_data_name,
     model_digest,
-    named_as_data,
 )
 from tuner.durable import make_directories
 from tuner.errors import DataError, InputMissingError, InterruptedRunError, ServiceError, TunerError
+from tuner.folder import Use, named_split_remark, read_folder
 from tuner.pipeline.download import Wanted, download_all, format_bytes, interrupted
 from tuner.pipeline.hub import HubRepository, hub_headers, patiently
 from tuner.pipeline.stores import check_store, is_store, stored_files
@@ -52,6 +50,7 @@ from tuner.runspec import (
     Reporter,
     RunSpec,
     Secrets,
+    Silent,
     SmokeModel,
     Source,
     UrlSource,
@@ -178,13 +177,13 @@ def fetch_sources(
         try:
             match source:
                 case FileSource():
-                    by_source[index] = (_fetch_file(source, work_dir),)
+                    by_source[index] = (_fetch_file(source, work_dir, reporter),)
                 case VolumeSource():
-                    by_source[index] = _data_files(Path(source.path), source.path, work_dir)
+                    by_source[index] = _data_files(Path(source.path), source.path, source.use, work_dir, reporter)
                 case ImageSource():
                     target = data_dir / f"{index:04d}-image"
                     _pull(source.reference, target, spec, secrets, reporter, only_under=TOP_DIRECTORY)
-                    by_source[index] = _data_files(target, str(source.reference), work_dir)
+                    by_source[index] = _data_files(target, str(source.reference), source.use, work_dir, reporter)
                 case UrlSource():
                     pass  # all at once, below
         except InterruptedRunError:
@@ -201,7 +200,9 @@ def fetch_sources(
             )
     if failures:
         raise _all_in_one([failures[index] for index in sorted(failures)])
-    return tuple(file for index in sorted(by_source) for file in by_source[index])
+    return tuple(
+        file.model_copy(update={"source_index": index}) for index in sorted(by_source) for file in by_source[index]
+    )
 
 
 def announced_bytes(
@@ -220,13 +221,15 @@ def announced_bytes(
                 match source:
                     case FileSource(path=path):
                         sizes.append(Path(path).stat().st_size)
-                    case VolumeSource(path=path):
-                        sizes += [file.stat().st_size for file in _data_paths(Path(path), path)]
+                    case VolumeSource(path=path, use=use):
+                        sizes += [
+                            Path(path, name).stat().st_size for name, _ in read_folder(Path(path), path, use=use).files
+                        ]
                     case ImageSource(reference=reference):
                         with _image_source(reference, spec, secrets, reporter) as image:
                             sizes.append(image_bytes(reference, image))
                     case UrlSource():
-                        for wanted in _wanted_of(index, source, secrets, web, transfer, stop):
+                        for wanted in _wanted_of(index, source, secrets, web, transfer, stop, Silent()):
                             sizes.append(patiently(partial(_announced, wanted), transfer, stop))
             except TransientError as error:
                 errors.append(ServiceError(f"{_shown(source)}: {error.reason}"))
@@ -282,7 +285,7 @@ def _fetch_urls(
     with Web(spec.network, transfer, reporter, source_headers=_all_headers(secrets), stop=stop) as web:
         for index, source in urls.items():
             try:
-                wanted[index] = _wanted_of(index, source, secrets, web, transfer, cancelled)
+                wanted[index] = _wanted_of(index, source, secrets, web, transfer, cancelled, reporter)
             except InterruptedRunError:
                 raise
             except TunerError as error:
@@ -294,7 +297,10 @@ def _fetch_urls(
         if errors:
             failures[index] = _all_in_one(errors)
             del wanted[index]
-    return {index: tuple(arrived[file.name] for file in files) for index, files in wanted.items()}, failures
+    return {
+        index: tuple(arrived[file.name].model_copy(update={"use": file.use, "is_part": file.is_part}) for file in files)
+        for index, files in wanted.items()
+    }, failures
 
 
 def _all_headers(secrets: Secrets) -> list[SourceHeaders]:
@@ -303,13 +309,21 @@ def _all_headers(secrets: Secrets) -> list[SourceHeaders]:
 
 
 def _wanted_of(
-    index: int, source: UrlSource, secrets: Secrets, web: Web, transfer: Transfer, cancelled: threading.Event
+    index: int,
+    source: UrlSource,
+    secrets: Secrets,
+    web: Web,
+    transfer: Transfer,
+    cancelled: threading.Event,
+    reporter: Reporter,
 ) -> list[Wanted]:
     """The files that a URL stands for: itself, or what a store has there."""
-    if not is_store(source):
-        origin = WebFile(web, source.url, secrets.queries.get(source.name, ""))
-        return [Wanted(source.name, source.url, source.query_sha256, source.sha256, origin)]
-    return stored_files(index, source, web, secrets.hf_token, transfer, cancelled)
+    if is_store(source):
+        return stored_files(index, source, web, secrets.hf_token, transfer, cancelled, reporter)
+    if source.use == "training" and (remark := named_split_remark(source.url.rpartition("/")[2])):
+        reporter.warn(f"{source.url}: {remark}")
+    origin = WebFile(web, source.url, secrets.queries.get(source.name, ""))
+    return [Wanted(source.name, source.url, source.query_sha256, source.sha256, origin, source.use)]
 
 
 class _Stoppable:
@@ -400,39 +414,35 @@ def _relative(work_dir: Path, path: Path) -> str:
 # ── files, volumes, images ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _fetch_file(source: FileSource, work_dir: Path) -> FetchedFile:
+def _fetch_file(source: FileSource, work_dir: Path, reporter: Reporter) -> FetchedFile:
     path = Path(source.path)
     if path.is_dir():
         raise InputMissingError(f"{source.path}: a directory, not a file", hint="name the files in it")
     file = _checked_file(path, source.path, work_dir)
     if file.sha256 != source.sha256:
         raise DataError(f"{source.path}: the file changed since this run was planned", hint="plan the run again")
-    return file
+    if source.use == "training" and (remark := named_split_remark(path.name)):
+        reporter.warn(f"{source.path}: {remark}")
+    return file.model_copy(update={"use": source.use})
 
 
-def _data_files(directory: Path, source: str, work_dir: Path) -> tuple[FetchedFile, ...]:
-    return tuple(_checked_file(path, source, work_dir) for path in _data_paths(directory, source))
-
-
-def _data_paths(directory: Path, source: str) -> list[Path]:
-    """Every data file below, sorted; by name where names tell, else all of them."""
-    if not directory.is_dir():
-        raise InputMissingError(f"{source}: no directory at {directory}")
-    if not os.access(directory, os.R_OK | os.X_OK):  # to whom it would seem empty
-        raise InputMissingError(f"{source}: cannot be read: Permission denied")
-    names = [path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*")) if path.is_file()]
-    visible = [name for name in names if is_data_name(name)]
-    if not visible:
-        raise InputMissingError(
-            f"{source}: no data file in it", hint="a data file's name does not begin with . or _, nor is it a README"
+def _data_files(directory: Path, source: str, use: Use, work_dir: Path, reporter: Reporter) -> tuple[FetchedFile, ...]:
+    """Every data file below, sorted by path; what is no data or not trained on is said."""
+    folder = read_folder(directory, source, work_dir, use)
+    for remark in folder.remarks():
+        reporter.note(f"{source}: {remark}")
+    return tuple(
+        _checked_file(directory / name, f"{source}/{name}", work_dir, may_be_empty=True).model_copy(
+            update={"use": use, "is_part": True}
         )
-    return [directory / name for name in named_as_data(visible) or visible]
+        for name, use in folder.files
+    )
 
 
-def _checked_file(path: Path, source: str, work_dir: Path) -> FetchedFile:
+def _checked_file(path: Path, source: str, work_dir: Path, *, may_be_empty: bool = False) -> FetchedFile:
     try:
         size = path.stat().st_size
-        check_readable(path, path.name, str(path))
+        check_readable(path, path.name, source, may_be_empty=may_be_empty)
         digest = hash_file(path)
     except FileNotFoundError as error:
         raise InputMissingError(f"{path}: not there") from error

@@ -15,7 +15,7 @@ answer in another form than it has to produce: there another example begins.
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,7 @@ from tuner.pipeline.chat_template import (
     opens_thought,
     wrapped_tools,
 )
-from tuner.pipeline.dataset import BadRow, Completion, Conversation, Origin, PlainText, Row
+from tuner.pipeline.rows import BadRow, Completion, Conversation, Origin, PlainText, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -146,12 +146,15 @@ class Labeller:
 
     def _conversation(self, row: Conversation) -> list[Example] | BadRow:
         """Turns whose prompt goes on from the turn before share its example: that is how servers show them, too."""
-        tools = wrapped_tools(row.tools)
-        template = self._template(tools)
+        given = {**row.template_arguments, "tools": wrapped_tools(row.tools)}
+        template = self._template(given["tools"])
+        for name in ("tools", "documents"):
+            if given.get(name) and not re.search(rf"\b{name}\b", template.source):
+                return BadRow(row.origin, f"the chat template does not show its {name}")
         turns = merged_turns(
             [
                 # A greeting that nothing asks for is what the user answers, not what is learnt.
-                Turn(message, index + 1, message["role"] == "assistant" and index >= max(1, row.supervised_from))
+                Turn(message, index + 1, message["role"] == "assistant" and index > 0 and index not in row.not_learnt)
                 for index, message in enumerate(row.messages)
             ]
         )
@@ -161,8 +164,8 @@ class Labeller:
         for index, turn in enumerate(turns):
             if not turn.learnt:
                 continue
-            prompt = template.render(messages[:index], tools, prompt=True)
-            produced = self._produced(template, prompt, messages[: index + 1], tools)
+            prompt = template.render(messages[:index], given, prompt=True)
+            produced = self._produced(template, prompt, messages[: index + 1], given)
             if isinstance(produced, str):
                 return BadRow(row.origin, f"message {turn.number}: {produced}")
             text = prompt + produced.text
@@ -177,15 +180,17 @@ class Labeller:
             return BadRow(row.origin, "no assistant turn to learn")
         if rest:
             last = examples[-1]
-            examples[-1] = replace(last, text=_finished(template, messages, tools, last.text, rest))
+            examples[-1] = replace(last, text=_finished(template, messages, given, last.text, rest))
         self._conversations += 1
         self._remarks.update(_remarks(template, messages, examples))
         return examples
 
-    def _produced(self, template: ChatTemplate, prompt: str, messages: Sequence[Message], tools: Any) -> Produced | str:
+    def _produced(
+        self, template: ChatTemplate, prompt: str, messages: Sequence[Message], given: Mapping[str, Any]
+    ) -> Produced | str:
         """What the model must produce after `prompt` to have said the last message, or why that cannot be told."""
-        turn = template.render(messages, tools)
-        start = template.answer_start(prompt, turn, messages[:-1], tools)
+        turn = template.render(messages, given)
+        start = template.answer_start(prompt, turn, messages[:-1], given)
         if isinstance(start, str):
             return start
         answer = turn[start:]
@@ -235,11 +240,13 @@ class Labeller:
             yield TokenRow(example.origin, input_ids, supervised, straddles)
 
 
-def _finished(template: ChatTemplate, messages: Sequence[Message], tools: Any, text: str, rest: str) -> str:
+def _finished(
+    template: ChatTemplate, messages: Sequence[Message], given: Mapping[str, Any], text: str, rest: str
+) -> str:
     """The text of the last example as the conversation goes on, where the template shows it so."""
     if messages[-1]["role"] == "assistant":
         return text + rest
-    whole = template.render(messages, tools)
+    whole = template.render(messages, given)
     return whole if whole.startswith(text) else text + rest
 
 

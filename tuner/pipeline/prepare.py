@@ -19,25 +19,27 @@ from tuner.durable import make_directories, sync_tree
 from tuner.errors import ConfigError, DataError, InputMissingError
 from tuner.pipeline.adapter import write_json
 from tuner.pipeline.chat_template import fallback_chat_template, stop_tokens
-from tuner.pipeline.dataset import (
-    HELD_OUT_ROWS_AT_MOST,
-    BadRow,
-    Completion,
-    Conversation,
-    DataFile,
-    Origin,
-    PlainText,
-    Row,
-    gather_rows,
-    order_sha256,
-    split_rows,
-)
+from tuner.pipeline.dataset import HELD_OUT_ROWS_AT_MOST, gather_rows, order_sha256, split_rows
 from tuner.pipeline.dataset import Split as RowSplit
 from tuner.pipeline.labels import Labeller, TokenRow
 from tuner.pipeline.libraries import quiet
+from tuner.pipeline.rows import BadRow, Completion, Conversation, PlainText, Row
 from tuner.pipeline.sentences import canary_sentences, row_format
+from tuner.pipeline.tables import DataFile, Share
 from tuner.plan import count_evaluations, evaluation_share
-from tuner.runspec import Contract, Fetched, Prepared, Progress, Reporter, RowFormat, RowProblem, RunSpec, Split
+from tuner.runspec import (
+    Contract,
+    Fetched,
+    Prepared,
+    Progress,
+    Reporter,
+    RowFormat,
+    RowProblem,
+    RunSpec,
+    Source,
+    Split,
+    UrlSource,
+)
 
 LONGEST_DEFAULT = 8192
 EVALUATION_WORTH_SAYING = 0.25  # of what training costs
@@ -46,7 +48,10 @@ SMOKE_TRAIN_ROWS = 64
 SMOKE_EVALUATION_ROWS = 16
 _SHOWN_PROBLEMS = 20
 _CACHE = "cache.json"
-_OWN_CODE = ("prepare", "labels", "chat_template", "dataset", "sentences")
+_OWN_CODE = (
+    *("prepare", "labels", "chat_template", "sentences"),
+    *("dataset", "tables", "columns", "messages", "rows"),
+)
 # The last three, where they are there, turn a tokenizer without tokenizer.json into a fast one.
 _DECIDE_TOKENS = ("transformers", "tokenizers", "jinja2", "pyarrow", "sentencepiece", "tiktoken", "protobuf")
 
@@ -77,8 +82,11 @@ def make_tokens(spec: RunSpec, fetched: Fetched, work_dir: Path, reporter: Repor
     directory = work_dir / "prepared"
     shutil.rmtree(directory, ignore_errors=True)  # an earlier run's template must not stay beside this one's tokenizer
     make_directories(directory)
-    gathered = gather_rows([DataFile(work_dir / file.path, file.source) for file in fetched.files], settings)
-    split = split_rows(gathered.rows, settings)
+    chat = has_chat_template(spec, fetched, work_dir)
+    gathered = gather_rows(data_files(spec, fetched, work_dir), settings, chat=chat)
+    for remark in gathered.remarks:
+        reporter.note(remark)
+    split = split_rows(gathered.rows, settings, gathered.validation, gathered.copies)
     train, evaluation = split.train, split.evaluation
     base_dir = _base_model_dir(spec, fetched, gathered.rows, work_dir)
     conversations = any(isinstance(row, Conversation) for row in train)
@@ -139,7 +147,9 @@ def make_tokens(spec: RunSpec, fetched: Fetched, work_dir: Path, reporter: Repor
         run_digest=spec.digest,
         train=_write_split(rows, directory / "train.arrow", work_dir),
         evaluation=_write_split(held_out, directory / "evaluation.arrow", work_dir) if held_out else None,
-        rows_read=len(gathered.rows) + len(gathered.bad),
+        has_validation_split=split.is_given,
+        rows_not_taken=gathered.not_taken,
+        rows_read=gathered.good_rows + len(gathered.bad),
         shapes=gathered.shapes,
         row_formats=row_formats,
         sentences=sentences,
@@ -163,6 +173,28 @@ def make_tokens(spec: RunSpec, fetched: Fetched, work_dir: Path, reporter: Repor
         cache = TokenCache(key=key, prepared=result, files=_files(directory), said=heard.said)
         cache.save(directory / _CACHE)
     return result
+
+
+def data_files(spec: RunSpec, fetched: Fetched, work_dir: Path) -> list[DataFile]:
+    """The fetched files, each with a name that no other one has: two URLs may differ in their queries alone."""
+    count = Counter(file.source for file in fetched.files)
+    return [
+        DataFile(
+            work_dir / file.path,
+            file.source if count[file.source] == 1 else f"{file.source} ({Path(file.path).name})",
+            file.use,
+            file.is_part,
+            _share(spec.sources[file.source_index], file.source_index),
+        )
+        for file in fetched.files
+    ]
+
+
+def _share(source: Source, index: int) -> Share | None:
+    if source.rows is None and source.weight is None:
+        return None
+    place = source.url if isinstance(source, UrlSource) else getattr(source, "path", f"source {index + 1}")
+    return Share(str(place), source.rows, source.weight)
 
 
 def _files(directory: Path) -> dict[str, str]:
@@ -206,7 +238,8 @@ def tokens_key(spec: RunSpec, fetched: Fetched) -> str | None:
     if fetched.base_model is None or not fetched.base_model.digest:
         return None
     depends = {
-        "files": [(file.source, file.sha256) for file in fetched.files],
+        "files": [(file.source, file.sha256, file.use, file.is_part, file.source_index) for file in fetched.files],
+        "shares": [(source.rows, source.weight) for source in spec.sources],
         "base": fetched.base_model.digest,
         "preset": [spec.preset.chat_template, spec.preset.context_length],
         "template": spec.training.model.chat_template,
@@ -296,6 +329,25 @@ def _is_place(key: str, value: Any) -> bool:
     return isinstance(value, str) and not key.endswith("_token") and Path(value).is_absolute()
 
 
+def has_chat_template(spec: RunSpec, fetched: Fetched, work_dir: Path) -> bool:
+    """Whether the model that is trained has a chat template, as far as its files are here."""
+    if spec.training.model.chat_template or spec.preset.chat_template:
+        return True
+    if fetched.base_model is None:
+        return False
+    return directory_has_chat_template(work_dir / fetched.base_model.path)
+
+
+def directory_has_chat_template(directory: Path) -> bool:
+    if any((directory / name).exists() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    try:
+        config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # who loads the tokenizer says so
+    return isinstance(config, dict) and bool(config.get("chat_template"))
+
+
 def context_length(spec: RunSpec, base_dir: Path) -> int:
     """Tokens the model can attend to: config.json's word, which a --base-model may have other than the preset."""
     config = _text_config(base_dir)
@@ -339,37 +391,39 @@ def _tokenize(
     kept: list[TokenRow] = []
     formats: Counter[RowFormat] = Counter()
     problems: list[RowProblem] = []
-    bad, over, unsupervised = set[Origin](), set[Origin](), set[Origin]()
+    bad, over, unsupervised = set[int](), set[int](), set[int]()  # numbers of rows: a file may be given twice
 
-    def put_aside(into: set[Origin], origin: Origin, reason: str) -> None:
-        into.add(origin)
+    def put_aside(into: set[int], number: int, reason: str) -> None:
+        into.add(number)
+        origin = rows[number].origin
         problems.append(RowProblem(file=origin.file, row=origin.row, reason=reason))
 
     for begin in range(0, len(rows), 1024):
         batch = rows[begin : begin + 1024]
         examples = []
-        format_of = {row.origin: row_format(row) for row in batch}
-        for row in batch:
+        numbers = []
+        for number, row in enumerate(batch, begin):
             rendered = labeller.examples(row)
             if isinstance(rendered, BadRow):
-                put_aside(bad, row.origin, rendered.reason)
+                put_aside(bad, number, rendered.reason)
             else:
                 examples.extend(rendered)
-        for tokens in labeller.tokenize(examples):
+                numbers.extend([number] * len(rendered))
+        for number, tokens in zip(numbers, labeller.tokenize(examples), strict=True):
             length = len(tokens.input_ids)
             if length > limit:
                 reason = f"{length:,} tokens, more than the {limit:,} of max_length"
                 if over_length == "error":
                     raise DataError(f"{tokens.origin}: {reason}", hint="DatasetConfig.over_length: drop")
-                put_aside(over, tokens.origin, reason)
+                put_aside(over, number, reason)
                 if over_length == "drop":
                     continue
                 tokens = tokens.truncated(limit)
             if tokens.supervised.any():
                 kept.append(tokens)
-                formats[format_of[tokens.origin]] += 1
+                formats[row_format(rows[number])] += 1
             else:
-                put_aside(unsupervised, tokens.origin, "no token of it is learnt")
+                put_aside(unsupervised, number, "no token of it is learnt")
         reporter.progress(Progress("prepare", f"tokenizing {task} rows", begin + len(batch), len(rows), "rows"))
     return _Tally(kept, formats, problems, len(bad), len(over), len(unsupervised))
 
@@ -417,6 +471,8 @@ def _warn_of_evaluation(spec: RunSpec, prepared: Prepared, reporter: Reporter) -
         return
     fraction = 1 - HELD_OUT_ROWS_AT_MOST / (prepared.train.rows + rows)
     fewer = f"DatasetConfig.train_test_split: {fraction:.4g} holds out {HELD_OUT_ROWS_AT_MOST}, "
+    if prepared.has_validation_split:
+        fewer = "a smaller validation split, "
     reporter.warn(
         f"evaluating {rows:,} held-out rows {count_evaluations(arguments, prepared.train.rows)} times costs about "
         f"{share:.0%} of what training itself costs; {fewer if rows > HELD_OUT_ROWS_AT_MOST else ''}a larger "
@@ -426,10 +482,11 @@ def _warn_of_evaluation(spec: RunSpec, prepared: Prepared, reporter: Reporter) -
 
 def _say(result: Prepared, split: RowSplit, reporter: Reporter) -> None:
     train = result.train
+    held_out = "of a validation split" if split.is_given else "held out"
     reporter.note(
         f"prepared {train.rows:,} training rows ({train.tokens:,} tokens, "
         f"{train.supervised_tokens / train.tokens:.0%} learnt, longest {train.longest:,})"
-        + (f", {result.evaluation.rows:,} held out" if result.evaluation else ", none held out")
+        + (f", {result.evaluation.rows:,} {held_out}" if result.evaluation else ", none held out")
         + f"; shapes: {', '.join(f'{name} {count:,}' for name, count in result.shapes.items())}"
     )
     if result.smoke_unused_rows:
@@ -440,10 +497,16 @@ def _say(result: Prepared, split: RowSplit, reporter: Reporter) -> None:
         )
     if split.duplicates:
         reporter.note(f"{split.duplicates:,} rows are the same as another and were kept on its side of the split")
-    if split.known_prompts:
+    if split.leaked:
         reporter.warn(
-            f"{split.known_prompts:,} held-out rows ask what training rows ask too, with other answers: prompts repeat "
-            "too often to keep them apart, so the held-out loss says less"
+            f"{split.leaked:,} of {len(split.evaluation):,} validation rows are trained on word for word, so the "
+            "held-out loss says less: take them out of one of the files"
+        )
+    if split.known_prompts:
+        why = "" if split.is_given else ": prompts repeat too often to keep them apart"
+        reporter.warn(
+            f"{split.known_prompts:,} held-out rows ask what training rows ask too, with other answers{why}, so the "
+            "held-out loss says less"
         )
     left = {
         "bad": result.bad_rows,

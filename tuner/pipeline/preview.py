@@ -16,11 +16,15 @@ from rich.console import Console
 from rich.text import Text
 
 from tuner.errors import ConfigError, DataError, InputMissingError
+from tuner.folder import read_folder
 from tuner.pipeline.chat_template import fallback_chat_template, stop_tokens
-from tuner.pipeline.dataset import BadRow, Conversation, DataFile, Origin, Row, read_shaped_rows
+from tuner.pipeline.dataset import FileRows as ReadFile
+from tuner.pipeline.dataset import remarks_on, selected
 from tuner.pipeline.labels import Example, Labeller
 from tuner.pipeline.libraries import check_packages, quiet
-from tuner.pipeline.prepare import LONGEST_DEFAULT, MOST_OVER_LENGTH, texts_of
+from tuner.pipeline.prepare import LONGEST_DEFAULT, MOST_OVER_LENGTH, directory_has_chat_template, texts_of
+from tuner.pipeline.rows import BadRow, Conversation, Origin, Row
+from tuner.pipeline.tables import DataFile
 from tuner.presets import Preset, find_preset, preset_from_directory
 from tuner.request import with_template_text
 from tuner.runspec import Progress, Reporter
@@ -93,6 +97,7 @@ class Preview:
     over_length_policy: str
     trained_tokens: int
     learnt_tokens: int
+    remarks: tuple[str, ...]
     stops: tuple[str, ...]
     warnings: tuple[str, ...]
     shown: tuple[ShownText, ...]
@@ -121,8 +126,9 @@ def load_preview(
         reporter.note(note)
     settings = training.dataset
     template = training.model.chat_template
-    data_files = _data_files(files)
-    read = _read(data_files, settings)
+    data_files = _data_files(files, reporter)
+    chat = bool(template or facts.chat_template or (base_model and directory_has_chat_template(base_model)))
+    read = _read(data_files, settings, chat=chat)
     tokenizer, described = _tokenizer(facts, base_model, template, read.rows)
     labeller = Labeller(tokenizer, stop_tokens(tokenizer, base_model) if base_model else frozenset())
     limit = training.arguments.max_length or min(LONGEST_DEFAULT, facts.context_length or LONGEST_DEFAULT)
@@ -141,6 +147,7 @@ def load_preview(
         over_length_policy=settings.over_length,
         trained_tokens=tally.trained_tokens,
         learnt_tokens=tally.learnt_tokens,
+        remarks=tuple(read.remarks),
         stops=tuple(_stops(read, tally, settings, exact=base_model is not None)),
         warnings=tuple(_warnings(tally, labeller)),
         shown=tuple(shown for row in tally.shown[: max(rows, 0)] for shown in _show(labeller, row, limit, settings)),
@@ -170,46 +177,60 @@ def _training(preset: Preset, config: Path | None, overrides: Sequence[str]) -> 
     return with_template_text(training, config.parent if config else Path(), Path("/mnt"))
 
 
-def _data_files(paths: Sequence[Path]) -> list[DataFile]:
+def _data_files(paths: Sequence[Path], reporter: Reporter) -> list[DataFile]:
+    """The files, and those of directories that a run would read."""
     for path in paths:
         if path.suffix.lower() in (".yaml", ".yml"):
             raise DataError(f"{path}: YAML is no data", hint=f"tuner check --data {path} looks at a Workspace's data")
-    wrong = [path for path in paths if not path.is_file()]
-    if wrong:
-        hint = "name data files on this machine; what a URL gives must be downloaded first"
-        if wrong[0].is_dir():
-            hint = f"name the files in it: {wrong[0]}/*"
+    missing = [path for path in paths if not path.exists()]
+    if missing:
         raise InputMissingError(
-            "; ".join(f"{path}: {'a directory' if path.is_dir() else 'not there'}" for path in wrong), hint=hint
+            "; ".join(f"{path}: not there" for path in missing),
+            hint="name data files on this machine; what a URL gives must be downloaded first",
         )
-    return [DataFile(path, str(path)) for path in paths]
+    found = []
+    for path in paths:
+        if path.is_dir():
+            folder = read_folder(path, str(path))
+            for remark in folder.remarks():
+                reporter.note(f"{path}: {remark}")
+            found += [DataFile(path / name, str(path / name), use, is_part=True) for name, use in folder.files]
+        else:
+            found.append(DataFile(path, str(path)))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    shapes: dict[str, str]  # file → shape, without files that DatasetConfig.dataset_path leaves out
+    shapes: dict[str, str]  # file → its rows' shapes, without files that DatasetConfig.dataset_path leaves out
     rows: list[Row]
     bad: list[BadRow]
+    remarks: list[str]
 
 
-def _read(files: Sequence[DataFile], settings: DatasetSettings) -> _Read:
+def _read(files: Sequence[DataFile], settings: DatasetSettings, *, chat: bool) -> _Read:
     """Every row; unlike a run it goes on when many are bad, which is when somebody wants to look."""
     shapes: dict[str, str] = {}
     rows: list[Row] = []
     bad: list[BadRow] = []
-    for shape, row in read_shaped_rows(files, settings):
-        shapes[row.origin.file] = shape
-        if isinstance(row, BadRow):
-            bad.append(row)
-        else:
-            rows.append(row)
+    opened = [ReadFile(file, settings, chat=chat) for file in selected(files, settings)]
+    for file_rows in opened:
+        shapes[file_rows.file.source] = "empty" if file_rows.is_empty else file_rows.describe()
+        for found in file_rows:
+            if isinstance(found.row, BadRow):
+                bad.append(found.row)
+            else:
+                rows.append(found.row)
+    remarks = list(remarks_on(opened))
+    if not rows and not bad:
+        raise DataError("; ".join(["there are no rows to train on", *remarks]))
     if not rows:
         reasons = "".join(f"\n  {row}" for row in bad[:BAD_ROWS_SHOWN])
         raise DataError(
             f"none of {len(bad):,} rows can be trained on:{reasons}",
-            hint="correct these rows, or name the right columns in DatasetConfig",
+            hint="correct these rows, or say what the columns are in DatasetConfig.columns",
         )
-    return _Read(shapes, rows, bad)
+    return _Read(shapes, rows, bad, remarks)
 
 
 def _file_rows(files: Sequence[DataFile], read: _Read, bad: Sequence[BadRow]) -> tuple[FileRows, ...]:
@@ -429,6 +450,8 @@ def print_preview(preview: Preview, stream: TextIO) -> None:
         say(f"  {bad}", _WARNING)
     if preview.bad_rows > len(preview.bad):
         say(f"  … and {preview.bad_rows - len(preview.bad):,} more", _WARNING)
+    for remark in preview.remarks:
+        say(remark)
     say(f"tokenizer: {preview.tokenizer}")
     say(_tokens_line(preview))
     learnt = f"{preview.learnt_tokens / max(1, preview.trained_tokens):.0%}"

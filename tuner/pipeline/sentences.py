@@ -7,8 +7,8 @@ that no row format touches.
 from collections.abc import Mapping
 from typing import Any
 
-from tuner.pipeline.dataset import BadRow, Completion, Conversation, Origin, PlainText, Row
 from tuner.pipeline.labels import Example, Labeller
+from tuner.pipeline.rows import BadRow, Completion, Conversation, Origin, PlainText, Row
 from tuner.runspec import RowFormat, Sentence
 
 _ASKED = (
@@ -55,7 +55,7 @@ def _asked_as(name: RowFormat, question: str, answer: str) -> Row:
     match name:
         case "messages":
             turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            return Conversation(_NOWHERE, turns, None, 0)
+            return Conversation(_NOWHERE, turns)
         case "prompt/completion":
             return Completion(_NOWHERE, f"{question}\n", answer)
         case "text":

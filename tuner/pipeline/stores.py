@@ -13,12 +13,12 @@ from fnmatch import fnmatchcase
 from typing import Any
 from urllib.parse import urlsplit
 
-from tuner.content import is_data_name, named_as_data
 from tuner.errors import ConfigError, DeniedError, InputMissingError, ServiceError, TunerError
+from tuner.folder import Folder, Use, named_split_remark, nothing_to_train_on, sort_folder, sort_matches
 from tuner.pipeline.download import Origin, Wanted
 from tuner.pipeline.hub import dataset_files, patiently
 from tuner.pipeline.web import Answer, StaleError, Transfer, TransientError, Version, Web, WebFile
-from tuner.runspec import UrlSource
+from tuner.runspec import Reporter, UrlSource
 from tuner.urls import STORE_PACKAGES, source_name
 
 _BLOCK_BYTES = 4 * 1024**2
@@ -60,23 +60,37 @@ def _filesystem_class(url: str) -> Any:
 
 
 def stored_files(
-    index: int, source: UrlSource, web: Web, hf_token: str | None, transfer: Transfer, stop: threading.Event
+    index: int,
+    source: UrlSource,
+    web: Web,
+    hf_token: str | None,
+    transfer: Transfer,
+    stop: threading.Event,
+    reporter: Reporter,
 ) -> list[Wanted]:
     """The files that the index-th source stands for, sorted by path. Raises InputMissingError when there are none."""
     if source.url.startswith("hf:"):
         asked, files = dataset_files(source.url, hf_token, transfer, stop)
         by_path = {file.path: file for file in files}
+        chosen = _choose(list(by_path), asked, source.url).used_for(source.use)
         found = [
             _Found(
-                by_path[path].name, by_path[path].sha256, WebFile(web, by_path[path].url, "", shown=by_path[path].name)
+                by_path[path].name,
+                by_path[path].sha256,
+                WebFile(web, by_path[path].url, "", shown=by_path[path].name),
+                use,
             )
-            for path in _choose(list(by_path), asked, source.url)
+            for path, use in chosen.files
         ]
     else:
         try:
-            found = patiently(lambda: _bucket_files(source.url), transfer, stop)
+            chosen, found = patiently(lambda: _bucket_files(source.url, source.use), transfer, stop)
         except TransientError as error:
             raise ServiceError(f"{source.url}: {error.reason}", hint="run again: it goes on from here") from None
+    for line in chosen.remarks():
+        reporter.note(f"{source.url}: {line}")
+    if source.use == "training" and len(found) == 1 and (remark := named_split_remark(found[0].url.rpartition("/")[2])):
+        reporter.warn(f"{source.url}: {remark}")
     if source.sha256 and len(found) > 1:
         raise ConfigError(f"{source.url}: stands for {len(found)} files, and a pin is of one", hint="pin each file")
     return [
@@ -86,6 +100,8 @@ def stored_files(
             query_sha256="",
             sha256=source.sha256 or file.sha256,
             origin=file.origin,
+            use=file.use,
+            is_part=len(found) > 1,
         )
         for count, file in enumerate(found)
     ]
@@ -96,22 +112,24 @@ class _Found:
     url: str
     sha256: str | None
     origin: Origin
+    use: Use
 
 
-def _choose(paths: Sequence[str], asked: str, url: str) -> list[str]:
+def _choose(paths: Sequence[str], asked: str, url: str) -> Folder:
     """The one path that was asked for, what the pattern matches, or the data files below the directory."""
     asked = asked.rstrip("/")
     if asked in paths:
-        return [asked]
+        return Folder((asked,), (), ())
     if _PATTERN & set(asked):
-        chosen = [path for path in paths if _matches(path, asked)]
+        chosen = sort_matches(path for path in paths if _matches(path, asked))
     else:
         below = f"{asked}/" if asked else ""
-        inside = [path for path in paths if path.startswith(below) and is_data_name(path.removeprefix(below))]
-        chosen = named_as_data(inside) or inside
-    if not chosen:
+        chosen = sort_folder(path.removeprefix(below) for path in paths if path.startswith(below)).below(below)
+        if chosen.left_out and not chosen.training:
+            raise nothing_to_train_on(chosen, url)
+    if not chosen.training:
         raise InputMissingError(f"{url}: there is no such file, and no data file below it")
-    return sorted(chosen)
+    return chosen
 
 
 def _matches(path: str, pattern: str) -> bool:
@@ -129,7 +147,7 @@ def _matches(path: str, pattern: str) -> bool:
 # ── buckets ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _bucket_files(url: str) -> list[_Found]:
+def _bucket_files(url: str, use: Use) -> tuple[Folder, list[_Found]]:
     with _store_errors(url):
         filesystem = _filesystem_class(url)(skip_instance_cache=True)
         asked = str(filesystem._strip_protocol(url))  # how this package writes paths
@@ -140,9 +158,10 @@ def _bucket_files(url: str) -> list[_Found]:
             paths = [asked]
         else:
             paths = [str(path) for path in filesystem.find(directory)]
-    return [
-        _Found(str(filesystem.unstrip_protocol(path)), None, BucketFile(filesystem, path, url))
-        for path in _choose(paths, asked, url)
+    chosen = _choose(paths, asked, url).used_for(use)
+    return chosen, [
+        _Found(str(filesystem.unstrip_protocol(path)), None, BucketFile(filesystem, path, url), use)
+        for path, use in chosen.files
     ]
 
 
