@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tuner.errors import ConfigError, InputMissingError, Problem, TunerError
 from tuner.urls import Allowed
 from tuner.workspace import (
+    SEVERAL_PLACEHOLDERS,
     TEMPLATE_EXPRESSION,
     ImageInput,
     ImageOutput,
@@ -29,6 +30,7 @@ from tuner.workspace import (
     parse_objects,
     parse_workspace_text,
     require_tuning,
+    several_placeholders,
     template_expression,
     template_workspace,
 )
@@ -556,6 +558,16 @@ def test_an_expression_is_found_where_the_pattern_of_the_crd_finds_it(text: str)
     assert template_expression(text) == (found and found[0])
 
 
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.sampled_from(["YOUR-", "A", "_HERE", "<b>", "<", ">", "-", " ", "a", "\n"]), max_size=10).map("".join)
+)
+def test_several_placeholders_are_found_where_the_pattern_of_the_crd_finds_them(text: str) -> None:
+    found, several = SEVERAL_PLACEHOLDERS.search(text), several_placeholders(text)
+    assert bool(several) == bool(found)
+    assert not (several and found) or several.startswith(found[0])
+
+
 def test_to_look_for_an_expression_takes_no_time() -> None:
     began = time.process_time()
     assert template_expression("{{" * 250_000 + "${" * 250_000) is None
@@ -570,6 +582,8 @@ def test_to_look_for_an_expression_takes_no_time() -> None:
         ("tuning.output.image", "a.b/" + "a/" * 450_000, "is too long; at most 512 characters"),
         ("tuning.input.urls", ["https://a.b/" + "{{" * 5_000] * 100, "is too long; at most 8192 characters"),
         ("tuning.input.urls", ["https://a" + "\u0301\u0323" * 2_000 + "/b"] * 100, "its host is too long"),
+        ("tuning.input.urls", ["https://a.b/" + "YOUR-" + "A-" * 4_000] * 100, "YOUR-A-A-A"),
+        ("tuning.input.urls", [f"https://a.b/x?sig={n:020}" for n in range(15_000)], "at most 2000"),
         ("resource.preferredNodes", ["n"] * 19_000, "has too many entries; at most 16"),
         ("tuning.input", {"image": IMAGE, "imagePullSecrets": ["s"] * 9_000}, "has too many entries; at most 16"),
     ],

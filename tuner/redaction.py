@@ -25,6 +25,7 @@ _SHOWN = "…"
 _LEAST_CHARACTERS = 4  # what is shorter is a part of every other word, and no secret
 _LEAST_OF_VALUE = 8  # `true` and `2024` stand in queries and variables, too
 _LEAST_OF_UNNAMED = 16  # in a parameter whose name says nothing
+_MOST_PARAMETERS = 50  # of a URL; no signature has so many
 _MOST_SECRETS = 4096  # a controller hears of new ones for as long as it runs
 
 # fmt: off
@@ -140,13 +141,13 @@ class _Hidden:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._spellings_of: dict[str, tuple[str, ...]] = {}
+        self._spellings_of: dict[str, tuple[str, ...] | None] = {}  # None until something is to be said
         self._longest_first: tuple[str, ...] | None = ()
 
     def add(self, secret: str) -> None:
         with self._lock:
             known = self._spellings_of.pop(secret, None)
-            self._spellings_of[secret] = known or tuple(_spellings(secret))  # the newest stands last
+            self._spellings_of[secret] = known  # the newest stands last
             if len(self._spellings_of) > _MOST_SECRETS:
                 del self._spellings_of[next(iter(self._spellings_of))]
             if known is None:
@@ -155,7 +156,10 @@ class _Hidden:
     def out_of(self, text: str) -> str:
         with self._lock:
             if self._longest_first is None:
-                every = {spelling for spellings in self._spellings_of.values() for spelling in spellings}
+                # Only now: a file may name more secrets than are kept, and each takes time.
+                spelt = {secret: known or tuple(_spellings(secret)) for secret, known in self._spellings_of.items()}
+                self._spellings_of.update(spelt)
+                every = {spelling for spellings in spelt.values() for spelling in spellings}
                 self._longest_first = tuple(sorted(every, key=len, reverse=True))
             spellings = self._longest_first
         for spelling in spellings:
@@ -220,7 +224,8 @@ def hide_url(url: str) -> None:
         for written in {part, unquote(part), unquote(unquote(part))}:
             if len(written) >= _LEAST_OF_VALUE:
                 hide(written)
-            for name, equals, value in (each.partition("=") for each in re.split("[&;,]", written)):
+            parameters = re.split("[&;,]", written, maxsplit=_MOST_PARAMETERS)
+            for name, equals, value in (each.partition("=") for each in parameters):
                 if equals and len(value) >= _least_of(name) and value not in public:
                     hide(value)
 

@@ -86,6 +86,7 @@ HUB_DATASET = re.compile(r"hf://datasets/(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision
 _HUB_HOST = "huggingface.co"
 _MOST_WEIGHT = 100
 _PIN = re.compile(r"[0-9a-f]{64}")
+_BAD_CHARACTERS = re.compile(r"[\x00-\x20\\\x7f]")
 # What the guard says. `{}` is filled in here, and by CEL in tuner/cluster/rules.py: the CRD says the same words.
 INVALID = "invalid data source URL"
 BAD_CHARACTER = f"{INVALID}: it has a space, a control character or a backslash"
@@ -156,7 +157,7 @@ def url_problem(url: str, allowed: Allowed, *, stores: bool = False) -> str | No
     A name that passes is not yet safe: where it resolves to is for `address_problem`. `stores`: hf://, s3://, gs://
     and az:// will do as well, which is so on a box only.
     """
-    if url != url.strip() or any(ord(character) <= 32 or character in "\\\x7f" for character in url):
+    if url != url.strip() or _BAD_CHARACTERS.search(url):
         return BAD_CHARACTER
     authority = re.split("[/?#]", url.partition("://")[2], maxsplit=1)[0]
     if len(authority) > _AUTHORITY_CHARACTERS:  # before anybody normalizes it, which takes the square of its length

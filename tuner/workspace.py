@@ -72,6 +72,7 @@ OBJECT_NAME_CHARACTERS = 253
 MAX_TEXT_CHARACTERS = 512  # of what is no URL
 MAX_URL_CHARACTERS = 8192
 MAX_NAMES = 16  # in a list of what is no URL
+MAX_URLS = 2000  # of which our CRD takes fewer
 EMPTY = "is empty"
 TOO_LONG = "is too long; at most {} characters"
 TOO_MANY = "has too many entries; at most {}"
@@ -273,8 +274,8 @@ class UrlInput(_FromYaml):
     after an entry of `urls` says the same).
     """
 
-    urls: tuple[Url, ...] = Field(repr=False)
-    validation: tuple[Url, ...] = Field(default=(), repr=False)
+    urls: tuple[Url, ...] = Field(repr=False, max_length=MAX_URLS)
+    validation: tuple[Url, ...] = Field(default=(), repr=False, max_length=MAX_URLS)
     name: OptionalName = None
 
 
@@ -737,7 +738,8 @@ TEMPLATE_EXPRESSION = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|\$\{[^}]*\}|\$[A-Z_][A-
 _BRACKETS = (("{{", "}}"), ("{%", "%}"), ("${", "}"))
 _VARIABLE = re.compile(r"\$[A-Z_][A-Z0-9_]*")
 PLACEHOLDER = re.compile(r"\b[A-Z][A-Z0-9_]*_HERE\b|<[A-Za-z][A-Za-z0-9 _-]*>|\bYOUR[_-][A-Z0-9_-]+\b")
-SEVERAL_PLACEHOLDERS = re.compile(f"(?:{PLACEHOLDER.pattern}).*(?:{PLACEHOLDER.pattern})", re.DOTALL)
+SEVERAL_PLACEHOLDERS = re.compile(f"(?:{PLACEHOLDER.pattern}).*(?:{PLACEHOLDER.pattern})", re.DOTALL)  # for CEL
+_SHORTEST_PLACEHOLDER = re.compile(PLACEHOLDER.pattern.replace("*", "*?").replace("+", "+?"))
 A_PLACEHOLDER = "{} is a placeholder of an example, not a value"
 PLACEHOLDERS = "{} has placeholders of an example in place of values"
 NOT_BOTH = "either inference or tuning must be specified, but not both"
@@ -774,14 +776,21 @@ def _text_faults_at(location: Location, value: object) -> Iterator[Fault]:
             shown = " ".join(expression.split())[:60]
             yield Fault(location, UNFILLED_EXPRESSION.format(shown), RENDER_FIRST, covers=True, is_unfilled=True)
         elif placeholder := PLACEHOLDER.search(shown_part):
-            several = SEVERAL_PLACEHOLDERS.search(shown_part)
-            sentence = PLACEHOLDERS.format(several[0]) if several else A_PLACEHOLDER.format(placeholder[0])
+            several = several_placeholders(shown_part)
+            sentence = PLACEHOLDERS.format(several) if several else A_PLACEHOLDER.format(placeholder[0])
             hint = "write the real value"
             if location[-1] == "image":
                 hint = "write your registry, repository and tag: myregistry.azurecr.io/adapters/my-adapter:0.0.1"
             elif location[-1] == "imagePushSecret":
                 hint = "write the name of the Secret with the registry's credentials"
             yield Fault(location, sentence, hint, covers=True, is_unfilled=True)
+
+
+def several_placeholders(text: str) -> str | None:
+    """The text from the first placeholder to the last, if there are two; as SEVERAL_PLACEHOLDERS, but for the time."""
+    first = _SHORTEST_PLACEHOLDER.search(text)
+    others = list(PLACEHOLDER.finditer(text, first.end())) if first else []
+    return text[first.start() : others[-1].end()] if first and others else None
 
 
 def template_expression(text: str) -> str | None:
@@ -963,6 +972,8 @@ def _faults_of(detail: ErrorDetails, model: type[_FromYaml]) -> Iterator[Fault]:
             yield Fault(location, f"must be a mapping, not {what_is(value)}", hint)
         case "tuple_type":
             yield Fault(location, f"must be a list, not {what_is(value)}", "write each entry on a line with - in front")
+        case "too_long":
+            yield Fault(location, TOO_MANY.format(context["max_length"]))
         case "int_type":
             yield Fault(location, f"must be a whole number, not {what_is(value)}")
         case "string_too_short":
