@@ -45,6 +45,7 @@ CANARY: dict[str, Any] = {
             "token_ids": [1, 2, 3],
             "prompt_tokens": 3,
             "log_likelihood": {"nf4": {"base": -2.5, "tuned": -1.5}},
+            "token_log_likelihoods": {"nf4": {"base": [-2.0, -3.0], "tuned": [-2.0, -1.0]}},
             "greedy_token_ids": {"base": [1], "tuned": [2]},
         }
     ],
@@ -53,7 +54,8 @@ CANARY: dict[str, Any] = {
 
 def test_a_canary_says_its_gap_and_whether_it_knows_16_bits() -> None:
     canary = Canary.model_validate_json(json.dumps(CANARY))
-    assert str(canary) == "log-likelihood of 1 sentences, base → tuned: nf4 -2.500 → -1.500"
+    assert canary.distance("nf4") == pytest.approx(2**0.5)
+    assert str(canary) == "base and adapter differ at a token by 1.414 nats on nf4"
     assert not canary.has_sixteen_bits
     assert Canary.model_validate_json(json.dumps(canary.as_json())) == canary
 
@@ -71,7 +73,10 @@ def test_a_key_that_a_later_version_adds_is_passed_over() -> None:
         ("compute_dtypes", {"nf4": "bfloat16", "bfloat16": "bfloat16"}),
         ("log_likelihood", {"nf4": {"base": -2.5, "tuned": 0.5}}),
         ("log_likelihood", {"nf4": {"base": float("nan"), "tuned": -0.5}}),
-        ("log_likelihood", {"fp4": {"base": -1.0, "tuned": -0.5}}),
+        ("log_likelihood", {"fp4": {"base": -2.5, "tuned": -1.5}}),
+        ("log_likelihood", {"nf4": {"base": -2.5, "tuned": -1.7}}),
+        ("token_log_likelihoods", {"nf4": {"base": [-2.5], "tuned": [-1.5]}}),
+        ("prompt_tokens", 4),
         ("token_ids", [1]),
         ("token_ids", [1, -2]),
         ("prompt_tokens", 0),

@@ -7,6 +7,7 @@ are read wherever their keys are enough.
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -168,19 +169,20 @@ def lock_format(lock: Mapping[str, Any]) -> Any:
 
 
 Token = Annotated[int, Field(ge=0)]
-LogLikelihood = Annotated[float, Field(le=0, allow_inf_nan=False)]
+LogLikelihood = Annotated[float, Field(le=0, allow_inf_nan=False)]  # nats
 
 
-class Likelihood(Record):
-    """Mean log-likelihood in nats a token, over every token of a sentence but the first."""
-
+class Means(Record):
     base: LogLikelihood
     tuned: LogLikelihood
 
 
-class Continuation(Record):
-    """The 16 tokens that are each the most likely one after `prompt_tokens` tokens of a sentence; none ends it."""
+class TokenByToken(Record):
+    base: tuple[LogLikelihood, ...]
+    tuned: tuple[LogLikelihood, ...]
 
+
+class Continuation(Record):
     base: tuple[Token, ...] = Field(min_length=1)
     tuned: tuple[Token, ...] = Field(min_length=1)
 
@@ -189,12 +191,29 @@ class CanarySentence(Record):
     row: dict[str, Any] = Field(description="the sentence as a row of data: messages, prompt and completion, or text")
     token_ids: tuple[Token, ...] = Field(min_length=2, description="as the run's template and tokenizer write it")
     prompt_tokens: int = Field(ge=1, description="how many of them a model is given to go on from: the question")
-    log_likelihood: dict[str, Likelihood] = Field(description="by precision")
-    greedy_token_ids: Continuation | None = Field(description="in the precision of the training")
+    log_likelihood: dict[str, Means] = Field(description="by precision: the mean of the token_log_likelihoods")
+    token_log_likelihoods: dict[str, TokenByToken] = Field(
+        description="by precision: of each token but the first, which nothing predicts"
+    )
+    greedy_token_ids: Continuation | None = Field(
+        description="the 16 tokens that are each the most likely one after prompt_tokens tokens, EOS or not; in the "
+        "precision of the training"
+    )
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        if self.prompt_tokens > len(self.token_ids) or set(self.log_likelihood) != set(self.token_log_likelihoods):
+            raise ValueError("prompt_tokens or precisions do not fit the tokens")
+        for precision, means in self.log_likelihood.items():
+            tokens = self.token_log_likelihoods[precision]
+            for mean, of_each in ((means.base, tokens.base), (means.tuned, tokens.tuned)):
+                if len(of_each) != len(self.token_ids) - 1 or abs(mean - sum(of_each) / len(of_each)) > 0.001:
+                    raise ValueError(f"the mean of {precision} is not that of its tokens")
+        return self
 
 
 class Canary(Record):
-    """canary.json: what base and adapter answer to six fixed sentences, to know a server by."""
+    """canary.json: what base and adapter make of six fixed sentences, to know a server by."""
 
     format: Literal[1] = 1
     run_digest: str = Field(description="as in run.lock.json")
@@ -218,10 +237,17 @@ class Canary(Record):
         """Whether it says what the adapter does on a base that is not quantized."""
         return any(precision.endswith(("16", "32")) for precision in self.compute_dtypes)
 
+    def distance(self, precision: str) -> float:
+        """How far the adapter is from its base: the root mean square, over all tokens, of how their log-likelihoods
+        differ. Of means little is left: an adapter makes some tokens likelier and others less."""
+        pairs = [
+            pair
+            for sentence in self.sentences
+            for tokens in [sentence.token_log_likelihoods[precision]]
+            for pair in zip(tokens.base, tokens.tuned, strict=True)
+        ]
+        return math.sqrt(sum((base - tuned) ** 2 for base, tuned in pairs) / len(pairs))
+
     def __str__(self) -> str:
-        means = []
-        for precision in self.compute_dtypes:
-            found = [sentence.log_likelihood[precision] for sentence in self.sentences]
-            tuned, base = (sum(getattr(each, who) for each in found) / len(found) for who in ("tuned", "base"))
-            means.append(f"{precision} {base:.3f} → {tuned:.3f}")
-        return f"log-likelihood of {len(self.sentences)} sentences, base → tuned: {', '.join(means) or 'not measured'}"
+        apart = [f"{self.distance(precision):.3f} nats on {precision}" for precision in self.compute_dtypes]
+        return f"base and adapter differ at a token by {' and by '.join(apart)}" if apart else "nothing was measured"

@@ -12,11 +12,13 @@ import math
 import time
 import warnings
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from tuner.errors import GateError, TunerError
 from tuner.pipeline.model import (
@@ -29,10 +31,11 @@ from tuner.pipeline.model import (
     put_adapter,
 )
 from tuner.pipeline.sentences import main_format
-from tuner.records import Canary, CanarySentence, Continuation, Likelihood, Quantization
+from tuner.records import Canary, CanarySentence, Continuation, Means, Quantization, TokenByToken
 from tuner.runspec import Prepared, Reporter, RunSpec
 
 CONTINUED_TOKENS = 16
+LEAST_DISTANCE = 0.1  # nats a token; in bf16 rounding alone is worth as much (SmolLM2-135M: 0.08)
 _DIGITS = 4  # of a log-likelihood; the next ones are the machine's
 
 
@@ -55,27 +58,25 @@ def measure(
     base_dir, trusts = work_dir / prepared.base_model_dir, spec.trust_remote_code
     asked = [list(sentence.token_ids) for sentence in prepared.sentences]
     prompts = [list(sentence.token_ids[: sentence.prompt_tokens]) for sentence in prepared.sentences]
-    likelihoods: dict[str, list[Likelihood]] = {}
+    measured: dict[str, list[TokenByToken]] = {}
     compute_dtypes: dict[str, str] = {}
     continuations: list[Continuation | None] = [None] * len(asked)
 
     def as_trained() -> None:
         model = load_base_model(base_dir, spec.training, device, trust_remote_code=trusts, attention=None)
         base, base_goes_on = log_likelihoods(model, asked, device), go_on(model, prompts, device)
-        tuned_model = _adapted(model, adapter_dir)
-        tuned, tuned_goes_on = log_likelihoods(tuned_model, asked, device), go_on(tuned_model, prompts, device)
-        likelihoods[quantization.precision] = _pairs(base, tuned)
+        adapted = _adapted(model, adapter_dir)
+        measured[quantization.precision] = _pairs(base, log_likelihoods(adapted, asked, device))
         compute_dtypes[quantization.precision] = quantization.compute_dtype
+        tuned_goes_on = go_on(adapted.get_base_model(), prompts, device)
         continuations[:] = [
             Continuation(base=one, tuned=other) for one, other in zip(base_goes_on, tuned_goes_on, strict=True)
         ]
 
     def as_served() -> None:
         model = load_sixteen_bit_base(base_dir, device, trust_remote_code=trusts)
-        base = log_likelihoods(model, asked, device)
-        precision = dtype_name(model.dtype)
-        tuned = log_likelihoods(_adapted(model, adapter_dir), asked, device)
-        likelihoods[precision] = _pairs(base, tuned)
+        precision, base = dtype_name(model.dtype), log_likelihoods(model, asked, device)
+        measured[precision] = _pairs(base, log_likelihoods(_adapted(model, adapter_dir), asked, device))
         compute_dtypes[precision] = precision
 
     try:
@@ -100,14 +101,19 @@ def measure(
         sentences=tuple(
             CanarySentence(
                 **sentence.model_dump(),
-                log_likelihood={precision: found[number] for precision, found in likelihoods.items()},
+                log_likelihood={precision: _means(found[number]) for precision, found in measured.items()},
+                token_log_likelihoods={precision: found[number] for precision, found in measured.items()},
                 greedy_token_ids=continuations[number],
             )
             for number, sentence in enumerate(prepared.sentences)
         ),
     )
-    if any(all(each.base == each.tuned for each in found) for found in likelihoods.values()):
-        reporter.warn("the adapter changes the likelihood of none of the canary's sentences")
+    alike = [precision for precision in measured if canary.distance(precision) < LEAST_DISTANCE]
+    if alike and not spec.smoke:
+        reporter.warn(
+            f"the canary's sentences hardly tell the adapter from its base on {' and '.join(alike)}, so they will not "
+            "tell a server that leaves it out"
+        )
     reporter.note(f"canary: {canary}; {time.monotonic() - began:.1f} s")
     return canary
 
@@ -118,47 +124,46 @@ def _adapted(base: PreTrainedModel, adapter_dir: Path) -> PeftModel:
         return put_adapter(base, adapter_dir, "its base")
 
 
-def _pairs(base: Sequence[float], tuned: Sequence[float]) -> list[Likelihood]:
+def _pairs(base: Sequence[Sequence[float]], tuned: Sequence[Sequence[float]]) -> list[TokenByToken]:
     """Raises FloatingPointError for what is no number, as fp16 may give."""
-    if not all(map(math.isfinite, (*base, *tuned))):
+    if not all(map(math.isfinite, chain(*base, *tuned))):
         raise FloatingPointError("a likelihood is not finite")
-    return [
-        Likelihood(base=round(one, _DIGITS), tuned=round(other, _DIGITS))
-        for one, other in zip(base, tuned, strict=True)
-    ]
+    return [TokenByToken(base=_rounded(one), tuned=_rounded(other)) for one, other in zip(base, tuned, strict=True)]
+
+
+def _rounded(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(round(value, _DIGITS) for value in values)
+
+
+def _means(tokens: TokenByToken) -> Means:
+    return Means(base=round(fmean(tokens.base), _DIGITS), tuned=round(fmean(tokens.tuned), _DIGITS))
 
 
 def _words(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def log_likelihoods(model: PreTrainedModel, rows: Sequence[Sequence[int]], device: Device) -> list[float]:
-    """Each row's mean log-likelihood in nats, over every token but the first."""
+def log_likelihoods(model: PreTrainedModel, rows: Sequence[Sequence[int]], device: Device) -> list[list[float]]:
+    """The log-likelihood in nats of each token of each row but its first."""
+    longest = max(map(len, rows))
+    # The shorter rows go on with a token that nothing before it sees, as attention is causal.
+    ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device.device)
     with torch.no_grad():
-        logits = model(input_ids=_side_by_side(rows, device), use_cache=False).logits
-        means = []
+        logits = model(input_ids=ids, use_cache=False).logits
+        found = []
         for row, of_row in zip(rows, logits, strict=True):
             scores = torch.log_softmax(of_row[: len(row) - 1].float(), dim=-1)
             following = torch.tensor(row[1:], device=scores.device)
-            means.append(float(scores.gather(1, following[:, None]).double().mean()))
-    return means
+            found.append(scores.gather(1, following[:, None])[:, 0].tolist())
+    return found
 
 
 def go_on(model: PreTrainedModel, prompts: Sequence[Sequence[int]], device: Device) -> list[tuple[int, ...]]:
-    """The CONTINUED_TOKENS tokens that each prompt is most likely gone on with, one after the other.
-
-    Computed without a cache, which not every architecture has in the same place: it would save little here.
-    """
-    rows = [list(prompt) for prompt in prompts]
-    with torch.no_grad():
-        for _ in range(CONTINUED_TOKENS):
-            logits = model(input_ids=_side_by_side(rows, device), use_cache=False).logits
-            for row, of_row in zip(rows, logits, strict=True):
-                row.append(int(of_row[len(row) - 1].argmax()))
-    return [tuple(row[len(prompt) :]) for row, prompt in zip(rows, prompts, strict=True)]
-
-
-def _side_by_side(rows: Sequence[Sequence[int]], device: Device) -> torch.Tensor:
-    """(rows, longest): the shorter ones go on with a token that nothing before it sees, as attention is causal."""
-    longest = max(map(len, rows))
-    return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device.device)
+    """The CONTINUED_TOKENS tokens that each prompt is most likely gone on with, whatever the model's own configuration
+    says of generating, and whether or not one of them is EOS."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[*[0] * (longest - len(prompt)), *prompt] for prompt in prompts], device=device.device)
+    seen = torch.tensor([[*[0] * (longest - len(prompt)), *[1] * len(prompt)] for prompt in prompts]).to(ids.device)
+    model.generation_config = GenerationConfig(max_new_tokens=CONTINUED_TOKENS, do_sample=False, pad_token_id=0)
+    answers = model.generate(input_ids=ids, attention_mask=seen)
+    return [tuple(answer) for answer in answers[:, longest:].tolist()]

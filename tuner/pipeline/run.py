@@ -517,7 +517,7 @@ def train(
             shutil.copyfile(work_dir / prepared.tokenizer_dir / name, adapter_dir / name)
     tensors = check_weights(OpenFile.at(adapter_dir / ADAPTER_WEIGHTS))
     canary = measure(spec, prepared, work_dir, adapter_dir, tensors, quantization, reporter)
-    write_json(adapter_dir / CANARY, canary.as_json())
+    write_json(adapter_dir / CANARY, canary.as_json(), indent=None)  # a thousand numbers
     lock = run_lock(
         spec,
         fetched,
