@@ -460,13 +460,13 @@ def test_evaluations_are_as_many_as_their_cost_was_reckoned_with(tmp_path: Path,
 
 
 def overshooting(**written: Any) -> dict[str, dict[str, Any]]:
-    """A run whose held-out loss is 6.22, 5.97, 6.19, 6.04 and then falls: of three steps the first is the best."""
+    """A run whose held-out loss is 6.23, 5.98, 6.15, 6.31, 6.11 and then falls: of three steps the first is best."""
     return arguments(
         **{
             "max_steps": 7,
             "eval_steps": 1,
             "early_stopping_patience": 0,
-            "learning_rate": 0.3,
+            "learning_rate": 0.37,
             "lr_scheduler_type": "constant",
             "warmup_steps": 0,
         }
