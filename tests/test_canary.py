@@ -281,6 +281,21 @@ def spec_with(annotations: Mapping[str, str], directory: Path) -> Any:
 # ── what does not go as it should ────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_a_checkpoint_that_is_quantized_itself_is_not_taken_for_16_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who serves it serves it as it is."""
+    from tuner.pipeline import canary as module
+    from tuner.pipeline.model import load_base_model, pick_device
+    from tuner.training_settings import TrainingConfig
+
+    training = TrainingConfig.of("qlora", {"QuantizationConfig": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}})
+    quantized = load_base_model(tiny_base(), training, pick_device(), attention=None)
+    monkeypatch.setattr(module, "load_sixteen_bit_base", lambda *_, **__: quantized)
+    job, _, trained = train_one(tmp_path)
+    assert canary_of(job, trained).compute_dtypes == {"nf4": "float32"}
+
+
 def test_what_cannot_be_asked_in_16_bits_is_said_and_loses_no_run(
     finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

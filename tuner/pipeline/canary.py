@@ -23,7 +23,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from tuner.errors import GateError, TunerError
 from tuner.pipeline.model import (
     Device,
-    dtype_name,
+    count_weights,
     free_gpu_memory,
     load_base_model,
     load_sixteen_bit_base,
@@ -75,9 +75,12 @@ def measure(
 
     def as_served() -> None:
         model = load_sixteen_bit_base(base_dir, device, trust_remote_code=trusts)
-        precision, base = dtype_name(model.dtype), log_likelihoods(model, asked, device)
-        measured[precision] = _pairs(base, log_likelihoods(_adapted(model, adapter_dir), asked, device))
-        compute_dtypes[precision] = precision
+        counted = count_weights(model)
+        if counted.precision in measured:  # a checkpoint that is quantized itself: so it is served
+            return
+        base = log_likelihoods(model, asked, device)
+        measured[counted.precision] = _pairs(base, log_likelihoods(_adapted(model, adapter_dir), asked, device))
+        compute_dtypes[counted.precision] = counted.compute_dtype
 
     try:
         free_gpu_memory()  # of the model that was trained

@@ -300,7 +300,7 @@ def count_weights(model: PreTrainedModel) -> Quantization:
     return Quantization(
         quant_type=largest.precision if quantized else None,
         double_quant=any(weight.double_quant for weight in quantized),
-        compute_dtype=dtype_name(largest.computed_in),
+        compute_dtype=_dtype_name(largest.computed_in),
         weights=counts,
     )
 
@@ -328,7 +328,7 @@ def _weights(model: PreTrainedModel) -> Iterator[_Weight]:
             elif re.search(r"\.\d+\.", path) and (is_linear or is_many):
                 kind = "experts" if is_many or ".experts." in path else "linear"
             computed_in = parameter.dtype
-            precision = dtype_name(parameter.dtype)
+            precision = _dtype_name(parameter.dtype)
             if state is not None:
                 precision, computed_in = str(state.quant_type), getattr(module, "compute_dtype", None) or state.dtype
             elif isinstance(parameter, Int8Params):
@@ -343,7 +343,7 @@ def _weights(model: PreTrainedModel) -> Iterator[_Weight]:
             )
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
