@@ -6,13 +6,15 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from data_files import write_data
+from http_server import HttpServer
+from hub import publish_model
 from tiny import of_the_first_format, rows_of, tiny_base
 
 from tuner.cli import main
@@ -65,6 +67,12 @@ def run_in(directory: Path, *flags: str | Path, data: str | None = None, setting
     return Ran(adapter, f"oci:{directory}/image:1")
 
 
+@pytest.fixture
+def server() -> Iterator[HttpServer]:
+    with HttpServer() as running:
+        yield running
+
+
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     """On a base that is only a directory, whose publisher left paths of their own machine in it."""
@@ -86,6 +94,7 @@ def test_image_and_directory_of_a_base_without_a_hub_id_pass(ran: Ran, tuner: Tu
     assert verified.code == 0, verified.err
     assert re.fullmatch(rf"{re.escape(ran.image)}@sha256:[0-9a-f]{{64}}", verified.out)
     assert "9 files are those that the run left, and PEFT loads them" in verified.err
+    assert "canary: base and adapter differ at a token by " in verified.err
     directory = tuner("verify", ran.adapter)
     assert (directory.code, directory.out) == (0, str(ran.adapter)), directory.err
 
@@ -113,6 +122,28 @@ def test_every_kind_of_run_pushes_what_passes(flags: tuple[str, ...], tmp_path: 
         ended = tuner("verify", place)
         assert ended.code == 0, ended.err
         assert "warning" not in ended.err
+
+
+def test_a_base_from_the_hub_is_named_by_id_and_commit_and_passes(
+    server: HttpServer, tmp_path: Path, tuner: Tuner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants as constants
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    publish_model(server, {path.name: path.read_bytes() for path in tiny_base().iterdir()}, "org/tiny", commit)
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    ran = run_in(tmp_path / "run", "--model", "org/tiny")
+    for place in (ran.image, str(ran.adapter)):
+        ended = tuner("verify", place)
+        assert ended.code == 0, ended.err
+    lock = RunLock.model_validate_json((ran.adapter / "run.lock.json").read_bytes())
+    assert lock.base_model
+    assert (lock.base_model.title, lock.base_model.id, lock.base_model.revision) == ("org/tiny", "org/tiny", commit)
+    assert not [path for path, content in bytes_of(ran).items() if str(tmp_path).encode() in content]
 
 
 def test_an_output_directory_passes_with_what_a_volume_s_root_has_of_its_own(
@@ -187,9 +218,9 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "another config": (edit("adapter_config.json", lora_alpha=64), "adapter_config.json is not the file"),
     "another log": (append("metrics.jsonl"), "metrics.jsonl is not the file that the lock names"),
     "another canary": (edit("canary.json", trained_in="fp4"), "canary.json is not the file that the lock names"),
-    "no canary": (remove("canary.json"), "there is no canary.json in it, and the lock has one"),
-    "no template": (remove("chat_template.jinja"), "there is no chat_template.jinja in it, and the lock has one"),
-    "one more file": (add("vocab.json"), "there is a vocab.json in it, and the lock has none"),
+    "no canary": (remove("canary.json"), "there is no canary.json in it, which the lock names"),
+    "no template": (remove("chat_template.jinja"), "there is no chat_template.jinja in it, which the lock names"),
+    "one more file": (add("vocab.json"), "there is vocab.json in it, which the lock does not name"),
     "an edited lock": (edit("run.lock.json", seed=7), "run.lock.json was changed"),
     "a lock with another adapter's tensors": (reseal(tensors_sha256="0" * 64), "canary.json is of another adapter"),
     "a lock of another run": (reseal(run_digest="sha256:" + "0" * 64), "canary.json is of another adapter"),
@@ -260,6 +291,15 @@ def test_a_directory_without_an_adapter_and_a_file_are_no_adapter(tmp_path: Path
     assert "no adapter, there is no adapter_config.json in it" in ended.err
     (tmp_path / "file").touch()
     assert tuner("verify", tmp_path / "file").code == 64
+
+
+def test_of_many_problems_the_first_are_said(ran: Ran, tmp_path: Path, tuner: Tuner) -> None:
+    copy = shutil.copytree(ran.adapter, tmp_path / "adapter")
+    for number in range(100):
+        (copy / f"extra-{number:03}.json").touch()
+    ended = tuner("verify", copy)
+    assert ended.code == 65
+    assert "there is extra-009.json in it, which the lock does not name; and 90 more" in ended.err
 
 
 # ── the format ───────────────────────────────────────────────────────────────────────────────────────────────────────

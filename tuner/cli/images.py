@@ -136,6 +136,8 @@ def verify(
                 f"{image}: cannot be verified: {verified.unchecked}",
                 hint="--allow-unlocked passes it: nothing else is wrong with it",
             )
+        if verified.canary:
+            talk.note(f"canary: {verified.canary}")
         what = "agree with each other" if verified.unchecked else "are those that the run left"
         talk.note(f"{len(verified.files)} files {what}" + (", and PEFT loads them" if load else ""))
     print(reference.with_digest(verified.digest) if reference and verified.digest else image)

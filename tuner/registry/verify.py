@@ -24,6 +24,7 @@ from tuner.runspec import Reporter
 
 _CONFIG, _WEIGHTS = _NEEDED = ("adapter_config.json", "adapter_model.safetensors")
 
+_SHOWN = 10  # problems of one image
 _VOLUMES_OWN = frozenset({"lost+found", SENTINEL})  # at its root
 
 DigestTensors = Callable[[OpenFile], str]  # of a safetensors file; raises TunerError for weights that are damaged
@@ -39,6 +40,7 @@ class Verified:
     files: Mapping[str, str]
     annotations: Mapping[str, str]
     lock: Mapping[str, Any] | None
+    canary: Canary | None
     unchecked: str | None
 
 
@@ -60,10 +62,10 @@ def verify_image(
     with OpenDirectory.at(directory) as opened:
         adapter = _Adapter(str(reference), opened, pulled.files, pulled.annotations)
         hint = f"tuner pull {reference} DIR to look at its files"
-        lock, unchecked = _check(adapter, digest_tensors, reporter, hint=hint)
+        lock, canary, unchecked = _check(adapter, digest_tensors, reporter, hint=hint)
     if lock is not None and isinstance(client, RegistryClient):
         _check_provenance(client, pulled.digest, lock, str(reference), reporter)
-    return Verified(pulled.digest, pulled.files, pulled.annotations, lock, unchecked)
+    return Verified(pulled.digest, pulled.files, pulled.annotations, lock, canary, unchecked)
 
 
 def verify_directory(directory: Path, *, digest_tensors: DigestTensors | None = None, reporter: Reporter) -> Verified:
@@ -78,8 +80,9 @@ def verify_directory(directory: Path, *, digest_tensors: DigestTensors | None = 
         names = [name for name in opened.names() if not name.startswith(".") and name not in _VOLUMES_OWN]
         directories = opened.directories()
         files = {name: "a directory" if name in directories else opened.file(name).sha256() for name in names}
-        lock, unchecked = _check(_Adapter(str(directory), opened, files, {}), digest_tensors, reporter, hint=None)
-    return Verified(None, files, {}, lock, unchecked)
+        adapter = _Adapter(str(directory), opened, files, {})
+        lock, canary, unchecked = _check(adapter, digest_tensors, reporter, hint=None)
+    return Verified(None, files, {}, lock, canary, unchecked)
 
 
 @dataclass(frozen=True)
@@ -95,11 +98,12 @@ class _Adapter:
 
 def _check(
     adapter: _Adapter, digest_tensors: DigestTensors | None, reporter: Reporter, *, hint: str | None
-) -> tuple[dict[str, Any] | None, str | None]:
-    """The lock, and what could not be checked. Raises DataError with every problem."""
+) -> tuple[dict[str, Any] | None, Canary | None, str | None]:
+    """The lock, the canary, and what could not be checked. Raises DataError with the problems."""
     problems = [f"there is no {name} in it" for name in _NEEDED if name not in adapter.files]
     config = _config(adapter, problems)
     lock, unchecked = _lock(adapter, problems)
+    canary = _canary(adapter, problems)
     tensors = None
     if digest_tensors and _WEIGHTS in adapter.files:
         try:
@@ -112,7 +116,7 @@ def _check(
         except (KeyError, TypeError, AttributeError):
             problems.append(f"{LOCK}: not the lock of a run")
         if unchecked is None:
-            problems += _against_lock(adapter, lock, tensors, reporter)
+            problems += _against_lock(adapter, lock, canary, tensors, reporter)
     base = str(config.get("base_model_name_or_path") or "")
     if base.startswith(("/", ".")):
         said = f"{_CONFIG} names a directory of another machine as its base model"
@@ -121,10 +125,11 @@ def _check(
         else:
             problems.append(said)
     if problems:
-        raise DataError(f"{adapter.shown}: {'; '.join(problems)}", hint=hint)
+        more = [f"and {len(problems) - _SHOWN:,} more"] if len(problems) > _SHOWN else []
+        raise DataError(f"{adapter.shown}: {'; '.join(problems[:_SHOWN] + more)}", hint=hint)
     if unchecked:
         reporter.warn(f"{adapter.shown}: {unchecked}")
-    return lock, unchecked
+    return lock, canary, unchecked
 
 
 def _has_nameless_base(lock: Mapping[str, Any]) -> bool:
@@ -164,7 +169,18 @@ def _lock(adapter: _Adapter, problems: list[str]) -> tuple[dict[str, Any] | None
             return None, None
 
 
-def _against_lock(adapter: _Adapter, lock: Mapping[str, Any], tensors: str | None, reporter: Reporter) -> Iterator[str]:
+def _canary(adapter: _Adapter, problems: list[str]) -> Canary | None:
+    content = adapter.read(CANARY)
+    try:
+        return None if content is None else Canary.model_validate_json(content)
+    except ValidationError as error:
+        problems.append(f"{CANARY}: {_first(error)}")
+        return None
+
+
+def _against_lock(
+    adapter: _Adapter, lock: Mapping[str, Any], canary: Canary | None, tensors: str | None, reporter: Reporter
+) -> Iterator[str]:
     """Where the files are not what a lock of format 2 says; `tensors` is the digest of those in the weights' file."""
     if lock.get(SEAL) != seal_of(lock):
         yield f"{LOCK} was changed: it is not what its own {SEAL} says"
@@ -175,9 +191,9 @@ def _against_lock(adapter: _Adapter, lock: Mapping[str, Any], tensors: str | Non
         return
     for name in sorted({*locked.files, *adapter.files} - {LOCK}):
         if name not in adapter.files:
-            yield f"there is no {name} in it, and the lock has one"
+            yield f"there is no {name} in it, which the lock names"
         elif name not in locked.files:
-            yield f"there is a {name} in it, and the lock has none"
+            yield f"there is {name} in it, which the lock does not name"
         elif adapter.files[name] == locked.files[name].sha256:
             continue
         elif name == _WEIGHTS and tensors == locked.tensors_sha256:
@@ -186,14 +202,8 @@ def _against_lock(adapter: _Adapter, lock: Mapping[str, Any], tensors: str | Non
             yield f"{name} is not the file that the lock names"
     if tensors not in (None, locked.tensors_sha256):
         yield f"the tensors in {_WEIGHTS} are not those that the lock names"
-    if content := adapter.read(CANARY):
-        try:
-            canary = Canary.model_validate_json(content)
-        except ValidationError as error:
-            yield f"{CANARY}: {_first(error)}"
-            return
-        if (canary.run_digest, canary.tensors_sha256) != (locked.run_digest, locked.tensors_sha256):
-            yield f"{CANARY} is of another adapter than the lock"
+    if canary and (canary.run_digest, canary.tensors_sha256) != (locked.run_digest, locked.tensors_sha256):
+        yield f"{CANARY} is of another adapter than the lock"
 
 
 _STATEMENT_BYTES = 4 << 20
