@@ -5,6 +5,7 @@ The templates are written here in as few words as their structure needs; each sa
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import pytest
 from tiny import WORDS, tiny_tokenizer
 from tokenizers import processors
 
+from tuner.pipeline import messages as reading
 from tuner.pipeline.chat_template import FALLBACK_CHAT_TEMPLATE, fallback_chat_template, stop_tokens
 from tuner.pipeline.labels import Example, Labeller
 from tuner.pipeline.rows import BadRow, Completion, Conversation, Origin, PlainText
@@ -250,9 +252,15 @@ OTHERS_WORDS = ("QUESTION", "ANOTHER", "SYSTEM", "RESULT")
 
 def _row(kind: str, source: str) -> Conversation:
     """The row, with its tool where a call is in it and the template shows tools: another one takes no such row."""
-    messages = deepcopy(KINDS[kind])
-    calls = any("tool_calls" in message for message in messages)
-    return Conversation(HERE, messages, [TOOL] if calls and "tools" in source else None)
+    calls = any("tool_calls" in message for message in KINDS[kind])
+    return _as_read(KINDS[kind], [TOOL] if calls and "tools" in source else None)
+
+
+def _as_read(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> Conversation:
+    """The row as it is read from a file: tools in their wrapper, calls in a row in one message."""
+    found = reading.Messages(Counter())
+    found.add(deepcopy(messages), "messages")
+    return Conversation(HERE, found.messages, reading.tools_of(tools, "tools"), frozenset(found.not_learnt))
 
 
 def _labeller(written: Written) -> Labeller:
@@ -432,7 +440,7 @@ _WRAPPED = {"type": "function", "function": TOOL}
 )
 def test_tools_of_every_form_are_shown_as_servers_show_them(tool: dict[str, Any]) -> None:
     labeller = Labeller(tiny_tokenizer("qwen2.5-7b-instruct", "{{ tools | tojson }}\n" + _CHATML))
-    (example,) = labeller.examples(Conversation(HERE, [ASKED, ANSWERED], [tool]))
+    (example,) = labeller.examples(_as_read([ASKED, ANSWERED], [tool]))
     assert json.loads(example.text.partition("\n")[0]) == [_WRAPPED]
 
 
@@ -440,7 +448,7 @@ def test_a_text_and_the_call_that_follows_it_are_one_turn() -> None:
     """As ShareGPT has them: gpt, then function_call."""
     labeller = Labeller(tiny_tokenizer("qwen2.5-7b-instruct"))
     turns = [ASKED, {"role": "assistant", "content": "LOOKING"}, _call("BONN"), _result("RESULT"), ANSWERED]
-    (example,) = labeller.examples(Conversation(HERE, turns))
+    (example,) = labeller.examples(_as_read(turns))
     first, second = _learnt(example, "")
     assert first.startswith("LOOKING")
     assert "BONN" in first
@@ -450,8 +458,8 @@ def test_a_text_and_the_call_that_follows_it_are_one_turn() -> None:
 
 def test_a_call_that_is_learnt_is_not_put_into_a_turn_that_is_not() -> None:
     labeller = Labeller(tiny_tokenizer("qwen2.5-7b-instruct"))
-    turns = [ASKED, _call("BONN"), _call("ROME"), _result("RESULT"), ANSWERED]
-    (example,) = labeller.examples(Conversation(HERE, turns, None, frozenset({0, 1})))
+    turns = [ASKED, _call("BONN") | {"weight": 0}, _call("ROME"), _result("RESULT"), ANSWERED]
+    (example,) = labeller.examples(_as_read(turns))
     assert [("BONN" in learnt, "ROME" in learnt) for learnt in _learnt(example, "")] == [(False, True), (False, False)]
 
 

@@ -1044,6 +1044,22 @@ def test_a_call_after_a_word_of_the_assistant_is_made_in_the_same_turn(one: Path
     assert row.messages == [USER, {"role": "assistant", "content": "I look.", "tool_calls": [CALL]}]
 
 
+def test_a_call_with_a_thought_of_its_own_stays_a_turn_of_its_own(one: Path) -> None:
+    """Joined to the one before, its thought would be lost."""
+    turns = [
+        {"role": "assistant", "content": "", "reasoning_content": thought, "tool_calls": [CALL]}
+        for thought in ("first", "second")
+    ]
+    row = read_one(one, {"messages": [USER, *turns, {"role": "tool", "content": "r"}, ASSISTANT]})
+    assert [message.get("reasoning_content") for message in row.messages] == [None, "first", "second", None, None]
+
+
+def test_flat_tools_of_openais_responses_api_are_wrapped(one: Path) -> None:
+    function = {"name": "weather", "parameters": {"type": "object"}}
+    row = read_one(one, {"messages": [USER, ASSISTANT], "tools": [{"type": "function", **function}]})
+    assert row.tools == [{"type": "function", "function": function}]
+
+
 def test_calls_after_an_answer_to_the_first_are_turns_of_their_own(one: Path) -> None:
     call = {"role": "assistant", "content": "", "tool_calls": [CALL]}
     turns = [USER, call, {"role": "tool", "content": "sun"}, call, {"role": "tool", "content": "sun"}, ASSISTANT]

@@ -58,61 +58,9 @@ def fallback_chat_template(tokenizer: "PreTrainedTokenizerFast") -> str:
     return ("{{ bos_token }}" if begins else "") + FALLBACK_CHAT_TEMPLATE
 
 
-# ── a row as a server has it ─────────────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """A message, its 1-based number in the row, and whether it is to be learnt."""
-
-    message: Message
-    number: int
-    learnt: bool
-
-
-def merged_turns(turns: Sequence[Turn]) -> list[Turn]:
-    """The turns, with an assistant's in a row made one where those after the first only call functions.
-
-    ShareGPT and ms-swift write parallel calls, and a text before a call, as messages of their own; no server does, and
-    apart they would teach to end the turn after the first.
-    """
-    merged: list[Turn] = []
-    for turn in turns:
-        before = merged[-1] if merged else None
-        if before and before.learnt == turn.learnt and _continues(before.message, turn.message):
-            calls = [*before.message.get("tool_calls", ()), *turn.message["tool_calls"]]
-            merged[-1] = replace(before, message=before.message | {"tool_calls": calls})
-        else:
-            merged.append(turn)
-    return merged
-
-
-def _continues(before: Message, message: Message) -> bool:
-    both = before["role"] == message["role"] == "assistant"
-    return both and bool(message.get("tool_calls")) and not message["content"] and not _thought(message)
-
-
 def _thought(message: Mapping[str, Any]) -> tuple[str, str] | None:
     """The key and the text of a thought that stands beside the content."""
     return next(((key, message[key]) for key in THOUGHT_KEYS if message.get(key)), None)
-
-
-def wrapped_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
-    """Tool definitions as OpenAI's API has them, and so every server's template: a bare function in its wrapper.
-
-    Anthropic's `input_schema` is what `parameters` is here.
-    """
-    if tools is None:
-        return None
-    return [_wrapped_tool(tool) for tool in tools]
-
-
-def _wrapped_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
-    if "name" not in tool or isinstance(tool.get("function"), Mapping):
-        return dict(tool)
-    names = {"input_schema": "parameters"} if "parameters" not in tool else {}
-    bare = {names.get(key, key): value for key, value in tool.items() if (key, value) != ("type", "function")}
-    return {"type": "function", "function": bare}
 
 
 def stop_tokens(tokenizer: "PreTrainedTokenizerFast", directory: Path) -> frozenset[str]:

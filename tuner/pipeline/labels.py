@@ -31,11 +31,8 @@ from tuner.pipeline.chat_template import (
     Message,
     Produced,
     TemplateFault,
-    Turn,
     fallback_chat_template,
-    merged_turns,
     opens_thought,
-    wrapped_tools,
 )
 from tuner.pipeline.rows import BadRow, Completion, Conversation, Origin, PlainText, Row
 
@@ -146,28 +143,21 @@ class Labeller:
 
     def _conversation(self, row: Conversation) -> list[Example] | BadRow:
         """Turns whose prompt goes on from the turn before share its example: that is how servers show them, too."""
-        given = {**row.template_arguments, "tools": wrapped_tools(row.tools)}
-        template = self._template(given["tools"])
+        given = {**row.template_arguments, "tools": row.tools}
+        template = self._template(row.tools)
         for name in ("tools", "documents"):
             if given.get(name) and not re.search(rf"\b{name}\b", template.source):
                 return BadRow(row.origin, f"the chat template does not show its {name}")
-        turns = merged_turns(
-            [
-                # A greeting that nothing asks for is what the user answers, not what is learnt.
-                Turn(message, index + 1, message["role"] == "assistant" and index > 0 and index not in row.not_learnt)
-                for index, message in enumerate(row.messages)
-            ]
-        )
-        messages = [turn.message for turn in turns]
+        messages = row.messages
         examples: list[Example] = []
         rest = ""
-        for index, turn in enumerate(turns):
-            if not turn.learnt:
-                continue
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant" or index == 0 or index in row.not_learnt:
+                continue  # a greeting that nothing asks for is what the user answers, not what is learnt
             prompt = template.render(messages[:index], given, prompt=True)
             produced = self._produced(template, prompt, messages[: index + 1], given)
             if isinstance(produced, str):
-                return BadRow(row.origin, f"message {turn.number}: {produced}")
+                return BadRow(row.origin, f"message {index + 1}: {produced}")
             text = prompt + produced.text
             spans: tuple[tuple[int, int], ...] = ((len(prompt), len(text)),)
             if examples and not examples[-1].append_eos and prompt.startswith(examples[-1].text):

@@ -153,8 +153,9 @@ class Messages:
 
     def _joins(self, message: Mapping[str, Any], learnt: bool) -> bool:
         """Whether a call belongs to the assistant's message before it: nothing has come between that the model could
-        have answered, so it is made in one turn with it."""
-        if not self.ends_with_answer or not message.get("tool_calls") or message["content"]:
+        have answered, so it is made in one turn with it. A call with a thought of its own is a turn of its own."""
+        has_more = bool(message["content"]) or any(message.get(key) for key in _THOUGHTS.values())
+        if not self.ends_with_answer or not message.get("tool_calls") or has_more:
             return False
         return learnt is (len(self.messages) - 1 not in self.not_learnt)
 
@@ -313,22 +314,26 @@ def tool_calls(value: object, where: str) -> list[dict[str, Any]]:
 
 
 def tools_of(value: object, where: str) -> list[dict[str, Any]] | None:
-    """Definitions of functions as every server passes them to a template: each in `{"type": "function", …}`."""
+    """Definitions of functions as every server passes them to a template: each in `{"type": "function", …}`.
+
+    Bare ones, Anthropic's (`input_schema`) and the flat ones of OpenAI's Responses API are wrapped. Raises Unusable.
+    """
     tools = parsed(value, where) if value else None
     if not tools:
         return None
     tools = [parsed(tool, where) for tool in tools] if isinstance(tools, list) else [tools]
     if not all(isinstance(tool, dict) for tool in tools):
         raise Unusable(f"{where} is {type_name(parsed(value, where))}, not a list of objects")
-    wrapped = [tool if "function" in tool or "type" in tool else _wrapped(tool) for tool in tools]
+    wrapped = [_wrapped(tool) for tool in tools]
     _json_text(wrapped, where)
     return wrapped
 
 
 def _wrapped(tool: dict[str, Any]) -> dict[str, Any]:
-    if "input_schema" in tool:  # Anthropic's name of it
-        tool = {("parameters" if key == "input_schema" else key): value for key, value in tool.items()}
-    return {"type": "function", "function": tool}
+    if "function" in tool or tool.get("type", "function") != "function":
+        return tool
+    names = {"input_schema": "parameters"} if "parameters" not in tool else {}
+    return {"type": "function", "function": {names.get(key, key): tool[key] for key in tool if key != "type"}}
 
 
 def _json_text(value: object, where: str) -> str:
